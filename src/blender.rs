@@ -1,0 +1,478 @@
+//! The blender: the operations, the report, and the saved state.
+
+mod saved;
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::cpu::{self, Cpu, Partials};
+use crate::error::{Error, Result};
+use crate::grad::{GradScale, Stream, TensorGrads};
+use crate::layout::{MAX_MODALITIES, State};
+use crate::moments::{self, Average, Flags};
+use crate::plan::Table;
+use crate::solve::{Policy, solve_into};
+
+/// What a blender works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Device(());
+
+impl Device {
+    /// The CPU.
+    pub fn cpu() -> Self {
+        Device(())
+    }
+
+    /// The CUDA device with this ordinal.
+    ///
+    /// # Errors
+    /// [`Error::NotBuilt`]: this build has no CUDA backend.
+    pub fn cuda(ordinal: i32) -> Result<Self> {
+        Err(Error::NotBuilt { backend: "CUDA", ordinal })
+    }
+}
+
+/// When the weights are solved for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Cadence {
+    /// When [`Blender::reweight`] is called, as at the end of a super-epoch.
+    #[default]
+    OnRequest,
+    /// At each observation that enters the moments.
+    EveryObservation,
+}
+
+/// How a blender averages, solves and runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Config {
+    /// K, from 1 to [`MAX_MODALITIES`], the fused loss included.
+    pub modalities: u32,
+    /// How observations are averaged.
+    pub average: Average,
+    /// How weights are solved for.
+    pub policy: Policy,
+    /// When they are.
+    pub cadence: Cadence,
+    /// CPU threads, the caller's included; 0 is all. Results do not depend on it.
+    pub threads: u32,
+}
+
+impl Config {
+    /// K modalities, an EMA of decay 0.99, the default [`Policy`], weights on request, all threads.
+    pub fn new(modalities: u32) -> Self {
+        Config {
+            modalities,
+            average: Average::Ema { decay: 0.99 },
+            policy: Policy::default(),
+            cadence: Cadence::default(),
+            threads: 0,
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.modalities == 0 || self.modalities as usize > MAX_MODALITIES {
+            return Err(Error::Modalities { got: u64::from(self.modalities) });
+        }
+        if let Average::Ema { decay } = self.average {
+            if !(0.0..1.0).contains(&decay) {
+                return Err(Error::Decay { got: decay });
+            }
+        }
+        self.policy.check()
+    }
+}
+
+bitflags::bitflags! {
+    /// What one pass over the gradients does.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct Pass: u32 {
+        /// Add <g, v_k> and <t - g, v_k> to the pending sums.
+        const DOT = 1;
+        /// Write sum_k w_k v_k with the weights in force.
+        const BLEND = 2;
+        /// With BLEND: add to the blended gradient instead of replacing it.
+        const ACCUMULATE = 4;
+        /// Close the pending sums as one observation.
+        const OBSERVE = 8;
+    }
+}
+
+/// A checked list of tensors: what the operations run on, without allocating or looking anything up.
+///
+/// It belongs to the blender that made it. A plan of slices borrows them; [`release`](Self::release) gives them back and
+/// keeps the table, and [`update`](Self::update) takes new ones of the same lengths and dtypes.
+#[derive(Debug)]
+pub struct Plan<'a> {
+    blender: u64,
+    table: Table,
+    partials: Partials,
+    bound: bool,
+    borrow: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> Plan<'a> {
+    /// Takes other addresses, and other choices of which are absent, for the same lengths and dtypes. Allocates nothing.
+    /// `stream` orders the update after work that was put on it before; the CPU ignores it.
+    ///
+    /// # Errors
+    /// As [`Blender::plan`], and [`Error::PlanTensors`], [`Error::Length`], [`Error::MixedDTypes`] where the tensors are
+    /// not those the plan was made for. The plan is then as it was.
+    pub fn update(&mut self, tensors: &[TensorGrads<'a>], stream: Stream) -> Result<()> {
+        let _ = stream;
+        self.table.check_update(tensors)?;
+        lend(tensors, self.blender)?;
+        self.table.bind(tensors);
+        self.bound = true;
+        Ok(())
+    }
+
+    /// Gives the gradients back. The plan cannot run until it is updated.
+    pub fn release(mut self) -> Plan<'static> {
+        self.table.unbind();
+        Plan { blender: self.blender, table: self.table, partials: self.partials, bound: false, borrow: PhantomData }
+    }
+}
+
+fn lend(tensors: &[TensorGrads<'_>], blender: u64) -> Result<()> {
+    match tensors.iter().position(|tensor| !tensor.lend(blender)) {
+        Some(tensor) => Err(Error::ForeignTensor { tensor }),
+        None => Ok(()),
+    }
+}
+
+/// What a blender knows, read at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// n: observations in the moments since the last reset.
+    pub observed: u64,
+    /// Observations that were skipped for a product that was not finite.
+    pub skipped: u64,
+    /// What the latest reweight and the latest observation met with.
+    pub flags: Flags,
+    /// Bit k: modality k made the latest observation not finite.
+    pub nonfinite: u32,
+    /// w_k in force, K of them.
+    pub weights: Vec<f64>,
+    /// m_k, K of them; 0 before the first observation.
+    pub mean: Vec<f64>,
+    /// sigma^2_k = S_kk, K of them; 0 before the first observation.
+    pub second_moment: Vec<f64>,
+    /// sqrt(S_kk) / |m_k|, K of them: overfitting-to-generalisation ratio of each modality alone; 0 / 0 is NaN.
+    pub ogr: Vec<f64>,
+    /// sqrt(w'Sw) / |w'm| with the weights in force.
+    pub ogr_blend: f64,
+    /// The same with uniform weights 1 / K.
+    pub ogr_uniform: f64,
+}
+
+/// Estimates the weights of K losses from their gradients, and blends the gradients with them.
+///
+/// ```
+/// use gradblend::{Blender, Config, Device, Stream, TensorGrads};
+/// # fn main() -> gradblend::Result<()> {
+/// let mut blender = Blender::new(&Device::cpu(), Config::new(2))?;
+/// let (t, g) = ([1.0_f32, 2.0], [1.0, 1.0]);
+/// let (video, audio) = ([1.0, 0.5], [0.5, 1.0]);
+/// let mut out = [0.0; 2];
+/// let tensors = [TensorGrads::new(&t, &g, &[Some(&video), Some(&audio)]).blended(&mut out)];
+/// let plan = blender.plan(&tensors)?;
+/// blender.step(&plan, Stream::default())?;
+/// blender.reweight(Stream::default())?;
+/// let report = blender.report(Stream::default())?;
+/// // <g, v> = 1.5 for both; <t - g, v> = 0.5 and 1: the weights are as 1 / 0.25 to 1 / 1.
+/// assert!((report.weights[0] - 0.8).abs() < 1e-9);
+/// // The step blended with the weights in force before it, 1 / 2 each.
+/// assert_eq!(out, [0.75, 0.75]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Blender {
+    number: u64,
+    config: Config,
+    scale: GradScale,
+    cpu: Cpu,
+}
+
+impl Blender {
+    /// A blender with uniform weights and no observation.
+    ///
+    /// # Errors
+    /// [`Error::Modalities`], [`Error::Decay`] or [`Error::Damping`] for a configuration out of range,
+    /// [`Error::Threads`] if a thread could not be started, [`Error::OutOfMemory`].
+    pub fn new(device: &Device, config: Config) -> Result<Self> {
+        static NUMBER: AtomicU64 = AtomicU64::new(1);
+        config.check()?;
+        let Device(()) = device;
+        let mut blender = Blender {
+            number: NUMBER.fetch_add(1, Ordering::Relaxed),
+            config,
+            scale: GradScale::default(),
+            cpu: Cpu::new(config.threads)?,
+        };
+        let uniform = [1.0 / f64::from(config.modalities); MAX_MODALITIES];
+        let modalities = blender.modalities();
+        put_weights(blender.cpu.state_mut(), &uniform[..modalities]);
+        Ok(blender)
+    }
+
+    /// The configuration that the blender was made with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn modalities(&self) -> usize {
+        self.config.modalities as usize
+    }
+
+    /// Checks `tensors` and makes a plan of them. No gradient is read.
+    ///
+    /// `tensors` may be empty, tensors may be empty, and there may be any number of them. A blended gradient may be
+    /// exactly one of its own tensor's modality gradients, else it overlaps nothing.
+    ///
+    /// # Errors
+    /// Each names the tensor and the list: [`Error::ModalityCount`], [`Error::Unpaired`], [`Error::Length`],
+    /// [`Error::MixedDTypes`], [`Error::Misaligned`], [`Error::OutOfRange`], [`Error::Overlap`],
+    /// [`Error::ForeignTensor`]; and [`Error::TensorCount`], [`Error::OutOfMemory`].
+    pub fn plan<'a>(&self, tensors: &[TensorGrads<'a>]) -> Result<Plan<'a>> {
+        let table = Table::new(self.modalities(), tensors)?;
+        let partials = Cpu::partials(&table)?;
+        lend(tensors, self.number)?;
+        Ok(Plan { blender: self.number, table, partials, bound: true, borrow: PhantomData })
+    }
+
+    /// One pass over memory that does any of DOT, BLEND (with ACCUMULATE: blended += instead of =) and OBSERVE. The blend
+    /// uses the weights in force at entry.
+    ///
+    /// # Errors
+    /// [`Error::Pass`] for no bit, an unknown one, or ACCUMULATE without BLEND; [`Error::ForeignPlan`];
+    /// [`Error::ReleasedPlan`].
+    pub fn pass(&mut self, plan: &Plan<'_>, what: Pass, stream: Stream) -> Result<()> {
+        let bad = what.is_empty() || !Pass::all().contains(what);
+        if bad || (what.contains(Pass::ACCUMULATE) && !what.contains(Pass::BLEND)) {
+            return Err(Error::Pass { bits: what.bits() });
+        }
+        if plan.blender != self.number {
+            return Err(Error::ForeignPlan);
+        }
+        if !plan.bound {
+            return Err(Error::ReleasedPlan);
+        }
+        let (dot, blend) = (what.contains(Pass::DOT), what.contains(Pass::BLEND));
+        if dot || blend {
+            let accumulate = what.contains(Pass::ACCUMULATE);
+            // SAFETY: the plan is bound, to slices that it borrows or to addresses that its maker vouches for, and it
+            // is this blender's.
+            unsafe { self.cpu.pass(&plan.table, &plan.partials, dot, blend, accumulate) };
+        }
+        if what.contains(Pass::OBSERVE) { self.observe(stream) } else { Ok(()) }
+    }
+
+    /// Adds c_k = <g, v_k> and d_k = <t - g, v_k>, summed over the tensors, to the pending sums.
+    ///
+    /// May be called many times before [`observe`](Self::observe): per layer, per modality, per shard. Tensors without
+    /// train and validation gradients add nothing. |computed - exact| <= 2^-16 * sum |a_i b_i| for each product, barring
+    /// overflow, plus 2^-149 an element for underflow.
+    ///
+    /// # Errors
+    /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`].
+    pub fn dot(&mut self, plan: &Plan<'_>, stream: Stream) -> Result<()> {
+        self.pass(plan, Pass::DOT, stream)
+    }
+
+    /// Writes sum_k w_k v_k, with the weights in force, to each tensor's blended gradient, if it has one; zeros where no
+    /// modality is present. Accumulates in f32, rounds once.
+    ///
+    /// # Errors
+    /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`].
+    pub fn blend(&mut self, plan: &Plan<'_>, stream: Stream) -> Result<()> {
+        self.pass(plan, Pass::BLEND, stream)
+    }
+
+    /// [`dot`](Self::dot), [`blend`](Self::blend), [`observe`](Self::observe), in this order and to the same bits, in
+    /// one pass over memory.
+    ///
+    /// # Errors
+    /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`].
+    pub fn step(&mut self, plan: &Plan<'_>, stream: Stream) -> Result<()> {
+        self.pass(plan, Pass::DOT | Pass::BLEND | Pass::OBSERVE, stream)
+    }
+
+    /// Closes the pending sums as one observation and zeroes them; zeros count as an observation too.
+    ///
+    /// An observation with a product that is not finite, after division by the gradient scale squared, changes nothing
+    /// but a counter and a flag. Reweights if the [`Cadence`] says so, unless the observation was skipped.
+    ///
+    /// # Errors
+    /// None on the CPU.
+    pub fn observe(&mut self, stream: Stream) -> Result<()> {
+        let scale = cpu::read_scale(self.scale.0);
+        let (modalities, average) = (self.modalities(), self.config.average);
+        let entered = moments::observe(self.cpu.state_mut(), modalities, average, scale);
+        match self.config.cadence {
+            Cadence::EveryObservation if entered => self.reweight(stream),
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts in force what [`solve`](crate::solve) makes of the moments. Before the first observation, or where there is
+    /// nothing to go by, the weights stay and [`Flags::HELD`] is set. Correlated solving with fewer than K observations
+    /// (S would be singular) solves uncorrelated.
+    ///
+    /// # Errors
+    /// None on the CPU.
+    pub fn reweight(&mut self, stream: Stream) -> Result<()> {
+        let _ = stream;
+        let (modalities, mut policy) = (self.modalities(), self.config.policy);
+        let state = self.cpu.state_mut();
+        if state.observed < modalities as u64 {
+            policy.overfitting = crate::solve::Overfitting::Uncorrelated;
+        }
+        let mut mean = [0.0; MAX_MODALITIES];
+        let mut second_moment = [0.0; MAX_MODALITIES * MAX_MODALITIES];
+        let mut weights = [0.0; MAX_MODALITIES];
+        let (mean, second_moment) = (&mut mean[..modalities], &mut second_moment[..modalities * modalities]);
+        let weights = &mut weights[..modalities];
+        moments::moments(state, modalities, mean, second_moment);
+        let found = solve_into(mean, second_moment, &policy, weights);
+        if !found.contains(Flags::HELD) {
+            put_weights(state, weights);
+        }
+        let kept = Flags::from_bits_retain(state.flags) & Flags::NONFINITE;
+        state.flags = (kept | found).bits();
+        Ok(())
+    }
+
+    /// Starts a new super-epoch: forgets n, m, S, the counters, the flags and the pending sums, and keeps the weights.
+    ///
+    /// # Errors
+    /// None on the CPU.
+    pub fn reset(&mut self, stream: Stream) -> Result<()> {
+        let _ = stream;
+        moments::reset(self.cpu.state_mut());
+        Ok(())
+    }
+
+    /// Puts `weights` in force as given, whatever their signs and sum.
+    ///
+    /// # Errors
+    /// [`Error::Count`] unless there are K, [`Error::Weight`] for one that is not finite as f32.
+    pub fn set_weights(&mut self, weights: &[f64], stream: Stream) -> Result<()> {
+        let _ = stream;
+        if weights.len() != self.modalities() {
+            let (expected, got) = (self.modalities(), weights.len());
+            return Err(Error::Count { what: "the weights", expected, got });
+        }
+        if let Some(modality) = weights.iter().position(|w| !(*w as f32).is_finite()) {
+            return Err(Error::Weight { modality, got: weights[modality] });
+        }
+        put_weights(self.cpu.state_mut(), weights);
+        Ok(())
+    }
+
+    /// Sets the factor that gradients are scaled by from the next observation on. It is not part of the saved state.
+    ///
+    /// # Errors
+    /// [`Error::MisalignedScale`] for an address that is not aligned to an f32.
+    pub fn set_grad_scale(&mut self, scale: GradScale) -> Result<()> {
+        if let crate::grad::Scale::Address(address) = scale.0 {
+            if !address.is_multiple_of(4) {
+                return Err(Error::MisalignedScale { address });
+            }
+        }
+        self.scale = scale;
+        Ok(())
+    }
+
+    /// Reads what the blender knows. Waits for `stream`.
+    ///
+    /// # Errors
+    /// None on the CPU.
+    pub fn report(&mut self, stream: Stream) -> Result<Report> {
+        let moments = self.second_moments(stream)?;
+        let (modalities, state) = (self.modalities(), self.cpu.state());
+        let mut mean = vec![0.0; modalities];
+        moments::moments(state, modalities, &mut mean, &mut []);
+        let weights = state.weights[..modalities].to_vec();
+        let second_moment: Vec<f64> = (0..modalities).map(|k| moments[k * modalities + k]).collect();
+        let ratio = |w: &[f64]| {
+            let (mut variance, mut gain) = (0.0, 0.0);
+            for j in 0..modalities {
+                gain += w[j] * mean[j];
+                for k in 0..modalities {
+                    variance += w[j] * w[k] * moments[j * modalities + k];
+                }
+            }
+            // S is positive semidefinite but for rounding.
+            f64::max(variance, 0.0).sqrt() / f64::abs(gain)
+        };
+        Ok(Report {
+            observed: state.observed,
+            skipped: state.skipped,
+            flags: Flags::from_bits_retain(state.flags),
+            nonfinite: state.nonfinite,
+            ogr: second_moment.iter().zip(&mean).map(|(s, m)| s.sqrt() / m.abs()).collect(),
+            ogr_blend: ratio(&weights),
+            ogr_uniform: ratio(&vec![1.0 / modalities as f64; modalities]),
+            weights,
+            mean,
+            second_moment,
+        })
+    }
+
+    /// Reads S, K x K, row-major; zeros before the first observation. Waits for `stream`.
+    ///
+    /// # Errors
+    /// None on the CPU.
+    pub fn second_moments(&mut self, stream: Stream) -> Result<Vec<f64>> {
+        let _ = stream;
+        let modalities = self.modalities();
+        let mut second_moment = vec![0.0; modalities * modalities];
+        moments::moments(self.cpu.state(), modalities, &mut [], &mut second_moment);
+        Ok(second_moment)
+    }
+
+    /// Address of the K weights in force as f32, where the device can read them, the same for the blender's life.
+    ///
+    /// A trainer can weight its losses by them and run one backward pass. Read them only while no call on this blender
+    /// runs.
+    pub fn device_weights(&self) -> *const f32 {
+        self.cpu.device_weights()
+    }
+
+    /// Address of the 2K pending sums in memory of the device, c_0..c_K then d_0..d_K, the same for the blender's life.
+    ///
+    /// A sharded trainer adds these up across its shards between `dot` and `observe`. Use them only while no call on this
+    /// blender runs.
+    pub fn pending_sums(&self) -> *mut f64 {
+        self.cpu.pending_sums()
+    }
+
+    /// The whole state as bytes: moments, weights, counters, flags and pending sums, bit for bit. Waits for `stream`.
+    ///
+    /// # Errors
+    /// None on the CPU.
+    pub fn save(&mut self, stream: Stream) -> Result<Vec<u8>> {
+        let _ = stream;
+        Ok(saved::write(self.cpu.state(), &self.config))
+    }
+
+    /// Goes on from a saved state.
+    ///
+    /// # Errors
+    /// [`Error::CorruptState`] for bytes that are foreign, truncated, altered or of an unknown version;
+    /// [`Error::StateMismatch`] for a state of another K, average or decay. The blender is then as it was.
+    pub fn load(&mut self, saved: &[u8], stream: Stream) -> Result<()> {
+        let _ = stream;
+        let state = saved::read(saved, &self.config)?;
+        *self.cpu.state_mut() = state;
+        Ok(())
+    }
+}
+
+fn put_weights(state: &mut State, weights: &[f64]) {
+    state.weights[..weights.len()].copy_from_slice(weights);
+    for (rounded, weight) in state.weights_f32.iter_mut().zip(weights) {
+        *rounded = *weight as f32;
+    }
+}

@@ -1,0 +1,85 @@
+//! Constants and records that every backend shares. Imports nothing of this crate.
+//!
+//! The records are `repr(C)` and hold addresses as 64-bit numbers, so that the same bytes mean the same thing to host
+//! code and to a kernel.
+
+/// Largest number of modalities K that a [`Blender`](crate::Blender) takes.
+pub const MAX_MODALITIES: usize = 32;
+
+/// Elements in a chunk, the unit of work that never crosses a tensor.
+///
+/// 64 Ki elements of f32 in six lists are 1.5 MiB: long enough that its overhead vanishes, short enough that two
+/// threads share a 25-million-element model evenly.
+pub(crate) const CHUNK: u64 = 1 << 16;
+
+/// Elements that one thread claims at a time, at the least (the last claim of a plan may hold fewer).
+///
+/// A claim (a *span*) is a run of whole chunks with one partial sum of its own, so a thousand tiny tensors cost one
+/// partial and one claim, not a thousand.
+pub(crate) const SPAN: u64 = CHUNK;
+
+/// What a plan knows of one tensor. Its modalities stand beside it, in tables of K slots a tensor, present ones first.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct TensorRecord {
+    /// Address of the train gradient t, 0 when absent.
+    pub(crate) train: u64,
+    /// Address of the validation gradient g, 0 when absent.
+    pub(crate) valid: u64,
+    /// Address of the blended gradient, 0 when the tensor is not blended.
+    pub(crate) blended: u64,
+    /// Elements.
+    pub(crate) len: u64,
+    /// A `DType` as its code.
+    pub(crate) dtype: u32,
+    /// How many modalities are present.
+    pub(crate) present: u32,
+}
+
+/// A run of elements of one tensor.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Chunk {
+    /// First element.
+    pub(crate) start: u64,
+    /// Elements, at most [`CHUNK`].
+    pub(crate) len: u32,
+    /// The tensor's place in the list.
+    pub(crate) tensor: u32,
+}
+
+/// A run of chunks: one claim of one thread, one partial sum.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Span {
+    /// First chunk.
+    pub(crate) first: u64,
+    /// One past the last chunk.
+    pub(crate) end: u64,
+}
+
+/// Everything a blender remembers between calls.
+#[derive(Clone, Debug)]
+#[repr(C)]
+pub(crate) struct State {
+    /// Pending sums: c_0..c_K, then d_0..d_K, without a gap.
+    pub(crate) pending: [f64; 2 * MAX_MODALITIES],
+    /// The weights in force, rounded to f32: what `blend` multiplies by.
+    pub(crate) weights_f32: [f32; MAX_MODALITIES],
+    /// The weights in force.
+    pub(crate) weights: [f64; MAX_MODALITIES],
+    /// Running mean of c_k, not yet divided by `normaliser`.
+    pub(crate) mean: [f64; MAX_MODALITIES],
+    /// Running mean of d_j d_k, row-major with K columns, not yet divided by `normaliser`.
+    pub(crate) second_moment: [f64; MAX_MODALITIES * MAX_MODALITIES],
+    /// Weight of all observations so far: 1 - b^n for an EMA of decay b, 1 for a mean; 0 before the first.
+    pub(crate) normaliser: f64,
+    /// Observations that entered the moments.
+    pub(crate) observed: u64,
+    /// Observations that did not, for a product that was not finite.
+    pub(crate) skipped: u64,
+    /// `Flags` as bits.
+    pub(crate) flags: u32,
+    /// Bit k: modality k made the latest observation not finite.
+    pub(crate) nonfinite: u32,
+}
