@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cpu::{self, Cpu, Partials};
 use crate::error::{Error, Result};
-use crate::grad::{GradScale, Stream, TensorGrads};
+use crate::grad::{GradScale, Scale, Stream, TensorGrads};
 use crate::layout::{MAX_MODALITIES, State};
 use crate::moments::{self, Average, Flags};
 use crate::plan::Table;
-use crate::solve::{Policy, solve_into};
+use crate::solve::{Overfitting, Policy, solve_into};
 
 /// What a blender works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,10 +73,9 @@ impl Config {
         if self.modalities == 0 || self.modalities as usize > MAX_MODALITIES {
             return Err(Error::Modalities { got: u64::from(self.modalities) });
         }
-        if let Average::Ema { decay } = self.average {
-            if !(0.0..1.0).contains(&decay) {
-                return Err(Error::Decay { got: decay });
-            }
+        match self.average {
+            Average::Ema { decay } if !(0.0..1.0).contains(&decay) => return Err(Error::Decay { got: decay }),
+            _ => {}
         }
         self.policy.check()
     }
@@ -233,7 +232,7 @@ impl Blender {
     /// # Errors
     /// Each names the tensor and the list: [`Error::ModalityCount`], [`Error::Unpaired`], [`Error::Length`],
     /// [`Error::MixedDTypes`], [`Error::Misaligned`], [`Error::OutOfRange`], [`Error::Overlap`],
-    /// [`Error::ForeignTensor`]; and [`Error::TensorCount`], [`Error::OutOfMemory`].
+    /// [`Error::ForeignTensor`]; and [`Error::OutOfMemory`].
     pub fn plan<'a>(&self, tensors: &[TensorGrads<'a>]) -> Result<Plan<'a>> {
         let table = Table::new(self.modalities(), tensors)?;
         let partials = Cpu::partials(&table)?;
@@ -326,7 +325,7 @@ impl Blender {
         let (modalities, mut policy) = (self.modalities(), self.config.policy);
         let state = self.cpu.state_mut();
         if state.observed < modalities as u64 {
-            policy.overfitting = crate::solve::Overfitting::Uncorrelated;
+            policy.overfitting = Overfitting::Uncorrelated;
         }
         let mut mean = [0.0; MAX_MODALITIES];
         let mut second_moment = [0.0; MAX_MODALITIES * MAX_MODALITIES];
@@ -375,13 +374,13 @@ impl Blender {
     /// # Errors
     /// [`Error::MisalignedScale`] for an address that is not aligned to an f32.
     pub fn set_grad_scale(&mut self, scale: GradScale) -> Result<()> {
-        if let crate::grad::Scale::Address(address) = scale.0 {
-            if !address.is_multiple_of(4) {
-                return Err(Error::MisalignedScale { address });
+        match scale.0 {
+            Scale::Address(address) if !address.is_multiple_of(4) => Err(Error::MisalignedScale { address }),
+            _ => {
+                self.scale = scale;
+                Ok(())
             }
         }
-        self.scale = scale;
-        Ok(())
     }
 
     /// Reads what the blender knows. Waits for `stream`.

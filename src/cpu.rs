@@ -2,6 +2,8 @@
 
 mod pass;
 mod pool;
+#[cfg(test)]
+mod tests;
 mod vector;
 
 use std::alloc::Layout;

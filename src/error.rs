@@ -51,14 +51,12 @@ pub enum Error {
         /// The damping asked for.
         got: f64,
     },
-    /// A worker thread could not be started.
-    #[error("could not start CPU thread {thread} of {threads}: {reason}")]
+    /// More CPU threads than the library or the operating system starts.
+    #[error("could not start {threads} CPU threads: {reason}")]
     Threads {
-        /// Which thread, counted from 0.
-        thread: u32,
         /// Threads asked for.
         threads: u32,
-        /// What the operating system said.
+        /// The limit, or what the operating system said.
         reason: String,
     },
     /// The backend of this device is not part of this build.
@@ -150,14 +148,6 @@ pub enum Error {
         other: List,
         /// The other list's tensor.
         other_tensor: usize,
-    },
-    /// More tensors than a plan can count (2^32 - 1).
-    #[error("expected at most {max} tensors, got {got}")]
-    TensorCount {
-        /// The most.
-        max: u64,
-        /// Tensors given.
-        got: u64,
     },
     /// A plan was updated with another number of tensors than it was made for.
     #[error("expected the plan's {expected} tensors, got {got}")]

@@ -40,12 +40,12 @@ pub(crate) struct TensorRecord {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Chunk {
+    /// The tensor's place in the list.
+    pub(crate) tensor: u64,
     /// First element.
     pub(crate) start: u64,
     /// Elements, at most [`CHUNK`].
-    pub(crate) len: u32,
-    /// The tensor's place in the list.
-    pub(crate) tensor: u32,
+    pub(crate) len: u64,
 }
 
 /// A run of chunks: one claim of one thread, one partial sum.

@@ -31,10 +31,6 @@ struct Range {
 impl Table {
     /// Checks `tensors` and lays out their table for K = `modalities`.
     pub(crate) fn new(modalities: usize, tensors: &[TensorGrads<'_>]) -> Result<Self> {
-        const MAX: u64 = u32::MAX as u64;
-        if tensors.len() as u64 > MAX {
-            return Err(Error::TensorCount { max: MAX, got: tensors.len() as u64 });
-        }
         check_shapes(modalities, tensors)?;
         let slots = tensors.len() * modalities;
         let chunks = tensors.iter().map(|tensor| tensor.len().div_ceil(CHUNK)).sum::<u64>();
@@ -57,7 +53,7 @@ impl Table {
             let mut start = 0;
             while start < tensor.len() {
                 let len = CHUNK.min(tensor.len() - start);
-                table.chunks.push(Chunk { start, len: len as u32, tensor: index as u32 });
+                table.chunks.push(Chunk { tensor: index as u64, start, len });
                 start += len;
             }
         }
@@ -131,7 +127,7 @@ impl Table {
     fn group_chunks(&mut self) {
         let (mut first, mut elements) = (0, 0);
         for (index, chunk) in self.chunks.iter().enumerate() {
-            elements += u64::from(chunk.len);
+            elements += chunk.len;
             if elements >= SPAN || index + 1 == self.chunks.len() {
                 self.spans.push(Span { first, end: index as u64 + 1 });
                 (first, elements) = (index as u64 + 1, 0);

@@ -211,10 +211,11 @@ fn correlated(
         if negative == Negative::Signed || x[..count].iter().all(|x| *x >= 0.0) {
             return (true, count < a.len());
         }
-        // A NaN is kept: it makes the sum of the a_k NaN, and the weights are held.
+        // An x that is not a number stays: it makes the sum of the a_k none either, and the weights are held.
         let mut kept = 0;
         for i in 0..count {
-            if !(x[i] < 0.0) {
+            let dropped = x[i] < 0.0;
+            if !dropped {
                 left[kept] = left[i];
                 kept += 1;
             }

@@ -7,6 +7,9 @@ use std::thread::JoinHandle;
 
 use crate::error::{Error, Result};
 
+/// More than any machine has cores: a larger number is a mistake, better told than tried.
+const MAX_THREADS: u32 = 4096;
+
 /// The caller's thread and `workers.len()` more.
 #[derive(Debug)]
 pub(super) struct Pool {
@@ -48,6 +51,9 @@ impl Pool {
             0 => std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
             threads => threads,
         };
+        if threads > MAX_THREADS {
+            return Err(Error::Threads { threads, reason: format!("expected at most {MAX_THREADS}") });
+        }
         let turn = Turn { number: 0, job: None, busy: 0, quit: false };
         let shared = Arc::new(Shared { turn: Mutex::new(turn), start: Condvar::new(), done: Condvar::new() });
         let mut pool = Pool { shared, workers: Vec::new() };
@@ -57,7 +63,7 @@ impl Pool {
             let worker = std::thread::Builder::new()
                 .name(format!("gradblend-{thread}"))
                 .spawn(move || shared.work())
-                .map_err(|error| Error::Threads { thread, threads, reason: error.to_string() })?;
+                .map_err(|error| Error::Threads { threads, reason: error.to_string() })?;
             pool.workers.push(worker);
         }
         Ok(pool)
