@@ -1,0 +1,241 @@
+//! Every error, provoked once by name; each leaves everything as it was.
+
+mod common;
+
+use std::ffi::c_void;
+
+use common::{Outcome, STREAM, blender};
+use gradblend::{
+    Average, Blender, Config, DType, Device, Error, GradScale, List, Losses, Pass, Policy, Schedule, TensorGrads, f16,
+    ogr, solve,
+};
+
+const A: [f32; 4] = [1.0, 2.0, 3.0, 4.0];
+
+fn refused<T: std::fmt::Debug>(result: gradblend::Result<T>, want: &Error, message: &str) {
+    match result {
+        // A NaN inside an error differs from itself; its text does not.
+        Err(got) => assert!(got == *want || got.to_string() == want.to_string(), "{got:?} against {want:?}"),
+        Ok(got) => panic!("{got:?} instead of {want:?}"),
+    }
+    assert!(want.to_string().contains(message), "{want} does not say {message:?}");
+}
+
+/// A tensor at made-up addresses; plans do not read them.
+fn raw(
+    len: u64,
+    dtype: DType,
+    train: usize,
+    valid: usize,
+    modalities: &[usize],
+    blended: usize,
+) -> TensorGrads<'static> {
+    let modalities: Vec<*const c_void> = modalities.iter().map(|v| *v as *const c_void).collect();
+    // SAFETY: the plans of these tests are refused or dropped without having run.
+    unsafe { TensorGrads::from_raw(len, dtype, train as *const _, valid as *const _, &modalities, blended as *mut _) }
+}
+
+#[test]
+fn every_variant_is_named_here() {
+    let (source, tests) = (include_str!("../src/error.rs"), include_str!("invalid.rs"));
+    let body = source.split("pub enum Error {").nth(1).unwrap_or("");
+    let named = |line: &str| line.strip_prefix("    ")?.split([' ', ',']).next().map(str::to_owned);
+    let variants: Vec<String> = body
+        .lines()
+        .filter(|line| line.starts_with("    ") && line[4..].starts_with(char::is_uppercase))
+        .filter_map(named)
+        .collect();
+    assert!(variants.len() > 25, "{variants:?}");
+    for variant in variants {
+        assert!(tests.contains(&format!("Error::{variant}")), "no test provokes Error::{variant}");
+    }
+}
+
+#[test]
+fn configuration() {
+    let new = |config| Blender::new(&Device::cpu(), config).map(drop);
+    for got in [0, 33, u32::MAX] {
+        let want = Error::Modalities { got: u64::from(got) };
+        refused(new(Config::new(got)), &want, &format!("got {got}"));
+    }
+    for got in [1.0, -0.1, 2.0, f64::NAN, f64::INFINITY] {
+        let config = Config { average: Average::Ema { decay: got }, ..Config::new(2) };
+        refused(new(config), &Error::Decay { got }, "decay");
+    }
+    for got in [-1e-9, f64::NAN, f64::INFINITY] {
+        let policy = Policy { damping: got, ..Policy::default() };
+        refused(new(Config { policy, ..Config::new(2) }), &Error::Damping { got }, "damping");
+        refused(solve(&[1.0], &[1.0], &policy), &Error::Damping { got }, "damping");
+    }
+    let threads = u32::MAX;
+    let want = Error::Threads { threads, reason: "expected at most 4096".into() };
+    refused(new(Config { threads, ..Config::new(2) }), &want, "4294967295");
+    refused(Device::cuda(3), &Error::NotBuilt { backend: "CUDA", ordinal: 3 }, "not part of this build");
+    refused(DType::try_from(7), &Error::DType { code: 7 }, "dtype 7");
+    assert_eq!(DType::try_from(2), Ok(DType::BF16));
+}
+
+#[test]
+fn tensors() -> Outcome {
+    let blender = blender(2, 1)?;
+    let good = || TensorGrads::new(&A, &A, &[Some(&A[..]), None]);
+    let mut out = A;
+    let check = |bad: TensorGrads<'_>, want: Error, message: &str| {
+        refused(blender.plan(&[good(), bad]), &want, message);
+    };
+    check(TensorGrads::new(&A, &A, &[None]), Error::ModalityCount { tensor: 1, expected: 2, got: 1 }, "tensor 1");
+    let many = vec![None; 40];
+    check(TensorGrads::new(&A, &A, &many), Error::ModalityCount { tensor: 1, expected: 2, got: 40 }, "got 40");
+    check(
+        TensorGrads::new(&A, &A, &[None, None]).in_place(5, &mut out),
+        Error::ModalityCount { tensor: 1, expected: 2, got: 6 },
+        "got 6",
+    );
+    let short = |list, got| Error::Length { tensor: 1, list, expected: 4, got };
+    check(TensorGrads::new(&A, &A[1..], &[None, None]), short(List::Valid, 3), "validation gradient has 3");
+    check(TensorGrads::new(&A, &A, &[None, Some(&A[2..])]), short(List::Modality(1), 2), "modality 1 has 2");
+    check(TensorGrads::new(&A, &A, &[None, None]).blended(&mut out[1..]), short(List::Blended, 3), "blended gradient");
+    let mut halves = [f16::ONE; 4];
+    check(
+        TensorGrads::new(&A, &A, &[None, None]).blended(&mut halves),
+        Error::MixedDTypes { tensor: 1, list: List::Blended, expected: "f32", got: "f16" },
+        "blended gradient is f16, expected f32",
+    );
+    let unpaired = |missing| Error::Unpaired { tensor: 1, missing };
+    check(raw(4, DType::F32, 64, 0, &[0, 0], 0), unpaired(List::Valid), "validation gradient is absent");
+    check(raw(4, DType::F32, 0, 64, &[0, 0], 0), unpaired(List::Train), "train gradient is absent");
+    let misaligned = |list, address, alignment| Error::Misaligned { tensor: 1, list, address, alignment };
+    check(raw(4, DType::F32, 64, 66, &[64, 0], 0), misaligned(List::Valid, 66, 4), "0x42");
+    check(raw(4, DType::F32, 64, 64, &[0, 65], 0), misaligned(List::Modality(1), 65, 4), "modality 1");
+    check(raw(4, DType::BF16, 64, 64, &[0, 66], 129), misaligned(List::Blended, 129, 2), "2 bytes");
+    let (address, len) = (usize::MAX - 15, 8);
+    let far = Error::OutOfRange { tensor: 1, list: List::Modality(0), address: address as u64, len };
+    check(raw(len, DType::F32, 0, 0, &[address, 0], 0), far, "past the end of memory");
+    let len = u64::MAX / 2;
+    let far = Error::OutOfRange { tensor: 1, list: List::Train, address: 64, len };
+    check(raw(len, DType::F16, 64, 64, &[0, 0], 0), far, "tensor 1: train gradient");
+    Ok(())
+}
+
+#[test]
+fn overlap() -> Outcome {
+    let blender = blender(2, 1)?;
+    // Tensors of 4 f32 take 16 bytes.
+    let at = |train, modalities: &[usize], blended| raw(4, DType::F32, train, train, modalities, blended);
+    let first = || at(0x1000, &[0x2000, 0x3000], 0x4000);
+    let cases = [
+        (at(0x5000, &[0x6000, 0x7000], 0x6004), (1, List::Modality(0), 1), "part of a modality"),
+        (at(0x5000, &[0x6000, 0x7000], 0x5000), (1, List::Train, 1), "the train gradient"),
+        (at(0x5000, &[0x6000, 0x7000], 0x2000), (1, List::Modality(0), 0), "another tensor's modality"),
+        (at(0x5000, &[0x4004, 0x7000], 0), (0, List::Modality(0), 1), "read over another tensor's blend"),
+        (at(0x5000, &[0x6000, 0x7000], 0x400c), (0, List::Blended, 1), "two blends"),
+        (at(0x5000, &[0x6000, 0x6000], 0x6000), (1, List::Modality(1), 1), "two modalities, one blend"),
+    ];
+    for (bad, (tensor, other, other_tensor), case) in cases {
+        let want = Error::Overlap { tensor, other, other_tensor };
+        assert_eq!(blender.plan(&[first(), bad]).map(drop), Err(want), "{case}");
+    }
+    for (good, case) in [
+        (at(0x5000, &[0x6000, 0x7000], 0x6000), "in place"),
+        (at(0x5000, &[0x6000, 0x7000], 0x6010), "right behind"),
+        (at(0x2000, &[0x2000, 0x2008], 0), "inputs may share memory"),
+        (raw(0, DType::F32, 0x4000, 0x4000, &[0x4000, 0], 0x4000), "an empty tensor overlaps nothing"),
+    ] {
+        assert_eq!(blender.plan(&[first(), good]).map(drop), Ok(()), "{case}");
+    }
+    Ok(())
+}
+
+#[test]
+fn plans() -> Outcome {
+    let (mut own, mut other) = (blender(2, 1)?, blender(2, 1)?);
+    let mut out = A;
+    let good = || TensorGrads::new(&A, &A, &[Some(&A[..]), Some(&A)]);
+    let lent = [good().blended(&mut out)];
+    let mut plan = own.plan(&lent)?;
+    let saved = own.save(STREAM())?;
+    let other_saved = other.save(STREAM())?;
+    refused(other.step(&plan, STREAM()), &Error::ForeignPlan, "another blender");
+    refused(other.plan(&lent), &Error::ForeignTensor { tensor: 0 }, "tensor 0");
+    assert_eq!(other.save(STREAM())?, other_saved);
+    for bits in [0, 4, 5, 16, 4 | 8] {
+        let what = Pass::from_bits_retain(bits);
+        refused(own.pass(&plan, what, STREAM()), &Error::Pass { bits }, &format!("{bits:#x}"));
+    }
+    refused(plan.update(&[], STREAM()), &Error::PlanTensors { expected: 1, got: 0 }, "plan's 1");
+    let length = Error::Length { tensor: 0, list: List::Train, expected: 4, got: 3 };
+    let short = [TensorGrads::new(&A[1..], &A[1..], &[None, None])];
+    refused(plan.update(&short, STREAM()), &length, "expected 4");
+    let halves = [f16::ONE; 4];
+    let dtype = Error::MixedDTypes { tensor: 0, list: List::Train, expected: "f32", got: "f16" };
+    refused(plan.update(&[TensorGrads::new(&halves, &halves, &[None, None])], STREAM()), &dtype, "f16");
+    assert_eq!(own.save(STREAM())?, saved, "nothing changed");
+    own.blend(&plan, STREAM())?;
+    let released = plan.release();
+    refused(own.dot(&released, STREAM()), &Error::ReleasedPlan, "released");
+    drop(lent);
+    assert_eq!(out, A, "the plan ran as it was: half of each of two equal gradients");
+    let bytes = (1_u64 << 44) * 24;
+    let huge = raw(1 << 60, DType::F32, 0, 0, &[0, 0], 0);
+    refused(own.plan(&[huge]), &Error::OutOfMemory { what: "the plan", bytes }, "out of memory");
+    Ok(())
+}
+
+#[test]
+fn weights_scales_and_numbers() -> Outcome {
+    let mut blender = blender(2, 1)?;
+    let saved = blender.save(STREAM())?;
+    let count = Error::Count { what: "the weights", expected: 2, got: 3 };
+    refused(blender.set_weights(&[1.0; 3], STREAM()), &count, "got 3");
+    for got in [f64::NAN, f64::INFINITY, 1e300] {
+        refused(blender.set_weights(&[1.0, got], STREAM()), &Error::Weight { modality: 1, got }, "modality 1");
+    }
+    // SAFETY: a misaligned scale is refused, not read.
+    let scale = unsafe { GradScale::from_raw(0x1002 as *const f32) };
+    refused(blender.set_grad_scale(scale), &Error::MisalignedScale { address: 0x1002 }, "0x1002");
+    assert_eq!(blender.save(STREAM())?, saved, "nothing changed");
+    let policy = Policy::default();
+    refused(solve(&[], &[], &policy), &Error::Modalities { got: 0 }, "got 0");
+    refused(solve(&[1.0; 33], &[1.0; 33 * 33], &policy), &Error::Modalities { got: 33 }, "got 33");
+    let count = Error::Count { what: "the second moment", expected: 4, got: 2 };
+    refused(solve(&[1.0; 2], &[1.0; 2], &policy), &count, "expected 4");
+    let got = f64::NAN;
+    refused(solve(&[1.0, got], &[1.0; 4], &policy), &Error::Numerator { modality: 1, got }, "modality 1");
+    for (place, got) in [(1, f64::INFINITY), (3, -1.0)] {
+        let mut s = [1.0, 0.0, 0.0, 1.0];
+        s[place] = got;
+        let want = Error::SecondMoment { row: place / 2, column: 1, got };
+        refused(solve(&[1.0; 2], &s, &policy), &want, "and 1");
+    }
+    let (good, bad) = (Losses { train: 1.0, valid: 1.0 }, Losses { train: 1.0, valid: f64::NAN });
+    let want = Error::Loss { modality: 1, list: "validation", when: "at the checkpoint", got: f64::NAN };
+    refused(ogr(&[good, bad], &[good; 2], &policy), &want, "validation loss of modality 1");
+    let count = Error::Count { what: "the losses after training", expected: 2, got: 1 };
+    refused(ogr(&[good; 2], &[good], &policy), &count, "got 1");
+    refused(Schedule::online(0, 5), &Error::Schedule { what: "warm-up" }, "warm-up");
+    refused(Schedule::online(5, 0), &Error::Schedule { what: "super-epoch" }, "super-epoch");
+    Ok(())
+}
+
+#[test]
+fn saved_states() -> Outcome {
+    let mut blender = blender(2, 1)?;
+    let mut saved = blender.save(STREAM())?;
+    let other = |config| Blender::new(&Device::cpu(), config)?.save(STREAM());
+    let mismatch =
+        |what, expected: &str, got: &str| Error::StateMismatch { what, expected: expected.into(), got: got.into() };
+    let three = other(Config::new(3))?;
+    refused(blender.load(&three, STREAM()), &mismatch("modalities", "2", "3"), "this blender has 2");
+    let mean = other(Config { average: Average::Mean, ..Config::new(2) })?;
+    refused(blender.load(&mean, STREAM()), &mismatch("average", "ema", "mean"), "mean");
+    let slow = other(Config { average: Average::Ema { decay: 0.5 }, ..Config::new(2) })?;
+    refused(blender.load(&slow, STREAM()), &mismatch("decay", "0.99", "0.5"), "0.5");
+    let corrupt = |reason: &str| Error::CorruptState { reason: reason.into() };
+    refused(blender.load(&[], STREAM()), &corrupt("shorter than a header"), "shorter");
+    let foreign = corrupt("does not start with the mark of a gradblend state");
+    refused(blender.load(&[0; 400], STREAM()), &foreign, "mark");
+    let last = saved.len() - 20;
+    saved[last] ^= 1;
+    refused(blender.load(&saved, STREAM()), &corrupt("checksum differs"), "checksum");
+    Ok(())
+}
