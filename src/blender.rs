@@ -1,6 +1,11 @@
 //! The blender: the operations, the report, and the saved state.
 
+mod config;
+mod report;
 mod saved;
+
+pub use config::{Cadence, Config, Device, Pass};
+pub use report::Report;
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,92 +14,9 @@ use crate::cpu::{self, Cpu, Partials};
 use crate::error::{Error, Result};
 use crate::grad::{GradScale, Scale, Stream, TensorGrads};
 use crate::layout::{MAX_MODALITIES, State};
-use crate::moments::{self, Average, Flags};
+use crate::moments::{self, Flags};
 use crate::plan::Table;
-use crate::solve::{Overfitting, Policy, solve_into};
-
-/// What a blender works on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Device(());
-
-impl Device {
-    /// The CPU.
-    pub fn cpu() -> Self {
-        Device(())
-    }
-
-    /// The CUDA device with this ordinal.
-    ///
-    /// # Errors
-    /// [`Error::NotBuilt`]: this build has no CUDA backend.
-    pub fn cuda(ordinal: i32) -> Result<Self> {
-        Err(Error::NotBuilt { backend: "CUDA", ordinal })
-    }
-}
-
-/// When the weights are solved for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Cadence {
-    /// When [`Blender::reweight`] is called, as at the end of a super-epoch.
-    #[default]
-    OnRequest,
-    /// At each observation that enters the moments.
-    EveryObservation,
-}
-
-/// How a blender averages, solves and runs.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Config {
-    /// K, from 1 to [`MAX_MODALITIES`], the fused loss included.
-    pub modalities: u32,
-    /// How observations are averaged.
-    pub average: Average,
-    /// How weights are solved for.
-    pub policy: Policy,
-    /// When they are.
-    pub cadence: Cadence,
-    /// CPU threads, the caller's included; 0 is all. Results do not depend on it.
-    pub threads: u32,
-}
-
-impl Config {
-    /// K modalities, an EMA of decay 0.99, the default [`Policy`], weights on request, all threads.
-    pub fn new(modalities: u32) -> Self {
-        Config {
-            modalities,
-            average: Average::Ema { decay: 0.99 },
-            policy: Policy::default(),
-            cadence: Cadence::default(),
-            threads: 0,
-        }
-    }
-
-    fn check(&self) -> Result<()> {
-        if self.modalities == 0 || self.modalities as usize > MAX_MODALITIES {
-            return Err(Error::Modalities { got: u64::from(self.modalities) });
-        }
-        match self.average {
-            Average::Ema { decay } if !(0.0..1.0).contains(&decay) => return Err(Error::Decay { got: decay }),
-            _ => {}
-        }
-        self.policy.check()
-    }
-}
-
-bitflags::bitflags! {
-    /// What one pass over the gradients does.
-    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-    pub struct Pass: u32 {
-        /// Add <g, v_k> and <t - g, v_k> to the pending sums.
-        const DOT = 1;
-        /// Write sum_k w_k v_k with the weights in force.
-        const BLEND = 2;
-        /// With BLEND: add to the blended gradient instead of replacing it.
-        const ACCUMULATE = 4;
-        /// Close the pending sums as one observation.
-        const OBSERVE = 8;
-    }
-}
+use crate::solve::{Overfitting, solve_into};
 
 /// A checked list of tensors: what the operations run on, without allocating or looking anything up.
 ///
@@ -137,31 +59,6 @@ fn lend(tensors: &[TensorGrads<'_>], blender: u64) -> Result<()> {
         Some(tensor) => Err(Error::ForeignTensor { tensor }),
         None => Ok(()),
     }
-}
-
-/// What a blender knows, read at one moment.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Report {
-    /// n: observations in the moments since the last reset.
-    pub observed: u64,
-    /// Observations that were skipped for a product that was not finite.
-    pub skipped: u64,
-    /// What the latest reweight and the latest observation met with.
-    pub flags: Flags,
-    /// Bit k: modality k made the latest observation not finite.
-    pub nonfinite: u32,
-    /// w_k in force, K of them.
-    pub weights: Vec<f64>,
-    /// m_k, K of them; 0 before the first observation.
-    pub mean: Vec<f64>,
-    /// sigma^2_k = S_kk, K of them; 0 before the first observation.
-    pub second_moment: Vec<f64>,
-    /// sqrt(S_kk) / |m_k|, K of them: overfitting-to-generalisation ratio of each modality alone; 0 / 0 is NaN.
-    pub ogr: Vec<f64>,
-    /// sqrt(w'Sw) / |w'm| with the weights in force.
-    pub ogr_blend: f64,
-    /// The same with uniform weights 1 / K.
-    pub ogr_uniform: f64,
 }
 
 /// Estimates the weights of K losses from their gradients, and blends the gradients with them.
@@ -388,35 +285,8 @@ impl Blender {
     /// # Errors
     /// None on the CPU.
     pub fn report(&mut self, stream: Stream) -> Result<Report> {
-        let moments = self.second_moments(stream)?;
-        let (modalities, state) = (self.modalities(), self.cpu.state());
-        let mut mean = vec![0.0; modalities];
-        moments::moments(state, modalities, &mut mean, &mut []);
-        let weights = state.weights[..modalities].to_vec();
-        let second_moment: Vec<f64> = (0..modalities).map(|k| moments[k * modalities + k]).collect();
-        let ratio = |w: &[f64]| {
-            let (mut variance, mut gain) = (0.0, 0.0);
-            for j in 0..modalities {
-                gain += w[j] * mean[j];
-                for k in 0..modalities {
-                    variance += w[j] * w[k] * moments[j * modalities + k];
-                }
-            }
-            // S is positive semidefinite but for rounding.
-            f64::max(variance, 0.0).sqrt() / f64::abs(gain)
-        };
-        Ok(Report {
-            observed: state.observed,
-            skipped: state.skipped,
-            flags: Flags::from_bits_retain(state.flags),
-            nonfinite: state.nonfinite,
-            ogr: second_moment.iter().zip(&mean).map(|(s, m)| s.sqrt() / m.abs()).collect(),
-            ogr_blend: ratio(&weights),
-            ogr_uniform: ratio(&vec![1.0 / modalities as f64; modalities]),
-            weights,
-            mean,
-            second_moment,
-        })
+        let _ = stream;
+        Ok(Report::read(self.cpu.state(), self.modalities()))
     }
 
     /// Reads S, K x K, row-major; zeros before the first observation. Waits for `stream`.

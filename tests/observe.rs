@@ -92,10 +92,14 @@ fn not_finite_changes_a_counter_and_a_flag() -> Outcome {
         assert_eq!((&report.weights, &report.mean, report.observed), (&before.weights, &before.mean, before.observed));
         assert_eq!(pending(&blender), [0.0; 6], "a skipped observation zeroes the pending sums too");
     }
+    blender.set_weights(&[3.0, 2.0, 1.0], STREAM())?;
+    set_pending(&mut blender, &[f64::NAN; 3], &[1.0; 3]);
+    blender.observe(STREAM())?;
+    assert_eq!(blender.report(STREAM())?.weights, [3.0, 2.0, 1.0], "a skipped observation does not reweight");
     set_pending(&mut blender, &[1.0; 3], &[1.0; 3]);
     blender.observe(STREAM())?;
     let report = blender.report(STREAM())?;
-    assert_eq!((report.flags, report.nonfinite, report.skipped, report.observed), (Flags::empty(), 0, 4, 2));
+    assert_eq!((report.flags, report.nonfinite, report.skipped, report.observed), (Flags::empty(), 0, 5, 2));
     Ok(())
 }
 

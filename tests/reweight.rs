@@ -170,6 +170,53 @@ fn correlated_solves_the_linear_system() -> Outcome {
     Ok(())
 }
 
+/// x with S x = m on `left`, by Gauss-Jordan elimination with row exchanges.
+fn eliminate(s: &[f64], m: &[f64], left: &[usize]) -> Vec<f64> {
+    let (k, n) = (m.len(), left.len());
+    let mut rows: Vec<Vec<f64>> =
+        left.iter().map(|j| left.iter().map(|i| s[j * k + i]).chain([m[*j]]).collect()).collect();
+    for i in 0..n {
+        let pivot = (i..n).fold(i, |best, j| if rows[j][i].abs() > rows[best][i].abs() { j } else { best });
+        rows.swap(i, pivot);
+        for j in (0..n).filter(|j| *j != i) {
+            let factor = rows[j][i] / rows[i][i];
+            for l in i..=n {
+                rows[j][l] -= factor * rows[i][l];
+            }
+        }
+    }
+    (0..n).map(|i| rows[i][n] / rows[i][i]).collect()
+}
+
+/// All negative ones are dropped at once, then the rest is solved again: dropping them one by one can end elsewhere.
+#[test]
+fn negative_weights_are_dropped_together() -> Outcome {
+    let mut random = Random(45);
+    for round in 0..500 {
+        let k = 3 + round % 8;
+        let s = second_moment(&mut random, k, 2 * k);
+        let m: Vec<f64> = (0..k).map(|_| 0.3 + random.number()).collect();
+        let mut left: Vec<usize> = (0..k).collect();
+        let x = loop {
+            let x = eliminate(&s, &m, &left);
+            if x.iter().all(|x| *x >= 0.0) {
+                break x;
+            }
+            left = left.iter().zip(&x).filter(|(_, x)| **x >= 0.0).map(|(k, _)| *k).collect();
+        };
+        let sum: f64 = x.iter().sum();
+        let mut want = vec![0.0; k];
+        left.iter().zip(&x).for_each(|(k, x)| want[*k] = x / sum);
+        let solution = solve(&m, &s, &CORRELATED)?;
+        if left.is_empty() {
+            assert_eq!(solution.weights, None);
+        } else {
+            close(found(&solution), &want, 1e-7);
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn scaling_and_permuting_change_nothing() -> Outcome {
     let mut random = Random(43);

@@ -35,7 +35,7 @@ fn bits<T: Element>(run: Run, list: impl Fn(usize) -> Vec<T>, modalities: usize,
         unsafe { run(&work, &table.chunks, &mut sums) };
         out.extend(sums.iter().flatten().map(|sum| sum.to_bits()));
     }
-    drop(tensors);
+    let _ = tensors;
     let bytes = std::mem::size_of::<T>() * blended.len();
     // SAFETY: f32, f16 and bf16 are plain numbers without padding.
     let bytes = unsafe { std::slice::from_raw_parts(blended.as_ptr().cast::<u8>(), bytes) };
