@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cpu::{self, Cpu, Partials};
 use crate::error::{Error, Result};
-use crate::grad::{GradScale, Scale, Stream, TensorGrads};
+use crate::grad::{GradScale, Lent, Scale, Stream, TensorGrads};
 use crate::layout::{MAX_MODALITIES, State};
 use crate::moments::{self, Flags};
-use crate::plan::Table;
+use crate::plan::{Table, reserved};
 use crate::solve::{Overfitting, solve_into};
 
 /// A checked list of tensors: what the operations run on, without allocating or looking anything up.
@@ -27,6 +27,8 @@ pub struct Plan<'a> {
     blender: u64,
     table: Table,
     partials: Partials,
+    /// Room for `lend`, so that an update allocates nothing.
+    taken: Vec<usize>,
     bound: bool,
     borrow: PhantomData<&'a mut [u8]>,
 }
@@ -41,7 +43,7 @@ impl<'a> Plan<'a> {
     pub fn update(&mut self, tensors: &[TensorGrads<'a>], stream: Stream) -> Result<()> {
         let _ = stream;
         self.table.check_update(tensors)?;
-        lend(tensors, self.blender)?;
+        lend(tensors, self.blender, &mut self.taken)?;
         self.table.bind(tensors);
         self.bound = true;
         Ok(())
@@ -50,15 +52,31 @@ impl<'a> Plan<'a> {
     /// Gives the gradients back. The plan cannot run until it is updated.
     pub fn release(mut self) -> Plan<'static> {
         self.table.unbind();
-        Plan { blender: self.blender, table: self.table, partials: self.partials, bound: false, borrow: PhantomData }
+        Plan {
+            blender: self.blender,
+            table: self.table,
+            partials: self.partials,
+            taken: self.taken,
+            bound: false,
+            borrow: PhantomData,
+        }
     }
 }
 
-fn lend(tensors: &[TensorGrads<'_>], blender: u64) -> Result<()> {
-    match tensors.iter().position(|tensor| !tensor.lend(blender)) {
-        Some(tensor) => Err(Error::ForeignTensor { tensor }),
-        None => Ok(()),
+/// Lends all tensors to a blender, or none: `taken`, with room for all, remembers which to take back.
+fn lend(tensors: &[TensorGrads<'_>], blender: u64, taken: &mut Vec<usize>) -> Result<()> {
+    taken.clear();
+    for (tensor, grads) in tensors.iter().enumerate() {
+        match grads.lend(blender) {
+            Lent::Now => taken.push(tensor),
+            Lent::Before => {}
+            Lent::Elsewhere => {
+                taken.iter().for_each(|tensor| tensors[*tensor].take_back());
+                return Err(Error::ForeignTensor { tensor });
+            }
+        }
     }
+    Ok(())
 }
 
 /// Estimates the weights of K losses from their gradients, and blends the gradients with them.
@@ -133,8 +151,9 @@ impl Blender {
     pub fn plan<'a>(&self, tensors: &[TensorGrads<'a>]) -> Result<Plan<'a>> {
         let table = Table::new(self.modalities(), tensors)?;
         let partials = Cpu::partials(&table)?;
-        lend(tensors, self.number)?;
-        Ok(Plan { blender: self.number, table, partials, bound: true, borrow: PhantomData })
+        let mut taken = reserved(tensors.len() as u64)?;
+        lend(tensors, self.number, &mut taken)?;
+        Ok(Plan { blender: self.number, table, partials, taken, bound: true, borrow: PhantomData })
     }
 
     /// One pass over memory that does any of DOT, BLEND (with ACCUMULATE: blended += instead of =) and OBSERVE. The blend
@@ -269,10 +288,12 @@ impl Blender {
     /// Sets the factor that gradients are scaled by from the next observation on. It is not part of the saved state.
     ///
     /// # Errors
-    /// [`Error::MisalignedScale`] for an address that is not aligned to an f32.
+    /// [`Error::MisalignedScale`] for an address that is not aligned to an f32, [`Error::Scale`] for a value that is zero
+    /// or not finite. Such a value behind an address makes the observation that reads it not finite.
     pub fn set_grad_scale(&mut self, scale: GradScale) -> Result<()> {
         match scale.0 {
             Scale::Address(address) if !address.is_multiple_of(4) => Err(Error::MisalignedScale { address }),
+            Scale::Value(got) if got == 0.0 || !got.is_finite() => Err(Error::Scale { got }),
             _ => {
                 self.scale = scale;
                 Ok(())

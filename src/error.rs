@@ -218,9 +218,9 @@ pub enum Error {
     Loss {
         /// The modality.
         modality: usize,
-        /// `"training"` or `"validation"`.
+        /// `"training"`, `"validation"` or `"difference of the"`.
         list: &'static str,
-        /// `"at the checkpoint"` or `"after training"`.
+        /// `"at the checkpoint"`, `"after training"` or `"before and after training"`.
         when: &'static str,
         /// The loss.
         got: f64,
@@ -236,6 +236,12 @@ pub enum Error {
     MisalignedScale {
         /// The address.
         address: u64,
+    },
+    /// A gradient scale that cannot be divided by.
+    #[error("gradient scale is {got}, expected a finite number other than 0")]
+    Scale {
+        /// The scale.
+        got: f32,
     },
     /// A saved state was written by a blender of another configuration.
     #[error("the saved state has {what} {got}, this blender has {expected}")]

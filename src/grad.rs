@@ -176,12 +176,8 @@ impl<'a> TensorGrads<'a> {
     /// Writes the blended gradient to `blended`.
     #[must_use]
     pub fn blended<T: Element>(mut self, blended: &'a mut [T]) -> Self {
-        self.lent = Some(AtomicU64::new(0));
-        if self.lists().next().is_none() {
-            self.shape = (blended.len() as u64, T::DTYPE);
-        }
         self.blended = Some(Grad::from_slice_mut(blended));
-        self
+        self.with_slice()
     }
 
     /// Takes `gradient` as the gradient of modality `k` and writes the blended gradient over it.
@@ -189,16 +185,23 @@ impl<'a> TensorGrads<'a> {
     /// A `k` that the tensor does not have is refused, as a wrong number of modalities, when a plan is made.
     #[must_use]
     pub fn in_place<T: Element>(mut self, k: usize, gradient: &'a mut [T]) -> Self {
-        self.lent = Some(AtomicU64::new(0));
-        if self.lists().next().is_none() {
-            self.shape = (gradient.len() as u64, T::DTYPE);
-        }
         let grad = Some(Grad::from_slice_mut(gradient));
         self.blended = grad;
         self.count = self.count.max(k.saturating_add(1));
         if let Some(slot) = self.modalities.get_mut(k) {
             *slot = grad;
         }
+        self.with_slice()
+    }
+
+    /// After a slice that may be written to has come in: takes the shape of the first list, and keeps to one blender.
+    fn with_slice(mut self) -> Self {
+        let first = self.lists().next();
+        if let Some((_, grad)) = first {
+            self.shape = (grad.len, grad.dtype);
+        }
+        // A tensor that is lent already stays lent: its other slices are in a plan.
+        self.lent.get_or_insert_with(|| AtomicU64::new(0));
         self
     }
 
@@ -270,19 +273,35 @@ impl<'a> TensorGrads<'a> {
             .filter_map(|(list, grad)| Some((list, grad?)))
     }
 
-    /// Lends slices that may be written to to the blender with this number, for good.
+    /// Lends slices that may be written to, for good, to the blender with this number.
     ///
     /// One blender runs one call at a time, so plans of one blender can share a mutable slice; two blenders on two
     /// threads could not.
-    pub(crate) fn lend(&self, blender: u64) -> bool {
-        match &self.lent {
-            None => true,
-            Some(lent) => match lent.compare_exchange(0, blender, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => true,
-                Err(owner) => owner == blender,
-            },
+    pub(crate) fn lend(&self, blender: u64) -> Lent {
+        match self.lent.as_ref().map(|lent| lent.compare_exchange(0, blender, Ordering::AcqRel, Ordering::Acquire)) {
+            Some(Ok(_)) => Lent::Now,
+            Some(Err(owner)) if owner != blender => Lent::Elsewhere,
+            _ => Lent::Before,
         }
     }
+
+    /// Takes back what `lend` has just lent, before any plan was made with it.
+    pub(crate) fn take_back(&self) {
+        if let Some(lent) = &self.lent {
+            lent.store(0, Ordering::Release);
+        }
+    }
+}
+
+/// What came of lending a tensor's slices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lent {
+    /// They are lent to this blender from now on.
+    Now,
+    /// They were already, or there is nothing that may be written to.
+    Before,
+    /// They are lent to another blender.
+    Elsewhere,
 }
 
 /// A stream of the device that work is put on: `cudaStream_t` or `CUstream`, borrowed. The CPU ignores it.

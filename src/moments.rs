@@ -10,7 +10,8 @@ bitflags::bitflags! {
         const HELD = 1;
         /// The latest observation had a product that was not finite and was skipped.
         const NONFINITE = 2;
-        /// The latest reweight gave a modality no weight because it would have been negative.
+        /// In the latest reweight, a modality's weight would have been negative and was set to zero. With HELD: all were,
+        /// or what was left was nothing to go by.
         const CLAMPED = 4;
     }
 }
@@ -41,7 +42,8 @@ impl Average {
 ///
 /// Products are divided by `scale` squared first. Not finite is a c_k, a d_k, or a d_k whose square overflows.
 pub(crate) fn observe(state: &mut State, modalities: usize, average: Average, scale: f32) -> bool {
-    let scale = f64::from(scale) * f64::from(scale);
+    // Dividing by infinity would make zeros of anything.
+    let scale = if scale.is_finite() { f64::from(scale) * f64::from(scale) } else { f64::NAN };
     let (mut c, mut d) = ([0.0; MAX_MODALITIES], [0.0; MAX_MODALITIES]);
     let mut nonfinite = 0;
     for k in 0..modalities {
@@ -57,10 +59,10 @@ pub(crate) fn observe(state: &mut State, modalities: usize, average: Average, sc
     flags.set(Flags::NONFINITE, nonfinite != 0);
     state.flags = flags.bits();
     if nonfinite != 0 {
-        state.skipped += 1;
+        state.skipped = state.skipped.saturating_add(1);
         return false;
     }
-    state.observed += 1;
+    state.observed = state.observed.saturating_add(1);
     let keep = average.keep(state.observed);
     let add = match average {
         // 1 - (n - 1) / n would round; 1 / n is nearer.

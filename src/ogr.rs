@@ -25,8 +25,11 @@ pub struct MeanLoss {
 impl MeanLoss {
     /// Adds a batch of `samples` with this mean loss.
     pub fn add(&mut self, mean: f64, samples: u64) {
-        self.sum += mean * samples as f64;
-        self.samples += samples;
+        // An empty batch has no mean, and must not make the whole one NaN.
+        if samples > 0 {
+            self.sum += mean * samples as f64;
+            self.samples = self.samples.saturating_add(samples);
+        }
     }
 
     /// The mean over all samples; NaN without any.
@@ -54,7 +57,7 @@ pub struct Estimate {
 ///
 /// # Errors
 /// [`Error::Modalities`] for no or more than 32 modalities, [`Error::Count`] unless both lists have one entry for each,
-/// [`Error::Loss`] for a loss that is not finite, [`Error::Damping`].
+/// [`Error::Loss`] for a loss, or a difference of losses, that is not finite, [`Error::Damping`].
 ///
 /// ```
 /// use gradblend::{Losses, Policy, ogr};
@@ -87,9 +90,17 @@ pub fn ogr(before: &[Losses], after: &[Losses], policy: &Policy) -> Result<Estim
     let pairs = || before.iter().zip(after);
     let delta_g: Vec<f64> = pairs().map(|(n, m)| n.valid - m.valid).collect();
     let delta_o: Vec<f64> = pairs().map(|(n, m)| (m.valid - m.train) - (n.valid - n.train)).collect();
+    for (modality, got) in delta_g.iter().chain(&delta_o).copied().enumerate() {
+        if !got.is_finite() {
+            let modality = modality % modalities;
+            return Err(Error::Loss { modality, list: "difference of the", when: "before and after training", got });
+        }
+    }
+    // Weights do not change when all gaps are scaled; near 1, their squares neither vanish nor overflow.
+    let largest = delta_o.iter().fold(0.0, |max: f64, gap| max.max(gap.abs()));
     let mut second_moment = vec![0.0; modalities * modalities];
-    for (k, gap) in delta_o.iter().enumerate() {
-        second_moment[k * modalities + k] = gap * gap;
+    for (k, gap) in delta_o.iter().enumerate().filter(|_| largest > 0.0) {
+        second_moment[k * modalities + k] = (gap / largest) * (gap / largest);
     }
     Ok(Estimate {
         ogr: delta_o.iter().zip(&delta_g).map(|(o, g)| (o / g).abs()).collect(),
@@ -147,7 +158,10 @@ pub fn gb_estimate<T: Trainee>(
     }
     policy.check()?;
     let checkpoint = trainee.save()?;
-    let before = (0..modalities).map(|k| trainee.losses(k)).collect::<std::result::Result<Vec<_>, _>>()?;
+    let before = (0..modalities).map(|k| trainee.losses(k)).collect::<std::result::Result<Vec<_>, _>>();
+    // Measuring may move a trainee too (its random stream, say), and each modality must start from the same state.
+    trainee.restore(&checkpoint)?;
+    let before = before?;
     let mut after = Vec::with_capacity(modalities);
     for k in 0..modalities {
         let losses = trainee.train_modality(k, epochs).and_then(|()| trainee.losses(k));

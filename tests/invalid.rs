@@ -183,6 +183,25 @@ fn plans() -> Outcome {
     Ok(())
 }
 
+/// A tensor that is lent stays lent, whatever is added to it; a refused plan takes nothing.
+#[test]
+fn lent_slices() -> Outcome {
+    let (one, two) = (blender(1, 1)?, blender(1, 1)?);
+    let (mut v, mut w, mut x) = (A, A, A);
+    let first = [TensorGrads::new(&A, &A, &[None]).in_place(0, &mut v)];
+    let plan = one.plan(&first)?;
+    let [first] = first;
+    let free = TensorGrads::new(&A, &A, &[Some(&A[..])]).blended(&mut x);
+    let both = [free, first.blended(&mut w)];
+    refused(two.plan(&both), &Error::ForeignTensor { tensor: 1 }, "tensor 1");
+    one.plan(&both)?;
+    drop(plan);
+    // A list that was replaced leaves no shape behind.
+    let mut longer = [1.0_f32; 5];
+    two.plan(&[TensorGrads::blend_only(&[Some(&A[..])]).in_place(0, &mut longer)])?;
+    Ok(())
+}
+
 #[test]
 fn weights_scales_and_numbers() -> Outcome {
     let mut blender = blender(2, 1)?;
@@ -195,6 +214,9 @@ fn weights_scales_and_numbers() -> Outcome {
     // SAFETY: a misaligned scale is refused, not read.
     let scale = unsafe { GradScale::from_raw(0x1002 as *const f32) };
     refused(blender.set_grad_scale(scale), &Error::MisalignedScale { address: 0x1002 }, "0x1002");
+    for got in [0.0, f32::NAN, f32::INFINITY] {
+        refused(blender.set_grad_scale(GradScale::value(got)), &Error::Scale { got }, "gradient scale");
+    }
     assert_eq!(blender.save(STREAM())?, saved, "nothing changed");
     let policy = Policy::default();
     refused(solve(&[], &[], &policy), &Error::Modalities { got: 0 }, "got 0");
@@ -212,6 +234,10 @@ fn weights_scales_and_numbers() -> Outcome {
     let (good, bad) = (Losses { train: 1.0, valid: 1.0 }, Losses { train: 1.0, valid: f64::NAN });
     let want = Error::Loss { modality: 1, list: "validation", when: "at the checkpoint", got: f64::NAN };
     refused(ogr(&[good, bad], &[good; 2], &policy), &want, "validation loss of modality 1");
+    let (up, down) = (Losses { train: 1.0, valid: 1e308 }, Losses { train: 1.0, valid: -1e308 });
+    let (list, when) = ("difference of the", "before and after training");
+    let want = Error::Loss { modality: 1, list, when, got: f64::INFINITY };
+    refused(ogr(&[good, up], &[good, down], &policy), &want, "modality 1");
     let count = Error::Count { what: "the losses after training", expected: 2, got: 1 };
     refused(ogr(&[good; 2], &[good], &policy), &count, "got 1");
     refused(Schedule::online(0, 5), &Error::Schedule { what: "warm-up" }, "warm-up");

@@ -130,11 +130,13 @@ fn scale_is_judged_after_division() -> Outcome {
     for (scale, c, d, kept) in [
         (0.0, 1.0, 1.0, false),
         (f32::NAN, 1.0, 1.0, false),
+        (f32::INFINITY, 1.0, 1.0, false),
         (2.0, 8.0, 4.0, true),
         (f32::MIN_POSITIVE, 1e300, 1.0, false),
     ] {
         blender.reset(STREAM())?;
-        blender.set_grad_scale(GradScale::value(scale))?;
+        // SAFETY: `scale` lives until the end of this turn, which has the only observation that reads it.
+        blender.set_grad_scale(unsafe { GradScale::from_raw(&raw const scale) })?;
         set_pending(&mut blender, &[c], &[d]);
         blender.observe(STREAM())?;
         let report = blender.report(STREAM())?;

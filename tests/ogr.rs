@@ -65,6 +65,8 @@ fn loaders_of_different_length_compare() {
         long.add(4.0, 4);
     }
     assert_eq!((short.mean(), long.mean()), (2.0, 2.0));
+    short.add(f64::NAN, 0);
+    assert_eq!(short.mean(), 2.0, "an empty batch has no say");
     assert!(MeanLoss::default().mean().is_nan(), "no sample, no loss");
 }
 
@@ -92,6 +94,17 @@ fn nothing_gained_and_nothing_lost() -> Outcome {
     assert_eq!(worse.solution.weights, None);
     // One that did not move has no weight, and does not spoil the others'.
     close(&weights(&still, &[losses(1.0, 1.0), losses(0.5, 0.75), losses(0.5, 0.75)])?, &[0.0, 0.5, 0.5]);
+    Ok(())
+}
+
+/// Tiny losses weigh like large ones.
+#[test]
+fn scaling_all_losses_changes_nothing() -> Outcome {
+    for scale in [1e-170, 1e-30, 1.0, 1e30, 1e170] {
+        let before = [losses(2.0 * scale, 2.0 * scale); 2];
+        let after = [losses(scale, 1.5 * scale), losses(0.5 * scale, 1.5 * scale)];
+        close(&weights(&before, &after)?, &[0.8, 0.2]);
+    }
     Ok(())
 }
 
@@ -150,7 +163,7 @@ fn gb_estimate_trains_each_alone_and_goes_back() -> Result<(), Failure> {
     let mut trainee = Scripted { state: vec![3; 3], ..Scripted::default() };
     let estimate = gb_estimate(&mut trainee, 5, &Policy::default())?;
     assert_eq!(trainee.state, [3; 3]);
-    assert_eq!(trainee.log, ["train 0", "restore", "train 1", "restore", "train 2", "restore"]);
+    assert_eq!(trainee.log, ["restore", "train 0", "restore", "train 1", "restore", "train 2", "restore"]);
     close(&estimate.delta_g, &[0.5, 0.25, 0.5 / 3.0]);
     close(&estimate.delta_o, &[0.5, 0.75, 1.0 - 0.5 / 3.0]);
     Ok(())

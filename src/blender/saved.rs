@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::layout::{MAX_MODALITIES, State};
-use crate::moments::{Average, EMPTY};
+use crate::moments::{Average, EMPTY, Flags};
 
 use super::Config;
 
@@ -118,6 +118,12 @@ pub(super) fn read(saved: &[u8], config: &Config) -> Result<State> {
     }
     if state.observed > 0 && state.normaliser <= 0.0 {
         return Err(corrupt("observations without a weight"));
+    }
+    if (0..k).any(|i| state.second_moment[i * k + i] < 0.0) {
+        return Err(corrupt("a second moment is negative"));
+    }
+    if average > 1 || Flags::from_bits(state.flags).is_none() || u64::from(state.nonfinite) >> k != 0 {
+        return Err(corrupt("an unknown average, flag or modality"));
     }
     let mismatch = |what, expected: String, got: String| Err(Error::StateMismatch { what, expected, got });
     if modalities != config.modalities {
