@@ -1,0 +1,207 @@
+//! Random gradients, and what the naive way does with them.
+
+use std::ops::Range;
+
+use gradblend::{Element, bf16, f16};
+use half::slice::HalfFloatSliceExt;
+use ndarray::{ArrayView1, ArrayViewMut1, azip};
+use rayon::prelude::*;
+
+use super::contenders::Kernels;
+
+/// Elements that are converted together: they stay in the first-level cache.
+const BLOCK: usize = 1024;
+
+/// An element with the four kernels that a user writes first.
+pub(crate) trait Real: Element {
+    /// Half the distance from 1 to the next number.
+    const EPSILON: f64;
+    /// The kernels in plain Rust.
+    const PLAIN: Kernels<Self>;
+    /// The kernels of ndarray, which has them for f32.
+    const NDARRAY: Option<Kernels<Self>>;
+    fn from_f32(x: f32) -> Self;
+    fn to_f64(self) -> f64;
+}
+
+impl Real for f32 {
+    const EPSILON: f64 = 1.0 / (1u64 << 24) as f64;
+    const PLAIN: Kernels<f32> =
+        Kernels { difference: plain::difference, dot: plain::dot, scale: plain::scale, axpy: plain::axpy };
+    const NDARRAY: Option<Kernels<f32>> =
+        Some(Kernels { difference: nd::difference, dot: nd::dot, scale: nd::scale, axpy: nd::axpy });
+
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+/// Plain Rust on f32.
+mod plain {
+    pub(super) fn difference(t: &[f32], g: &[f32], out: &mut [f32]) {
+        for ((out, t), g) in out.iter_mut().zip(t).zip(g) {
+            *out = t - g;
+        }
+    }
+
+    /// Sums side by side, which a compiler may keep in vectors; one alone is four times slower even beyond the cache.
+    pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+        const SUMS: usize = 32;
+        let mut sums = [0.0_f32; SUMS];
+        let (a, b) = (a.chunks_exact(SUMS), b.chunks_exact(SUMS));
+        let rest: f32 = a.remainder().iter().zip(b.remainder()).map(|(a, b)| a * b).sum();
+        for (a, b) in a.zip(b) {
+            for i in 0..SUMS {
+                sums[i] += a[i] * b[i];
+            }
+        }
+        rest + sums.iter().sum::<f32>()
+    }
+
+    pub(super) fn scale(w: f32, v: &[f32], out: &mut [f32]) {
+        for (out, v) in out.iter_mut().zip(v) {
+            *out = w * v;
+        }
+    }
+
+    pub(super) fn axpy(w: f32, v: &[f32], out: &mut [f32]) {
+        for (out, v) in out.iter_mut().zip(v) {
+            *out += w * v;
+        }
+    }
+}
+
+/// 16-bit elements: converted by `half` in blocks (with F16C where the processor has it, which is several times
+/// faster than element by element), then the kernels of f32.
+macro_rules! real_16 {
+    ($name:ident, $element:ty, $bits:literal) => {
+        impl Real for $element {
+            const EPSILON: f64 = 1.0 / (1u64 << $bits) as f64;
+            const PLAIN: Kernels<Self> =
+                Kernels { difference: $name::difference, dot: $name::dot, scale: $name::scale, axpy: $name::axpy };
+            const NDARRAY: Option<Kernels<Self>> = None;
+
+            fn from_f32(x: f32) -> Self {
+                <$element>::from_f32(x)
+            }
+
+            fn to_f64(self) -> f64 {
+                <$element>::to_f64(self)
+            }
+        }
+
+        mod $name {
+            use super::*;
+
+            pub(super) fn difference(t: &[$element], g: &[$element], out: &mut [$element]) {
+                let (mut a, mut b, mut c) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
+                for ((t, g), out) in t.chunks(BLOCK).zip(g.chunks(BLOCK)).zip(out.chunks_mut(BLOCK)) {
+                    let (a, b, c) = (&mut a[..t.len()], &mut b[..t.len()], &mut c[..t.len()]);
+                    t.convert_to_f32_slice(a);
+                    g.convert_to_f32_slice(b);
+                    plain::difference(a, b, c);
+                    out.convert_from_f32_slice(c);
+                }
+            }
+
+            pub(super) fn dot(a: &[$element], b: &[$element]) -> f32 {
+                let (mut x, mut y, mut sum) = ([0.0; BLOCK], [0.0; BLOCK], 0.0);
+                for (a, b) in a.chunks(BLOCK).zip(b.chunks(BLOCK)) {
+                    let (x, y) = (&mut x[..a.len()], &mut y[..a.len()]);
+                    a.convert_to_f32_slice(x);
+                    b.convert_to_f32_slice(y);
+                    sum += plain::dot(x, y);
+                }
+                sum
+            }
+
+            pub(super) fn scale(w: f32, v: &[$element], out: &mut [$element]) {
+                let (mut x, mut y) = ([0.0; BLOCK], [0.0; BLOCK]);
+                for (v, out) in v.chunks(BLOCK).zip(out.chunks_mut(BLOCK)) {
+                    let (x, y) = (&mut x[..v.len()], &mut y[..v.len()]);
+                    v.convert_to_f32_slice(x);
+                    plain::scale(w, x, y);
+                    out.convert_from_f32_slice(y);
+                }
+            }
+
+            pub(super) fn axpy(w: f32, v: &[$element], out: &mut [$element]) {
+                let (mut x, mut y) = ([0.0; BLOCK], [0.0; BLOCK]);
+                for (v, out) in v.chunks(BLOCK).zip(out.chunks_mut(BLOCK)) {
+                    let (x, y) = (&mut x[..v.len()], &mut y[..v.len()]);
+                    v.convert_to_f32_slice(x);
+                    out.convert_to_f32_slice(y);
+                    plain::axpy(w, x, y);
+                    out.convert_from_f32_slice(y);
+                }
+            }
+        }
+    };
+}
+real_16!(half_f16, f16, 11);
+real_16!(half_bf16, bf16, 8);
+
+/// The same kernels by ndarray.
+mod nd {
+    use super::*;
+
+    pub(super) fn difference(t: &[f32], g: &[f32], out: &mut [f32]) {
+        azip!((out in ArrayViewMut1::from(out), t in ArrayView1::from(t), g in ArrayView1::from(g)) *out = t - g);
+    }
+
+    pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+        ArrayView1::from(a).dot(&ArrayView1::from(b))
+    }
+
+    pub(super) fn scale(w: f32, v: &[f32], out: &mut [f32]) {
+        azip!((out in ArrayViewMut1::from(out), v in ArrayView1::from(v)) *out = w * v);
+    }
+
+    pub(super) fn axpy(w: f32, v: &[f32], out: &mut [f32]) {
+        ArrayViewMut1::from(out).scaled_add(w, &ArrayView1::from(v));
+    }
+}
+
+/// The gradients of a list of tensors. A list is one allocation, its tensors at multiples of 64 bytes.
+pub(crate) struct Lists<T> {
+    /// Where each tensor is in every list.
+    pub(crate) tensors: Vec<Range<usize>>,
+    pub(crate) train: Vec<T>,
+    pub(crate) valid: Vec<T>,
+    pub(crate) modalities: Vec<Vec<T>>,
+    pub(crate) blended: Vec<T>,
+}
+
+impl<T: Real> Lists<T> {
+    pub(crate) fn random(lens: &[usize], modalities: usize) -> Self {
+        let mut end = 0;
+        let tensors = lens.iter().map(|len| {
+            let start = usize::next_multiple_of(end, 64 / size_of::<T>());
+            end = start + len;
+            start..end
+        });
+        let tensors = tensors.collect();
+        Lists {
+            tensors,
+            train: random(end, 0),
+            valid: random(end, 1),
+            modalities: (0..modalities).map(|k| random(end, 2 + k as u64)).collect(),
+            blended: random(end, 99),
+        }
+    }
+}
+
+/// `len` numbers in [-1, 1): splitmix64 of the index, so that threads can share the work.
+fn random<T: Real>(len: usize, list: u64) -> Vec<T> {
+    let number = |index: usize| {
+        let mut x = ((list << 40) + index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        T::from_f32(((x >> 40) as i32 - (1 << 23)) as f32 / (1 << 23) as f32)
+    };
+    (0..len).into_par_iter().map(number).collect()
+}

@@ -1,0 +1,12 @@
+//! `dot` against plain reading of the same bytes, the naive way, and ndarray.
+
+mod common;
+
+use common::{Operation, run};
+
+fn dot(criterion: &mut criterion::Criterion) {
+    run(criterion, Operation::Dot);
+}
+
+criterion::criterion_group!(benches, dot);
+criterion::criterion_main!(benches);

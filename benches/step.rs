@@ -1,0 +1,12 @@
+//! `step` against plain reading of the same bytes, the naive way, and ndarray.
+
+mod common;
+
+use common::{Operation, run};
+
+fn step(criterion: &mut criterion::Criterion) {
+    run(criterion, Operation::Step);
+}
+
+criterion::criterion_group!(benches, step);
+criterion::criterion_main!(benches);
