@@ -181,7 +181,8 @@ fn compare(args: &Args) -> Result<()> {
         args.train, args.held_out, args.test
     );
     println!(
-        "{} methods, {seeds} seeds, {} epochs of Adam at {}, batches of {}; super-epochs of {WARM_UP} epochs, then {SUPER_EPOCH}",
+        "{} methods, {seeds} seeds, {} epochs of Adam at {}, batches of {}; super-epochs of {WARM_UP} epochs, then \
+         {SUPER_EPOCH}",
         methods.len(),
         settings.epochs,
         settings.rate,
@@ -195,7 +196,9 @@ fn compare(args: &Args) -> Result<()> {
     losses.push("fused".to_owned());
     println!("{}", report::table(&outcomes, &losses, settings.train_batch)?);
     println!("`late_fusion --help` says what the columns mean");
-    for path in plots::draw(&outcomes, &losses, &args.out).context("cannot draw the plots")? {
+    for path in plots::draw(&outcomes, &losses, &args.out)
+        .with_context(|| format!("cannot draw plots in {}", args.out.display()))?
+    {
         println!("plot: {}", path.display());
     }
     if let Some(path) = &args.json {

@@ -55,6 +55,11 @@ pub(crate) fn deviation(values: &[f64]) -> f64 {
     (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (values.len() as f64 - 1.0)).sqrt()
 }
 
+/// One seed has no spread.
+fn plus_minus(error: f64) -> String {
+    if error.is_nan() { String::new() } else { format!(" ± {error:.3}") }
+}
+
 /// Of the values that are numbers.
 fn median(mut values: Vec<f64>) -> f64 {
     values.retain(|value| !value.is_nan());
@@ -102,7 +107,7 @@ pub(crate) fn table(outcomes: &[Outcome], losses: &[String], train_batch: TrainB
             if outcome.accuracy() == other {
                 "".to_owned()
             } else {
-                format!("{:+.3} ± {error:.3}", mean(&differences))
+                format!("{:+.3}{}", mean(&differences), plus_minus(error))
             }
         };
         let last = outcome.epochs().saturating_sub(1);
@@ -115,7 +120,7 @@ pub(crate) fn table(outcomes: &[Outcome], losses: &[String], train_batch: TrainB
         let gradients = outcome.method.uses_gradients();
         let row = [
             outcome.name.clone(),
-            format!("{:.3} ± {:.3}", mean(&accuracy), deviation(&accuracy)),
+            format!("{:.3}{}", mean(&accuracy), plus_minus(deviation(&accuracy))),
             less(&naive),
             less(&uniform),
             weights.join(" / "),

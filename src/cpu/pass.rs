@@ -15,8 +15,16 @@ use super::vector::{Isa, LANES, Load, Portable};
 
 /// Elements that are in the first-level cache together: 4 KiB a list in f32.
 const BLOCK: usize = 1024;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 /// Modality gradients that are in registers together.
 const TILE: usize = 4;
+
+/// Bytes of each list that are asked for before they are used: the processor's own prefetching stops at every page and
+/// is not enough for six lists at once. A 1 GB dot or step with K = 4 beside reading one list after the other, on a Xeon with
+/// AVX-512 at 2 threads: 1.01 without, 1.20 at 512, 1.21 at 1024, 1.21 at 2048 bytes and 1.13 at 4096 in f32; 0.97 (step
+/// 0.88), 1.13, 1.14, 1.12 and 1.10 in bf16. In the cache it costs nothing.
+const AHEAD: usize = 1024;
 
 /// What one pass does to the tensors of a span.
 #[derive(Clone, Copy, Debug)]
@@ -138,7 +146,7 @@ unsafe fn blocks<I: Isa, T: Load, const DOT: bool, const BLEND: bool>(work: &Wor
             while first < present {
                 let addresses = &addresses[first..];
                 let indices = &indices[first..];
-                let block = Block { t, g, offset, count, addresses, indices, weights: work.weights };
+                let block = Block { t, g, offset, count, left: len - done, addresses, indices, weights: work.weights };
                 match present - first {
                     1 => tile::<I, T, 1, DOT, BLEND>(&block, &mut blend, sums),
                     2 => tile::<I, T, 2, DOT, BLEND>(&block, &mut blend, sums),
@@ -168,6 +176,8 @@ struct Block<'a, T> {
     g: *const T,
     offset: usize,
     count: usize,
+    /// Elements from `offset` to the end of the chunk.
+    left: usize,
     addresses: &'a [u64],
     indices: &'a [u32],
     weights: &'a [f32; MAX_MODALITIES],
@@ -190,8 +200,19 @@ unsafe fn tile<I: Isa, T: Load, const N: usize, const DOT: bool, const BLEND: bo
         let mut c = [I::splat(0.0); N];
         let mut d = [I::splat(0.0); N];
         let whole = count - count % LANES;
+        let (line, ahead) = (LINE / size_of::<T>(), AHEAD / size_of::<T>());
         let mut i = 0;
         while i < whole {
+            // Not past the chunk: what follows there is not ours to read, or another thread's.
+            if i % line == 0 && i + ahead < block.left {
+                for v in v {
+                    I::prefetch(v.add(i + ahead).cast());
+                }
+                if DOT {
+                    I::prefetch(block.t.add(i + ahead).cast());
+                    I::prefetch(block.g.add(i + ahead).cast());
+                }
+            }
             let x = std::array::from_fn(|n| T::load::<I>(v[n].add(i)));
             let (t, g) = if DOT {
                 (T::load::<I>(block.t.add(i)), T::load::<I>(block.g.add(i)))
@@ -292,8 +313,7 @@ unsafe fn narrow<I: Isa, T: Load>(from: &[f32], to: *mut T) {
 /// [`narrow`], but whole cache lines go to memory without being read first.
 #[inline(always)]
 unsafe fn narrow_past_cache<I: Isa, T: Load>(from: &[f32], to: *mut T) {
-    const LINE: usize = 64;
-    let line = LINE / std::mem::size_of::<T>();
+    let line = LINE / size_of::<T>();
     let head = to.align_offset(LINE).min(from.len());
     let whole = (from.len() - head) / line * line;
     // SAFETY: as many elements as `from` has may be written; past `head`, `to` is aligned to a cache line.
