@@ -1,4 +1,5 @@
 //! `blend` against plain reading of the same bytes, the naive way, and ndarray.
+#![allow(clippy::expect_used, clippy::panic)] // a benchmark that cannot run has nobody to hand an error to
 
 mod common;
 
