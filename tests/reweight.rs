@@ -178,11 +178,10 @@ fn eliminate(s: &[f64], m: &[f64], left: &[usize]) -> Vec<f64> {
     for i in 0..n {
         let pivot = (i..n).fold(i, |best, j| if rows[j][i].abs() > rows[best][i].abs() { j } else { best });
         rows.swap(i, pivot);
-        for j in (0..n).filter(|j| *j != i) {
-            let factor = rows[j][i] / rows[i][i];
-            for l in i..=n {
-                rows[j][l] -= factor * rows[i][l];
-            }
+        let top = rows[i].clone();
+        for (_, row) in rows.iter_mut().enumerate().filter(|(j, _)| *j != i) {
+            let factor = row[i] / top[i];
+            row.iter_mut().zip(&top).skip(i).for_each(|(x, t)| *x -= factor * t);
         }
     }
     (0..n).map(|i| rows[i][n] / rows[i][i]).collect()
