@@ -27,7 +27,7 @@ impl Device {
 /// When the weights are solved for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Cadence {
-    /// When [`Blender::reweight`] is called, as at the end of a super-epoch.
+    /// When [`Blender::reweight`](crate::Blender::reweight) is called, as at the end of a super-epoch.
     #[default]
     OnRequest,
     /// At each observation that enters the moments.
