@@ -67,6 +67,62 @@ pub enum Error {
         /// The device asked for.
         ordinal: i32,
     },
+    /// The CUDA driver, or a function of it, is not on this machine.
+    #[error("no CUDA driver: {reason}")]
+    NoDriver {
+        /// What was looked for.
+        reason: String,
+    },
+    /// There is no device with this ordinal.
+    #[error("no CUDA device {ordinal}: the driver knows {devices}")]
+    NoDevice {
+        /// The device asked for.
+        ordinal: i32,
+        /// How many there are.
+        devices: i32,
+    },
+    /// The device is older than every image in this build, or its driver than the toolkit that built them.
+    #[error("CUDA device {ordinal} ({device}) cannot run this build: {reason}")]
+    UnsupportedDevice {
+        /// The device.
+        ordinal: i32,
+        /// Its name.
+        device: String,
+        /// What it has and what is needed.
+        reason: String,
+    },
+    /// A call to the driver failed: a launch, a copy, or work that was put on the stream before.
+    #[error("{call} failed: {name} ({code})")]
+    Cuda {
+        /// The driver's function.
+        call: &'static str,
+        /// Its result.
+        code: u32,
+        /// The result's name.
+        name: String,
+    },
+    /// A list is not in memory that the driver knows, and the device cannot read other memory.
+    #[error("tensor {tensor}: {list} at {address:#x} is not memory of the device")]
+    UnknownMemory {
+        /// The tensor.
+        tensor: usize,
+        /// The list.
+        list: List,
+        /// The address that the driver does not know: of its first or of its last byte.
+        address: u64,
+    },
+    /// A gradient scale is not in memory that the driver knows, and the device cannot read other memory.
+    #[error("gradient scale at {address:#x} is not memory of the device")]
+    UnknownScale {
+        /// The address.
+        address: u64,
+    },
+    /// The stream is being captured into a graph, and what was asked for has to wait or to copy from the host.
+    #[error("{what} cannot be captured in a graph")]
+    Capturing {
+        /// What was asked for.
+        what: &'static str,
+    },
     /// A dtype code that names no supported dtype.
     #[error("dtype {code} is not supported: expected 0 (f32), 1 (f16) or 2 (bf16)")]
     DType {

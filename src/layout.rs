@@ -12,6 +12,19 @@ pub const MAX_MODALITIES: usize = 32;
 /// threads share a 25-million-element model evenly.
 pub(crate) const CHUNK: u64 = 1 << 16;
 
+/// Bytes of the widest load, and so the alignment that it takes.
+pub(crate) const ALIGNMENT: u64 = 16;
+
+/// Threads of a block. Unit u of a block's chunk belongs to thread u mod `THREADS`; that of a warp's chunk to lane u mod 32.
+#[cfg(feature = "cuda")]
+pub(crate) const THREADS: u64 = 256;
+
+/// Longest chunk that a single warp takes.
+///
+/// A thread keeps two sums, so a warp has 64 of them and a block 512: 8,192 and 65,536 elements are 128 in each.
+#[cfg(feature = "cuda")]
+pub(crate) const SMALL: u64 = CHUNK / (THREADS / 32);
+
 /// Elements that one thread claims at a time, at the least (the last claim of a plan may hold fewer).
 ///
 /// A claim (a *span*) is a run of whole chunks with one partial sum of its own, so a thousand tiny tensors cost one
@@ -34,6 +47,10 @@ pub(crate) struct TensorRecord {
     pub(crate) dtype: u32,
     /// How many modalities are present.
     pub(crate) present: u32,
+    /// What all its addresses are a multiple of, at most [`ALIGNMENT`].
+    pub(crate) alignment: u32,
+    /// Nothing; keeps the size a multiple of 8.
+    pub(crate) reserved: u32,
 }
 
 /// A run of elements of one tensor.
@@ -82,4 +99,60 @@ pub(crate) struct State {
     pub(crate) flags: u32,
     /// Bit k: modality k made the latest observation not finite.
     pub(crate) nonfinite: u32,
+}
+
+/// What a kernel is launched with. Addresses are the device's.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Launch {
+    /// Of the [`TensorRecord`]s.
+    pub(crate) tensors: u64,
+    /// Of the modalities' addresses, K slots a tensor.
+    pub(crate) addresses: u64,
+    /// Of the modalities' numbers, K slots a tensor.
+    pub(crate) indices: u64,
+    /// Of the [`Chunk`]s.
+    pub(crate) chunks: u64,
+    /// Of the [`Span`]s.
+    pub(crate) spans: u64,
+    /// Spans.
+    pub(crate) count: u64,
+    /// Of the partial sums, 2K f64 a span.
+    pub(crate) partials: u64,
+    /// Of the [`State`].
+    pub(crate) state: u64,
+    /// Of a u32 that counts the blocks that are done; zero between launches.
+    pub(crate) ticket: u64,
+    /// Of the gradient scale, an f32; 0 where `scale` has it.
+    pub(crate) scale_address: u64,
+    /// b of an EMA.
+    pub(crate) decay: f64,
+    /// Times trace(S) / K, added to the diagonal of S.
+    pub(crate) damping: f64,
+    /// The gradient scale.
+    pub(crate) scale: f32,
+    /// K.
+    pub(crate) modalities: u32,
+    /// `Pass` as bits.
+    pub(crate) what: u32,
+    /// 0: mean, 1: EMA.
+    pub(crate) average: u32,
+    /// 0: uncorrelated, 1: correlated.
+    pub(crate) overfitting: u32,
+    /// 0: clamp, 1: signed.
+    pub(crate) negative: u32,
+    /// 0: on request, 1: at every observation.
+    pub(crate) cadence: u32,
+    /// Nothing; keeps the size a multiple of 8.
+    pub(crate) reserved: u32,
+}
+
+/// Weights to put in force, the second argument of the kernel `set_weights`.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Weights {
+    /// K of them.
+    pub(crate) values: [f64; MAX_MODALITIES],
 }

@@ -1,0 +1,217 @@
+// What the kernels share: the records of src/layout.rs, vector loads and stores, and sums over a warp. The only casts and
+// shuffles are here.
+//
+// The sources use CUDA's own words and no inline PTX, so that a host compiler can build them too, given those words.
+#pragma once
+
+#include <stdint.h>
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#endif
+
+// ---- Records: src/layout.rs says what each field means, and the build hands its numbers over. ----
+
+constexpr uint32_t MAX_MODALITIES = GRADBLEND_MAX_MODALITIES;
+constexpr uint32_t CHUNK = GRADBLEND_CHUNK;
+constexpr uint32_t ALIGNMENT = GRADBLEND_ALIGNMENT;
+constexpr uint32_t THREADS = GRADBLEND_THREADS;
+constexpr uint32_t SMALL = GRADBLEND_SMALL;
+constexpr uint32_t WARP = 32;
+constexpr uint32_t WARPS = THREADS / WARP;
+
+struct TensorRecord {
+    uint64_t train, valid, blended, len;
+    uint32_t dtype, present, alignment, reserved;
+};
+struct Chunk {
+    uint64_t tensor, start, len;
+};
+struct Span {
+    uint64_t first, end;
+};
+struct State {
+    double pending[2 * MAX_MODALITIES];
+    float weights_f32[MAX_MODALITIES];
+    double weights[MAX_MODALITIES];
+    double mean[MAX_MODALITIES];
+    double second_moment[MAX_MODALITIES * MAX_MODALITIES];
+    double normaliser;
+    uint64_t observed, skipped;
+    uint32_t flags, nonfinite;
+};
+struct Launch {
+    uint64_t tensors, addresses, indices, chunks, spans, count, partials, state, ticket, scale_address;
+    double decay, damping;
+    float scale;
+    uint32_t modalities, what, average, overfitting, negative, cadence, reserved;
+};
+struct Weights {
+    double values[MAX_MODALITIES];
+};
+
+#define SAME_SIZE(record) static_assert(sizeof(record) == GRADBLEND_SIZE_##record, "size of " #record)
+#define SAME_PLACE(record, field) \
+    static_assert(__builtin_offsetof(record, field) == GRADBLEND_OFFSET_##record##_##field, #record "." #field)
+SAME_SIZE(TensorRecord);
+SAME_PLACE(TensorRecord, train);
+SAME_PLACE(TensorRecord, valid);
+SAME_PLACE(TensorRecord, blended);
+SAME_PLACE(TensorRecord, len);
+SAME_PLACE(TensorRecord, dtype);
+SAME_PLACE(TensorRecord, present);
+SAME_PLACE(TensorRecord, alignment);
+SAME_SIZE(Chunk);
+SAME_PLACE(Chunk, tensor);
+SAME_PLACE(Chunk, start);
+SAME_PLACE(Chunk, len);
+SAME_SIZE(Span);
+SAME_PLACE(Span, first);
+SAME_PLACE(Span, end);
+SAME_SIZE(State);
+SAME_PLACE(State, pending);
+SAME_PLACE(State, weights_f32);
+SAME_PLACE(State, weights);
+SAME_PLACE(State, mean);
+SAME_PLACE(State, second_moment);
+SAME_PLACE(State, normaliser);
+SAME_PLACE(State, observed);
+SAME_PLACE(State, skipped);
+SAME_PLACE(State, flags);
+SAME_PLACE(State, nonfinite);
+SAME_SIZE(Launch);
+SAME_PLACE(Launch, tensors);
+SAME_PLACE(Launch, addresses);
+SAME_PLACE(Launch, indices);
+SAME_PLACE(Launch, chunks);
+SAME_PLACE(Launch, spans);
+SAME_PLACE(Launch, count);
+SAME_PLACE(Launch, partials);
+SAME_PLACE(Launch, state);
+SAME_PLACE(Launch, ticket);
+SAME_PLACE(Launch, scale_address);
+SAME_PLACE(Launch, decay);
+SAME_PLACE(Launch, damping);
+SAME_PLACE(Launch, scale);
+SAME_PLACE(Launch, modalities);
+SAME_PLACE(Launch, what);
+SAME_PLACE(Launch, average);
+SAME_PLACE(Launch, overfitting);
+SAME_PLACE(Launch, negative);
+SAME_PLACE(Launch, cadence);
+SAME_SIZE(Weights);
+SAME_PLACE(Weights, values);
+
+// Codes that Rust writes: DType, Pass, Flags, and the choices of a Config.
+enum : uint32_t { F32 = 0, F16 = 1, BF16 = 2 };
+enum : uint32_t { DOT = 1, BLEND = 2, ACCUMULATE = 4, OBSERVE = 8 };
+enum : uint32_t { HELD = 1, NONFINITE = 2, CLAMPED = 4 };
+enum : uint32_t { MEAN = 0, EMA = 1 };
+enum : uint32_t { UNCORRELATED = 0, CORRELATED = 1 };
+enum : uint32_t { CLAMP = 0, SIGNED = 1 };
+enum : uint32_t { ON_REQUEST = 0, EVERY_OBSERVATION = 1 };
+
+// An address of the record's as a pointer.
+template <class T>
+__device__ __forceinline__ T *at(uint64_t address) {
+    return reinterpret_cast<T *>(address);
+}
+
+// ---- Units: 16 bytes of a list, the most that one load brings. ----
+
+// Gradients are read once and the blend is not read again, so both pass by the cache (`cs`: evict first).
+
+__device__ __forceinline__ uint4 load(uint64_t address) { return __ldcs(at<const uint4>(address)); }
+
+__device__ __forceinline__ void store(uint64_t address, uint4 unit) { __stcs(at<uint4>(address), unit); }
+
+// A piece of BYTES bytes, shifted into a unit from its high end: after 16 / BYTES pieces the first is lowest.
+template <uint32_t BYTES>
+__device__ __forceinline__ void load_piece(uint64_t address, bool there, uint4 &unit) {
+    static_assert(BYTES == 8 || BYTES == 4 || BYTES == 2, "pieces that divide a unit");
+    if constexpr (BYTES == 8) {
+        const uint2 piece = there ? __ldcs(at<const uint2>(address)) : make_uint2(0, 0);
+        unit = make_uint4(unit.z, unit.w, piece.x, piece.y);
+    } else if constexpr (BYTES == 4) {
+        const uint32_t piece = there ? __ldcs(at<const uint32_t>(address)) : 0;
+        unit = make_uint4(unit.y, unit.z, unit.w, piece);
+    } else {
+        const uint32_t piece = there ? __ldcs(at<const unsigned short>(address)) : 0;
+        unit = make_uint4(unit.x >> 16 | unit.y << 16, unit.y >> 16 | unit.z << 16, unit.z >> 16 | unit.w << 16,
+                          unit.w >> 16 | piece << 16);
+    }
+}
+
+// The lowest piece of a unit, shifted out of it.
+template <uint32_t BYTES>
+__device__ __forceinline__ void store_piece(uint64_t address, bool there, uint4 &unit) {
+    static_assert(BYTES == 8 || BYTES == 4 || BYTES == 2, "pieces that divide a unit");
+    if constexpr (BYTES == 8) {
+        if (there) {
+            __stcs(at<uint2>(address), make_uint2(unit.x, unit.y));
+        }
+        unit = make_uint4(unit.z, unit.w, 0, 0);
+    } else if constexpr (BYTES == 4) {
+        if (there) {
+            __stcs(at<uint32_t>(address), unit.x);
+        }
+        unit = make_uint4(unit.y, unit.z, unit.w, 0);
+    } else {
+        if (there) {
+            __stcs(at<unsigned short>(address), static_cast<unsigned short>(unit.x));
+        }
+        unit = make_uint4(unit.x >> 16 | unit.y << 16, unit.y >> 16 | unit.z << 16, unit.z >> 16 | unit.w << 16,
+                          unit.w >> 16);
+    }
+}
+
+// ---- Dtypes: how many elements a word of 4 bytes has, and what they are as f32. `narrow` rounds to nearest, ties to
+// even. ----
+
+struct Float {
+    static constexpr uint32_t BYTES = 4, PER_WORD = 1, PER_UNIT = 4;
+    static __device__ __forceinline__ void widen(uint32_t word, float (&x)[PER_WORD]) { x[0] = __uint_as_float(word); }
+    static __device__ __forceinline__ uint32_t narrow(const float (&x)[PER_WORD]) { return __float_as_uint(x[0]); }
+};
+
+struct Half {
+    static constexpr uint32_t BYTES = 2, PER_WORD = 2, PER_UNIT = 8;
+    static __device__ __forceinline__ void widen(uint32_t word, float (&x)[PER_WORD]) {
+        x[0] = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
+        x[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+    }
+    static __device__ __forceinline__ uint32_t narrow(const float (&x)[PER_WORD]) {
+        const uint32_t low = __half_as_ushort(__float2half_rn(x[0])), high = __half_as_ushort(__float2half_rn(x[1]));
+        return low | high << 16;
+    }
+};
+
+// The upper half of a binary32.
+struct Bfloat {
+    static constexpr uint32_t BYTES = 2, PER_WORD = 2, PER_UNIT = 8;
+    static __device__ __forceinline__ void widen(uint32_t word, float (&x)[PER_WORD]) {
+        x[0] = __uint_as_float(word << 16);
+        x[1] = __uint_as_float(word & 0xffff0000u);
+    }
+    // Rounded in the upper half of the word.
+    static __device__ __forceinline__ uint32_t round(float x) {
+        const uint32_t bits = __float_as_uint(x);
+        // Adding 0x7fff, and 1 more where the last bit kept is odd, carries into the upper half exactly when it must be
+        // rounded up. A NaN could carry into infinity, so it is made quiet instead.
+        const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+        return x == x ? rounded : bits | 0x00400000u;
+    }
+    static __device__ __forceinline__ uint32_t narrow(const float (&x)[PER_WORD]) {
+        return round(x[0]) >> 16 | (round(x[1]) & 0xffff0000u);
+    }
+};
+
+// ---- Sums over a warp. ----
+
+// Sum of `x` over the warp, in every lane, by halves: lane i meets i xor 16, then 8, 4, 2, 1.
+__device__ __forceinline__ double warp_sum(double x) {
+#pragma unroll
+    for (uint32_t other = WARP / 2; other > 0; other /= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, other);
+    }
+    return x;
+}

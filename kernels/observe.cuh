@@ -1,0 +1,144 @@
+// From partial sums to moments: what the last block of a pass does, and `observe` by itself.
+//
+// All of it in f64, each operation in the order of src/moments.rs, so that both backends come to the same bits from the
+// same pending sums.
+#pragma once
+
+#include "solve.cuh"
+
+// Modalities that are in registers together. More of them are taken in tiles of as many, for each of which t and g are
+// read again.
+constexpr int TILE = 8;
+// Lists of a tile, and their places.
+constexpr int TRAIN = 0, VALID = 1, BLENDED = 2, MODALITY = 3, LISTS = MODALITY + TILE;
+
+// A chunk as the warp sees it that takes it, alone or with all others. It lies in shared memory, and is volatile so that
+// the compiler does not copy it into registers, which the gradients need.
+struct Work {
+    volatile double sums[2 * MAX_MODALITIES];  // of this warp: K of c, then K of d
+    volatile uint64_t lists[LISTS];            // addresses of the chunk's first element: t, g, blend, the tile's modalities
+    volatile uint64_t modalities;              // table: where the lists of the tensor start, present ones first
+    volatile uint64_t indices;                 // table: which modalities they are
+    volatile uint64_t offset;                  // bytes from the start of each list to the chunk
+    volatile float weights[TILE];              // of the tile's modalities
+    volatile uint32_t span, len, alignment, present;
+    volatile uint32_t threads;                 // that share the chunk
+    volatile uint32_t what;                    // DOT, BLEND and ACCUMULATE as far as the tensor takes part
+};
+
+// Shared memory of a block.
+struct Shared {
+    Work work[WARPS];
+    float weights[MAX_MODALITIES];
+    double shares[THREADS];  // of each thread, of the partial sums
+    double c[MAX_MODALITIES], d[MAX_MODALITIES];
+    double keep, add;
+    uint32_t last, entered;
+    Solver solver;
+};
+
+// Adds up the partial sums of all spans, in an order that depends on K alone, and adds them to the pending sums.
+__device__ __forceinline__ void fold(const Launch &launch, Shared &shared) {
+    const uint32_t products = 2 * launch.modalities, thread = threadIdx.x;
+    const uint32_t shares = THREADS / products, product = thread % products, share = thread / products;
+    const double *partials = at<const double>(launch.partials);
+    double sum = 0.0;
+    if (share < shares) {
+#pragma unroll 8
+        for (uint64_t span = share; span < launch.count; span += shares) {
+            sum += __ldcg(partials + span * products + product);
+        }
+    }
+    shared.shares[thread] = sum;
+    __syncthreads();
+    if (thread < products) {
+        double total = 0.0;
+        for (uint32_t s = 0; s < shares; ++s) {
+            total += shared.shares[s * products + thread];
+        }
+        at<State>(launch.state)->pending[thread] += total;
+    }
+    __syncthreads();
+}
+
+// Closes the pending sums as one observation; says whether it entered the moments.
+__device__ __forceinline__ bool close(const Launch &launch, Shared &shared) {
+    const uint32_t modalities = launch.modalities, thread = threadIdx.x;
+    State *state = at<State>(launch.state);
+    if (thread < WARP) {
+        const float given = launch.scale_address != 0 ? *at<const float>(launch.scale_address) : launch.scale;
+        // Dividing by infinity would make zeros of anything.
+        const bool usable = is_finite(given);
+        const double scale = static_cast<double>(given) * static_cast<double>(given);
+        double c = 0.0, d = 0.0;
+        bool bad = false;
+        if (thread < modalities) {
+            c = state->pending[thread] / scale;
+            d = state->pending[modalities + thread] / scale;
+            bad = !usable || !is_finite(c) || !is_finite(d * d);
+        }
+        shared.c[thread] = c;
+        shared.d[thread] = d;
+        const uint32_t nonfinite = __ballot_sync(0xffffffffu, bad);
+        if (thread == 0) {
+            state->nonfinite = nonfinite;
+            state->flags = (state->flags & ~static_cast<uint32_t>(NONFINITE)) | (nonfinite != 0 ? NONFINITE : 0);
+            uint64_t &counter = nonfinite != 0 ? state->skipped : state->observed;
+            counter += counter != UINT64_MAX;
+            if (nonfinite == 0) {
+                const double n = static_cast<double>(state->observed);
+                const bool ema = launch.average == EMA;
+                shared.keep = ema ? launch.decay : static_cast<double>(state->observed - 1) / n;
+                // 1 - (n - 1) / n would round; 1 / n is nearer.
+                shared.add = ema ? 1.0 - launch.decay : 1.0 / n;
+                state->normaliser = ema ? shared.keep * state->normaliser + shared.add : 1.0;
+            }
+            shared.entered = nonfinite == 0;
+        }
+    }
+    __syncthreads();
+    for (uint32_t i = thread; i < 2 * MAX_MODALITIES; i += THREADS) {
+        state->pending[i] = 0.0;
+    }
+    if (shared.entered) {
+        const double keep = shared.keep, add = shared.add;
+        if (thread < modalities) {
+            state->mean[thread] = keep * state->mean[thread] + add * shared.c[thread];
+        }
+        for (uint32_t i = thread; i < modalities * modalities; i += THREADS) {
+            const double square = shared.d[i / modalities] * shared.d[i % modalities];
+            state->second_moment[i] = keep * state->second_moment[i] + add * square;
+        }
+    }
+    __syncthreads();
+    return shared.entered;
+}
+
+// Closes the pending sums, and reweights if the cadence says so.
+__device__ __forceinline__ void observe(const Launch &launch, Shared &shared) {
+    if (close(launch, shared) && launch.cadence == EVERY_OBSERVATION && threadIdx.x < WARP) {
+        reweight(launch, shared.solver);
+    }
+}
+
+// What follows the last span of a pass. The block that is done last sees the partial sums of all.
+__device__ __forceinline__ void finish(const Launch &launch, Shared &shared) {
+    // Each thread makes its own partial sums visible before the barrier, so the ticket that follows it speaks for all.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // Wraps to zero at the last ticket: ready for the next launch.
+        shared.last = atomicInc(at<uint32_t>(launch.ticket), gridDim.x - 1) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (!shared.last) {
+        return;
+    }
+    __threadfence();
+    if (launch.what & DOT) {
+        fold(launch, shared);
+    }
+    if (launch.what & OBSERVE) {
+        observe(launch, shared);
+    }
+}

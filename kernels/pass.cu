@@ -1,0 +1,350 @@
+// dot, blend, and both at once: one pass that reads each element of each gradient once.
+//
+// A block takes a span after the other, on a grid that does not grow with the work. A span is one chunk that all warps
+// share, or up to WARPS small chunks of which each warp takes one. A chunk is read in units of 16 bytes. Thread i of the
+// n that share a chunk takes units i, i + n, i + 2n, ... and keeps two sums for each product, one for its even units and
+// one for its odd ones. So the sum that an element enters follows from its place in the chunk alone; alignment changes
+// the width of loads and nothing else. At most 128 elements enter a sum: with the rounding of t - g that is 129 roundings
+// of 2^-24, half of the 2^-16 that is promised. From there on sums are added in f64: the two of a thread, the lanes of a
+// warp, the warps, and at last the spans, by the block that is done last (observe.cuh).
+
+#include "observe.cuh"
+
+// Writes what is there of a unit of the blend.
+template <class T>
+__device__ __forceinline__ void write(uint64_t list, uint32_t alignment, uint32_t count, uint4 unit) {
+    const bool whole = count == T::PER_UNIT;
+    if (whole && alignment == 16) {
+        store(list, unit);
+    } else if (whole && alignment == 8) {
+#pragma unroll 1
+        for (uint32_t byte = 0; byte < 16; byte += 8) {
+            store_piece<8>(list + byte, true, unit);
+        }
+    } else if (T::BYTES == 2 && whole && alignment == 4) {
+#pragma unroll 1
+        for (uint32_t byte = 0; byte < 16; byte += 4) {
+            store_piece<4>(list + byte, true, unit);
+        }
+    } else {
+#pragma unroll 1
+        for (uint32_t element = 0; element < T::PER_UNIT; ++element) {
+            store_piece<T::BYTES>(list + element * T::BYTES, element < count, unit);
+        }
+    }
+}
+
+// Adds the modalities past the first tile to a word of the blend, of which `count` elements are in the chunk.
+template <class T>
+__device__ __forceinline__ void add_rest(const Work &work, const float *weights, uint32_t byte, uint32_t count,
+                                         float (&sum)[T::PER_WORD]) {
+#pragma unroll 1
+    for (uint32_t n = TILE; n < work.present; ++n) {
+        const uint64_t list = at<const uint64_t>(work.modalities)[n] + work.offset + byte;
+        const float weight = weights[at<const uint32_t>(work.indices)[n]];
+        uint4 unit = {};
+        if (T::BYTES == 4 || (count == T::PER_WORD && work.alignment >= 4)) {
+            load_piece<4>(list, count != 0, unit);
+        } else if constexpr (T::BYTES == 2) {
+            load_piece<2>(list, count > 0, unit);
+            load_piece<2>(list + 2, count > 1, unit);
+        }
+        float x[T::PER_WORD];
+        T::widen(unit.w, x);
+#pragma unroll
+        for (uint32_t e = 0; e < T::PER_WORD; ++e) {
+            sum[e] = fmaf(weight, x[e], sum[e]);
+        }
+    }
+}
+
+// The blend of no modality.
+template <class T>
+__device__ __forceinline__ void clear(const Work &work) {
+    const uint32_t len = work.len, threads = work.threads;
+    for (uint32_t first = threadIdx.x % threads * T::PER_UNIT; first < len; first += threads * T::PER_UNIT) {
+        const uint32_t left = len - first, count = left < T::PER_UNIT ? left : T::PER_UNIT;
+        write<T>(work.lists[BLENDED] + first * T::BYTES, work.alignment, count, make_uint4(0, 0, 0, 0));
+    }
+}
+
+__device__ __forceinline__ void swap(float &a, float &b) {
+    const float other = a;
+    a = b;
+    b = other;
+}
+
+// Adds up the products of N modalities of a chunk from `first` on, and writes the blend of all its modalities where
+// `first` is 0. GUARD: of as many of the N as are present.
+template <class T, int N, bool DOTS, bool BLENDS, bool GUARD>
+__device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t k, uint32_t first) {
+    constexpr uint32_t E = T::PER_UNIT;
+    // Units of each list that are on their way together: with t and g, 6 to 12 loads a thread.
+    constexpr int TOGETHER = N <= 4 ? 2 : 1;
+    const uint32_t lane = threadIdx.x % WARP;
+    const bool dots = DOTS && (!BLENDS || (work.what & DOT));
+    const bool blends = BLENDS && (!DOTS || (work.what & BLEND)) && (!GUARD || first == 0);
+    const bool adds = blends && (work.what & ACCUMULATE);
+    const int here = GUARD ? static_cast<int>(work.present - first) : N;
+    // The lists of the tile before this one are done with.
+    __syncwarp();
+    if (lane < N && static_cast<int>(lane) < here) {
+        work.lists[MODALITY + lane] = at<const uint64_t>(work.modalities)[first + lane] + work.offset;
+        if (BLENDS) {
+            work.weights[lane] = weights[at<const uint32_t>(work.indices)[first + lane]];
+        }
+    }
+    __syncwarp();
+    float c[2][N] = {}, d[2][N] = {};
+    for (uint32_t next = threadIdx.x % work.threads * E; next < work.len; next += TOGETHER * work.threads * E) {
+        uint4 t[TOGETHER] = {}, g[TOGETHER] = {}, b[TOGETHER] = {}, v[TOGETHER][N] = {};
+        uint32_t offset[TOGETHER], count[TOGETHER];
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+            const uint32_t element = next + i * work.threads * E, len = work.len;
+            offset[i] = element * T::BYTES;
+            count[i] = element + E <= len ? E : element < len ? len - element : 0;
+        }
+        // Loads of all lists before the first use, and no branch between them, so that all are on their way at once.
+        const auto load_lists = [&](auto load_list) {
+            if (dots) {
+                const uint64_t train = work.lists[TRAIN], valid = work.lists[VALID];
+#pragma unroll
+                for (int i = 0; i < TOGETHER; ++i) {
+                    load_list(train + offset[i], count[i], t[i]);
+                    load_list(valid + offset[i], count[i], g[i]);
+                }
+            }
+            if (adds) {
+                const uint64_t blended = work.lists[BLENDED];
+#pragma unroll
+                for (int i = 0; i < TOGETHER; ++i) {
+                    load_list(blended + offset[i], count[i], b[i]);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                if (n < here) {
+                    const uint64_t modality = work.lists[MODALITY + n];
+#pragma unroll
+                    for (int i = 0; i < TOGETHER; ++i) {
+                        load_list(modality + offset[i], count[i], v[i][n]);
+                    }
+                }
+            }
+        };
+        const uint32_t alignment = work.alignment;
+        const bool whole = count[TOGETHER - 1] == E;
+        if (whole && alignment == 16) {
+            load_lists([](uint64_t list, uint32_t, uint4 &unit) { unit = load(list); });
+        } else if (whole && alignment == 8) {
+#pragma unroll 1
+            for (uint32_t byte = 0; byte < 16; byte += 8) {
+                load_lists([=](uint64_t list, uint32_t, uint4 &unit) { load_piece<8>(list + byte, true, unit); });
+            }
+        } else if (T::BYTES == 2 && whole && alignment == 4) {
+#pragma unroll 1
+            for (uint32_t byte = 0; byte < 16; byte += 4) {
+                load_lists([=](uint64_t list, uint32_t, uint4 &unit) { load_piece<4>(list + byte, true, unit); });
+            }
+        } else {
+#pragma unroll 1
+            for (uint32_t element = 0; element < E; ++element) {
+                load_lists([=](uint64_t list, uint32_t there, uint4 &unit) {
+                    load_piece<T::BYTES>(list + element * T::BYTES, element < there, unit);
+                });
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+            const uint32_t t_words[4] = {t[i].x, t[i].y, t[i].z, t[i].w};
+            const uint32_t g_words[4] = {g[i].x, g[i].y, g[i].z, g[i].w};
+            const uint32_t b_words[4] = {b[i].x, b[i].y, b[i].z, b[i].w};
+            uint32_t words[4];
+            // A word at a time keeps few elements in registers as f32.
+#pragma unroll
+            for (uint32_t word = 0; word < 4; ++word) {
+                float train[T::PER_WORD], valid[T::PER_WORD], sum[T::PER_WORD];
+                T::widen(t_words[word], train);
+                T::widen(g_words[word], valid);
+                T::widen(b_words[word], sum);
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+                    if (n < here) {
+                        const uint32_t v_words[4] = {v[i][n].x, v[i][n].y, v[i][n].z, v[i][n].w};
+                        const float weight = BLENDS ? work.weights[n] : 0.0f;
+                        float x[T::PER_WORD];
+                        T::widen(v_words[word], x);
+#pragma unroll
+                        for (uint32_t e = 0; e < T::PER_WORD; ++e) {
+                            if (DOTS) {
+                                c[i][n] = fmaf(valid[e], x[e], c[i][n]);
+                                d[i][n] = fmaf(train[e] - valid[e], x[e], d[i][n]);
+                            }
+                            if (BLENDS) {
+                                sum[e] = fmaf(weight, x[e], sum[e]);
+                            }
+                        }
+                    }
+                }
+                if (BLENDS && N == TILE && blends) {
+                    const uint32_t before = word * T::PER_WORD, left = count[i] > before ? count[i] - before : 0;
+                    add_rest<T>(work, weights, offset[i] + word * 4, left < T::PER_WORD ? left : T::PER_WORD, sum);
+                }
+                words[word] = T::narrow(sum);
+            }
+            if (blends) {
+                const uint4 unit = make_uint4(words[0], words[1], words[2], words[3]);
+                write<T>(work.lists[BLENDED] + offset[i], work.alignment, count[i], unit);
+            }
+        }
+        if (TOGETHER == 1) {
+            // The other sum's turn. Which is which does not matter in the end.
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                swap(c[0][n], c[1][n]);
+                swap(d[0][n], d[1][n]);
+            }
+        }
+    }
+    if (dots) {
+        __syncwarp();
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            if (n < here) {
+                const double c_n = warp_sum(static_cast<double>(c[0][n]) + static_cast<double>(c[1][n]));
+                const double d_n = warp_sum(static_cast<double>(d[0][n]) + static_cast<double>(d[1][n]));
+                if (lane == 0) {
+                    const uint32_t modality = at<const uint32_t>(work.indices)[first + n];
+                    work.sums[modality] = c_n;
+                    work.sums[k + modality] = d_n;
+                }
+            }
+        }
+    }
+}
+
+template <class T, bool DOTS, bool BLENDS>
+__device__ __forceinline__ void take(Work &work, const float *weights, uint32_t k) {
+    // The first tile comes last: it writes the blend, perhaps over a gradient that the others read.
+    uint32_t tile = DOTS && (work.what & DOT) ? (work.present - 1) / TILE : 0;
+    for (;; --tile) {
+        switch (tile > 0 ? TILE : work.present) {
+            case 0:
+                if (BLENDS) {
+                    clear<T>(work);
+                }
+                break;
+            case 1:
+                sweep<T, 1, DOTS, BLENDS, false>(work, weights, k, 0);
+                break;
+            case 2:
+                sweep<T, 2, DOTS, BLENDS, false>(work, weights, k, 0);
+                break;
+            case 3:
+                sweep<T, 3, DOTS, BLENDS, false>(work, weights, k, 0);
+                break;
+            case 4:
+                sweep<T, 4, DOTS, BLENDS, false>(work, weights, k, 0);
+                break;
+            default:
+                sweep<T, TILE, DOTS, BLENDS, true>(work, weights, k, tile * TILE);
+        }
+        if (tile == 0) {
+            return;
+        }
+    }
+}
+
+// Looks up what a chunk's tensor has; says whether the pass has anything to do there.
+template <bool DOTS, bool BLENDS>
+__device__ __forceinline__ bool look_up(const Launch &launch, uint64_t number, uint32_t threads, uint32_t &dtype,
+                                        Work &work) {
+    const Chunk chunk = at<const Chunk>(launch.chunks)[number];
+    const TensorRecord tensor = at<const TensorRecord>(launch.tensors)[chunk.tensor];
+    const uint64_t slot = chunk.tensor * launch.modalities, offset = chunk.start * (tensor.dtype == F32 ? 4 : 2);
+    const bool adds = launch.what & ACCUMULATE;
+    const bool dots = DOTS && tensor.train != 0 && tensor.present != 0;
+    const bool blends = BLENDS && tensor.blended != 0 && (tensor.present != 0 || !adds);
+    if (threadIdx.x % WARP == 0) {
+        work.lists[TRAIN] = tensor.train + offset;
+        work.lists[VALID] = tensor.valid + offset;
+        work.lists[BLENDED] = tensor.blended + offset;
+        work.modalities = launch.addresses + slot * sizeof(uint64_t);
+        work.indices = launch.indices + slot * sizeof(uint32_t);
+        work.offset = offset;
+        work.len = static_cast<uint32_t>(chunk.len);
+        work.alignment = tensor.alignment;
+        work.present = tensor.present;
+        work.threads = threads;
+        work.what = (dots ? DOT : 0) | (blends ? BLEND : 0) | (adds ? ACCUMULATE : 0);
+    }
+    dtype = tensor.dtype;
+    __syncwarp();
+    return dots || blends;
+}
+
+template <bool DOTS, bool BLENDS>
+__device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
+    const uint32_t thread = threadIdx.x, k = launch.modalities;
+    if (BLENDS && thread < k) {
+        shared.weights[thread] = at<State>(launch.state)->weights_f32[thread];
+    }
+    __syncthreads();
+    // The table of 2^32 spans would be larger than any device's memory.
+    for (uint32_t index = blockIdx.x; index < launch.count; index += gridDim.x) {
+        Work &work = shared.work[thread / WARP];
+        if (thread % WARP == 0) {
+            work.span = index;
+        }
+        const Span span = at<const Span>(launch.spans)[index];
+        const bool alone = span.end - span.first == 1;
+        const uint64_t number = alone ? span.first : span.first + thread / WARP;
+        for (uint32_t i = thread % WARP; DOTS && i < 2 * k; i += WARP) {
+            work.sums[i] = 0.0;
+        }
+        uint32_t dtype;
+        if (number < span.end && look_up<DOTS, BLENDS>(launch, number, alone ? THREADS : WARP, dtype, work)) {
+            if (dtype == F32) {
+                take<Float, DOTS, BLENDS>(work, shared.weights, k);
+            } else if (dtype == F16) {
+                take<Half, DOTS, BLENDS>(work, shared.weights, k);
+            } else {
+                take<Bfloat, DOTS, BLENDS>(work, shared.weights, k);
+            }
+        }
+        // Kept there too, not in a register.
+        __syncwarp();
+        index = work.span;
+        // The next span's work waits until all have done with this one's.
+        __syncthreads();
+        if (DOTS) {
+            if (thread < 2 * k) {
+                double sum = 0.0;
+                for (uint32_t warp = 0; warp < WARPS; ++warp) {
+                    sum += shared.work[warp].sums[thread];
+                }
+                at<double>(launch.partials)[static_cast<uint64_t>(index) * 2 * k + thread] = sum;
+            }
+            __syncthreads();
+        }
+    }
+    if (launch.what & (DOT | OBSERVE)) {
+        finish(launch, shared);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) dot(const __grid_constant__ Launch launch) {
+    __shared__ Shared shared;
+    pass<true, false>(launch, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) blend(const __grid_constant__ Launch launch) {
+    __shared__ Shared shared;
+    pass<false, true>(launch, shared);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) dot_blend(const __grid_constant__ Launch launch) {
+    __shared__ Shared shared;
+    pass<true, true>(launch, shared);
+}
