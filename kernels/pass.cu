@@ -298,13 +298,14 @@ __device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
             work.span = index;
         }
         const Span span = at<const Span>(launch.spans)[index];
-        const bool alone = span.end - span.first == 1;
-        const uint64_t number = alone ? span.first : span.first + thread / WARP;
+        // A large chunk is alone in its span, and all warps share it.
+        const bool large = at<const Chunk>(launch.chunks)[span.first].len > SMALL;
+        const uint64_t number = large ? span.first : span.first + thread / WARP;
         for (uint32_t i = thread % WARP; DOTS && i < 2 * k; i += WARP) {
             work.sums[i] = 0.0;
         }
         uint32_t dtype;
-        if (number < span.end && look_up<DOTS, BLENDS>(launch, number, alone ? THREADS : WARP, dtype, work)) {
+        if (number < span.end && look_up<DOTS, BLENDS>(launch, number, large ? THREADS : WARP, dtype, work)) {
             if (dtype == F32) {
                 take<Float, DOTS, BLENDS>(work, shared.weights, k);
             } else if (dtype == F16) {

@@ -10,13 +10,16 @@ pub use report::Report;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::cpu::{self, Cpu, Partials};
+use crate::cpu::{Cpu, Partials};
+#[cfg(feature = "cuda")]
+use crate::cuda::{Cuda, Scratch};
 use crate::error::{Error, Result};
 use crate::grad::{GradScale, Lent, Scale, Stream, TensorGrads};
 use crate::layout::{MAX_MODALITIES, State};
-use crate::moments::{self, Flags};
-use crate::plan::{Table, reserved};
-use crate::solve::{Overfitting, solve_into};
+use crate::moments;
+use crate::plan::{Grouping, Table, reserved};
+
+use config::Kind;
 
 /// A checked list of tensors: what the operations run on, without allocating or looking anything up.
 ///
@@ -26,27 +29,58 @@ use crate::solve::{Overfitting, solve_into};
 pub struct Plan<'a> {
     blender: u64,
     table: Table,
-    partials: Partials,
+    place: Place,
     /// Room for `lend`, so that an update allocates nothing.
     taken: Vec<usize>,
     bound: bool,
+    /// Whether it has slices. A run on them waits, so that nothing uses them once it has returned.
+    slices: bool,
     borrow: PhantomData<&'a mut [u8]>,
+}
+
+/// What a plan has where its blender works.
+#[derive(Debug)]
+enum Place {
+    Cpu(Partials),
+    #[cfg(feature = "cuda")]
+    Cuda(Scratch),
 }
 
 impl<'a> Plan<'a> {
     /// Takes other addresses, and other choices of which are absent, for the same lengths and dtypes. Allocates nothing.
-    /// `stream` orders the update after work that was put on it before; the CPU ignores it.
+    /// `stream` orders the update after work that was put on it before; the CPU ignores it. A graph that was captured
+    /// before sees the new addresses.
     ///
     /// # Errors
-    /// As [`Blender::plan`], and [`Error::PlanTensors`], [`Error::Length`], [`Error::MixedDTypes`] where the tensors are
+    /// As [`Blender::plan`], [`Error::Capturing`], [`Error::Cuda`], and [`Error::PlanTensors`], [`Error::Length`], [`Error::MixedDTypes`] where the tensors are
     /// not those the plan was made for. The plan is then as it was.
     pub fn update(&mut self, tensors: &[TensorGrads<'a>], stream: Stream) -> Result<()> {
-        let _ = stream;
         self.table.check_update(tensors)?;
+        match &self.place {
+            Place::Cpu(_) => {}
+            #[cfg(feature = "cuda")]
+            Place::Cuda(scratch) => {
+                scratch.check_memory(lists(tensors))?;
+                scratch.check_update(stream)?;
+            }
+        }
         lend(tensors, self.blender, &mut self.taken)?;
         self.table.bind(tensors);
+        self.slices = tensors.iter().any(|tensor| tensor.slices);
         self.bound = true;
-        Ok(())
+        match &self.place {
+            Place::Cpu(_) => {
+                let _ = stream;
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Place::Cuda(scratch) => {
+                let copied = scratch.update(&self.table, stream);
+                // Where the copies failed there is no telling what the device has.
+                self.bound = copied.is_ok();
+                copied
+            }
+        }
     }
 
     /// Gives the gradients back. The plan cannot run until it is updated.
@@ -55,12 +89,21 @@ impl<'a> Plan<'a> {
         Plan {
             blender: self.blender,
             table: self.table,
-            partials: self.partials,
+            place: self.place,
             taken: self.taken,
             bound: false,
+            slices: false,
             borrow: PhantomData,
         }
     }
+}
+
+/// All lists, with their names.
+#[cfg(feature = "cuda")]
+fn lists<'b>(
+    tensors: &'b [TensorGrads<'_>],
+) -> impl Iterator<Item = (usize, crate::error::List, crate::grad::Grad)> + 'b {
+    tensors.iter().enumerate().flat_map(|(tensor, grads)| grads.lists().map(move |(list, grad)| (tensor, list, grad)))
 }
 
 /// Lends all tensors to a blender, or none: `taken`, with room for all, remembers which to take back.
@@ -105,7 +148,15 @@ pub struct Blender {
     number: u64,
     config: Config,
     scale: GradScale,
-    cpu: Cpu,
+    backend: Backend,
+}
+
+/// Where a blender works: its state, and what runs the operations.
+#[derive(Debug)]
+enum Backend {
+    Cpu(Cpu),
+    #[cfg(feature = "cuda")]
+    Cuda(Cuda),
 }
 
 impl Blender {
@@ -113,21 +164,21 @@ impl Blender {
     ///
     /// # Errors
     /// [`Error::Modalities`], [`Error::Decay`] or [`Error::Damping`] for a configuration out of range,
-    /// [`Error::Threads`] if a thread could not be started, [`Error::OutOfMemory`].
+    /// [`Error::Threads`] if a thread could not be started, [`Error::OutOfMemory`]; as [`Device::cuda`], and
+    /// [`Error::Cuda`].
     pub fn new(device: &Device, config: Config) -> Result<Self> {
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         config.check()?;
-        let Device(()) = device;
-        let mut blender = Blender {
-            number: NUMBER.fetch_add(1, Ordering::Relaxed),
-            config,
-            scale: GradScale::default(),
-            cpu: Cpu::new(config.threads)?,
+        let modalities = config.modalities as usize;
+        let mut start = moments::EMPTY;
+        moments::put_weights(&mut start, &[1.0 / modalities as f64; MAX_MODALITIES][..modalities]);
+        let backend = match device.0 {
+            Kind::Cpu => Backend::Cpu(Cpu::new(config.threads, &start)?),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(ordinal) => Backend::Cuda(Cuda::new(ordinal, config.terms(), &start)?),
         };
-        let uniform = [1.0 / f64::from(config.modalities); MAX_MODALITIES];
-        let modalities = blender.modalities();
-        put_weights(blender.cpu.state_mut(), &uniform[..modalities]);
-        Ok(blender)
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        Ok(Blender { number, config, scale: GradScale::default(), backend })
     }
 
     /// The configuration that the blender was made with.
@@ -147,21 +198,37 @@ impl Blender {
     /// # Errors
     /// Each names the tensor and the list: [`Error::ModalityCount`], [`Error::Unpaired`], [`Error::Length`],
     /// [`Error::MixedDTypes`], [`Error::Misaligned`], [`Error::OutOfRange`], [`Error::Overlap`],
-    /// [`Error::ForeignTensor`]; and [`Error::OutOfMemory`].
+    /// [`Error::ForeignTensor`], [`Error::UnknownMemory`]; and [`Error::OutOfMemory`], [`Error::Cuda`].
     pub fn plan<'a>(&self, tensors: &[TensorGrads<'a>]) -> Result<Plan<'a>> {
-        let table = Table::new(self.modalities(), tensors)?;
-        let partials = Cpu::partials(&table)?;
+        let grouping = match &self.backend {
+            Backend::Cpu(_) => Grouping::THREADS,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => Grouping::BLOCKS,
+        };
+        let table = Table::new(self.modalities(), tensors, grouping)?;
         let mut taken = reserved(tensors.len() as u64)?;
+        let place = match &self.backend {
+            Backend::Cpu(_) => Place::Cpu(Cpu::partials(&table)?),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => {
+                cuda.check_memory(lists(tensors))?;
+                Place::Cuda(cuda.scratch(&table)?)
+            }
+        };
         lend(tensors, self.number, &mut taken)?;
-        Ok(Plan { blender: self.number, table, partials, taken, bound: true, borrow: PhantomData })
+        let slices = tensors.iter().any(|tensor| tensor.slices);
+        Ok(Plan { blender: self.number, table, place, taken, bound: true, slices, borrow: PhantomData })
     }
 
     /// One pass over memory that does any of DOT, BLEND (with ACCUMULATE: blended += instead of =) and OBSERVE. The blend
     /// uses the weights in force at entry.
     ///
+    /// On a CUDA device the work is put on `stream`, and a plan of addresses does not wait for it. A plan of slices, which
+    /// only a device that reads the host's memory takes, does, and cannot be captured in a graph.
+    ///
     /// # Errors
     /// [`Error::Pass`] for no bit, an unknown one, or ACCUMULATE without BLEND; [`Error::ForeignPlan`];
-    /// [`Error::ReleasedPlan`].
+    /// [`Error::ReleasedPlan`]; [`Error::Capturing`], [`Error::Cuda`].
     pub fn pass(&mut self, plan: &Plan<'_>, what: Pass, stream: Stream) -> Result<()> {
         let bad = what.is_empty() || !Pass::all().contains(what);
         if bad || (what.contains(Pass::ACCUMULATE) && !what.contains(Pass::BLEND)) {
@@ -173,14 +240,26 @@ impl Blender {
         if !plan.bound {
             return Err(Error::ReleasedPlan);
         }
-        let (dot, blend) = (what.contains(Pass::DOT), what.contains(Pass::BLEND));
-        if dot || blend {
-            let accumulate = what.contains(Pass::ACCUMULATE);
-            // SAFETY: the plan is bound, to slices that it borrows or to addresses that its maker vouches for, and it
-            // is this blender's.
-            unsafe { self.cpu.pass(&plan.table, &plan.partials, dot, blend, accumulate) };
+        match (&mut self.backend, &plan.place) {
+            (Backend::Cpu(cpu), Place::Cpu(partials)) => {
+                let (dot, blend) = (what.contains(Pass::DOT), what.contains(Pass::BLEND));
+                if dot || blend {
+                    let accumulate = what.contains(Pass::ACCUMULATE);
+                    // SAFETY: the plan is bound, to slices that it borrows or to addresses that its maker vouches for,
+                    // and it is this blender's.
+                    unsafe { cpu.pass(&plan.table, partials, dot, blend, accumulate) };
+                }
+                if what.contains(Pass::OBSERVE) { self.observe(stream) } else { Ok(()) }
+            }
+            #[cfg(feature = "cuda")]
+            (Backend::Cuda(cuda), Place::Cuda(scratch)) => {
+                // SAFETY: as above; and where there are slices, the call waits.
+                unsafe { cuda.pass(scratch, what.bits(), self.scale.0, stream, plan.slices) }
+            }
+            // A blender makes plans for where it works, and refuses those of others.
+            #[cfg(feature = "cuda")]
+            _ => Err(Error::ForeignPlan),
         }
-        if what.contains(Pass::OBSERVE) { self.observe(stream) } else { Ok(()) }
     }
 
     /// Adds c_k = <g, v_k> and d_k = <t - g, v_k>, summed over the tensors, to the pending sums.
@@ -190,7 +269,7 @@ impl Blender {
     /// overflow, plus 2^-149 an element for underflow.
     ///
     /// # Errors
-    /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`].
+    /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`], [`Error::Capturing`], [`Error::Cuda`].
     pub fn dot(&mut self, plan: &Plan<'_>, stream: Stream) -> Result<()> {
         self.pass(plan, Pass::DOT, stream)
     }
@@ -199,7 +278,7 @@ impl Blender {
     /// modality is present. Accumulates in f32, rounds once.
     ///
     /// # Errors
-    /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`].
+    /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`], [`Error::Capturing`], [`Error::Cuda`].
     pub fn blend(&mut self, plan: &Plan<'_>, stream: Stream) -> Result<()> {
         self.pass(plan, Pass::BLEND, stream)
     }
@@ -208,7 +287,7 @@ impl Blender {
     /// one pass over memory.
     ///
     /// # Errors
-    /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`].
+    /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`], [`Error::Capturing`], [`Error::Cuda`].
     pub fn step(&mut self, plan: &Plan<'_>, stream: Stream) -> Result<()> {
         self.pass(plan, Pass::DOT | Pass::BLEND | Pass::OBSERVE, stream)
     }
@@ -219,14 +298,20 @@ impl Blender {
     /// but a counter and a flag. Reweights if the [`Cadence`] says so, unless the observation was skipped.
     ///
     /// # Errors
-    /// None on the CPU.
+    /// [`Error::Cuda`].
     pub fn observe(&mut self, stream: Stream) -> Result<()> {
-        let scale = cpu::read_scale(self.scale.0);
-        let (modalities, average) = (self.modalities(), self.config.average);
-        let entered = moments::observe(self.cpu.state_mut(), modalities, average, scale);
-        match self.config.cadence {
-            Cadence::EveryObservation if entered => self.reweight(stream),
-            _ => Ok(()),
+        let _ = stream;
+        let modalities = self.modalities();
+        match &mut self.backend {
+            Backend::Cpu(cpu) => {
+                let entered = cpu.observe(modalities, self.config.average, self.scale.0);
+                if entered && self.config.cadence == Cadence::EveryObservation {
+                    cpu.reweight(modalities, self.config.policy);
+                }
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.observe(self.scale.0, stream),
         }
     }
 
@@ -235,43 +320,40 @@ impl Blender {
     /// (S would be singular) solves uncorrelated.
     ///
     /// # Errors
-    /// None on the CPU.
+    /// [`Error::Cuda`].
     pub fn reweight(&mut self, stream: Stream) -> Result<()> {
         let _ = stream;
-        let (modalities, mut policy) = (self.modalities(), self.config.policy);
-        let state = self.cpu.state_mut();
-        if state.observed < modalities as u64 {
-            policy.overfitting = Overfitting::Uncorrelated;
+        let modalities = self.modalities();
+        match &mut self.backend {
+            Backend::Cpu(cpu) => {
+                cpu.reweight(modalities, self.config.policy);
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.reweight(stream),
         }
-        let mut mean = [0.0; MAX_MODALITIES];
-        let mut second_moment = [0.0; MAX_MODALITIES * MAX_MODALITIES];
-        let mut weights = [0.0; MAX_MODALITIES];
-        let (mean, second_moment) = (&mut mean[..modalities], &mut second_moment[..modalities * modalities]);
-        let weights = &mut weights[..modalities];
-        moments::moments(state, modalities, mean, second_moment);
-        let found = solve_into(mean, second_moment, &policy, weights);
-        if !found.contains(Flags::HELD) {
-            put_weights(state, weights);
-        }
-        let kept = Flags::from_bits_retain(state.flags) & Flags::NONFINITE;
-        state.flags = (kept | found).bits();
-        Ok(())
     }
 
     /// Starts a new super-epoch: forgets n, m, S, the counters, the flags and the pending sums, and keeps the weights.
     ///
     /// # Errors
-    /// None on the CPU.
+    /// [`Error::Cuda`].
     pub fn reset(&mut self, stream: Stream) -> Result<()> {
         let _ = stream;
-        moments::reset(self.cpu.state_mut());
-        Ok(())
+        match &mut self.backend {
+            Backend::Cpu(cpu) => {
+                moments::reset(cpu.state_mut());
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.reset(stream),
+        }
     }
 
     /// Puts `weights` in force as given, whatever their signs and sum.
     ///
     /// # Errors
-    /// [`Error::Count`] unless there are K, [`Error::Weight`] for one that is not finite as f32.
+    /// [`Error::Count`] unless there are K, [`Error::Weight`] for one that is not finite as f32; [`Error::Cuda`].
     pub fn set_weights(&mut self, weights: &[f64], stream: Stream) -> Result<()> {
         let _ = stream;
         if weights.len() != self.modalities() {
@@ -281,11 +363,18 @@ impl Blender {
         if let Some(modality) = weights.iter().position(|w| !(*w as f32).is_finite()) {
             return Err(Error::Weight { modality, got: weights[modality] });
         }
-        put_weights(self.cpu.state_mut(), weights);
-        Ok(())
+        match &mut self.backend {
+            Backend::Cpu(cpu) => {
+                moments::put_weights(cpu.state_mut(), weights);
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.set_weights(weights, stream),
+        }
     }
 
-    /// Sets the factor that gradients are scaled by from the next observation on. It is not part of the saved state.
+    /// Sets the factor that gradients are scaled by from the next observation on. It is not part of the saved state. A graph keeps
+    /// the scale, or the address of one, that it was captured with.
     ///
     /// # Errors
     /// [`Error::MisalignedScale`] for an address that is not aligned to an f32, [`Error::Scale`] for a value that is zero
@@ -294,31 +383,43 @@ impl Blender {
         match scale.0 {
             Scale::Address(address) if !address.is_multiple_of(4) => Err(Error::MisalignedScale { address }),
             Scale::Value(got) if got == 0.0 || !got.is_finite() => Err(Error::Scale { got }),
-            _ => {
-                self.scale = scale;
-                Ok(())
-            }
+            #[cfg(feature = "cuda")]
+            Scale::Address(address) => match &self.backend {
+                Backend::Cpu(_) => Ok(()),
+                Backend::Cuda(cuda) => cuda.check_scale(address),
+            },
+            _ => Ok(()),
+        }?;
+        self.scale = scale;
+        Ok(())
+    }
+
+    /// The state once the work on `stream` is done.
+    fn read(&self, stream: Stream) -> Result<State> {
+        let _ = stream;
+        match &self.backend {
+            Backend::Cpu(cpu) => Ok(*cpu.state()),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.read(stream),
         }
     }
 
     /// Reads what the blender knows. Waits for `stream`.
     ///
     /// # Errors
-    /// None on the CPU.
+    /// [`Error::Capturing`], [`Error::Cuda`].
     pub fn report(&mut self, stream: Stream) -> Result<Report> {
-        let _ = stream;
-        Ok(Report::read(self.cpu.state(), self.modalities()))
+        Ok(Report::read(&self.read(stream)?, self.modalities()))
     }
 
     /// Reads S, K x K, row-major; zeros before the first observation. Waits for `stream`.
     ///
     /// # Errors
-    /// None on the CPU.
+    /// [`Error::Capturing`], [`Error::Cuda`].
     pub fn second_moments(&mut self, stream: Stream) -> Result<Vec<f64>> {
-        let _ = stream;
         let modalities = self.modalities();
         let mut second_moment = vec![0.0; modalities * modalities];
-        moments::moments(self.cpu.state(), modalities, &mut [], &mut second_moment);
+        moments::moments(&self.read(stream)?, modalities, &mut [], &mut second_moment);
         Ok(second_moment)
     }
 
@@ -327,7 +428,11 @@ impl Blender {
     /// A trainer can weight its losses by them and run one backward pass. Read them only while no call on this blender
     /// runs.
     pub fn device_weights(&self) -> *const f32 {
-        self.cpu.device_weights()
+        match &self.backend {
+            Backend::Cpu(cpu) => cpu.device_weights(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => std::ptr::without_provenance(cuda.device_weights() as usize),
+        }
     }
 
     /// Address of the 2K pending sums in memory of the device, c_0..c_K then d_0..d_K, the same for the blender's life.
@@ -335,34 +440,37 @@ impl Blender {
     /// A sharded trainer adds these up across its shards between `dot` and `observe`. Use them only while no call on this
     /// blender runs.
     pub fn pending_sums(&self) -> *mut f64 {
-        self.cpu.pending_sums()
+        match &self.backend {
+            Backend::Cpu(cpu) => cpu.pending_sums(),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => std::ptr::without_provenance_mut(cuda.pending_sums() as usize),
+        }
     }
 
     /// The whole state as bytes: moments, weights, counters, flags and pending sums, bit for bit. Waits for `stream`.
     ///
     /// # Errors
-    /// None on the CPU.
+    /// [`Error::Capturing`], [`Error::Cuda`].
     pub fn save(&mut self, stream: Stream) -> Result<Vec<u8>> {
-        let _ = stream;
-        Ok(saved::write(self.cpu.state(), &self.config))
+        Ok(saved::write(&self.read(stream)?, &self.config))
     }
 
     /// Goes on from a saved state.
     ///
     /// # Errors
     /// [`Error::CorruptState`] for bytes that are foreign, truncated, altered or of an unknown version;
-    /// [`Error::StateMismatch`] for a state of another K, average or decay. The blender is then as it was.
+    /// [`Error::StateMismatch`] for a state of another K, average or decay; [`Error::Capturing`], [`Error::Cuda`]. The
+    /// blender is then as it was.
     pub fn load(&mut self, saved: &[u8], stream: Stream) -> Result<()> {
         let _ = stream;
         let state = saved::read(saved, &self.config)?;
-        *self.cpu.state_mut() = state;
-        Ok(())
-    }
-}
-
-fn put_weights(state: &mut State, weights: &[f64]) {
-    state.weights[..weights.len()].copy_from_slice(weights);
-    for (rounded, weight) in state.weights_f32.iter_mut().zip(weights) {
-        *rounded = *weight as f32;
+        match &mut self.backend {
+            Backend::Cpu(cpu) => {
+                *cpu.state_mut() = state;
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => cuda.write(&state, stream),
+        }
     }
 }

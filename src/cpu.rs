@@ -13,9 +13,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::error::{Error, Result};
 use crate::grad::Scale;
-use crate::layout::State;
-use crate::moments;
+use crate::layout::{MAX_MODALITIES, State};
+use crate::moments::{self, Average, Flags};
 use crate::plan::{Table, reserved};
+use crate::solve::{Overfitting, Policy, solve_into};
 
 use pass::{Run, Sums, Work};
 use pool::Pool;
@@ -46,14 +47,14 @@ pub(crate) struct Partials(Vec<UnsafeCell<Sums>>);
 unsafe impl Sync for Partials {}
 
 impl Cpu {
-    pub(crate) fn new(threads: u32) -> Result<Self> {
+    pub(crate) fn new(threads: u32, start: &State) -> Result<Self> {
         let pool = Pool::new(threads)?;
         let layout = Layout::new::<State>();
         // SAFETY: the layout is not empty.
         let state = NonNull::new(unsafe { std::alloc::alloc(layout) }.cast::<State>())
             .ok_or(Error::OutOfMemory { what: "the blender", bytes: layout.size() as u64 })?;
         // SAFETY: `state` is fresh memory of the right layout.
-        unsafe { state.write(moments::EMPTY) };
+        unsafe { state.write(*start) };
         Ok(Cpu { pool, state, run: pass::best() })
     }
 
@@ -138,10 +139,36 @@ impl Cpu {
             }
         }
     }
+
+    /// Closes the pending sums as one observation; says whether it entered the moments.
+    pub(crate) fn observe(&mut self, modalities: usize, average: Average, scale: Scale) -> bool {
+        let scale = read_scale(scale);
+        moments::observe(self.state_mut(), modalities, average, scale)
+    }
+
+    /// Puts in force what the moments say.
+    pub(crate) fn reweight(&mut self, modalities: usize, mut policy: Policy) {
+        let state = self.state_mut();
+        if state.observed < modalities as u64 {
+            policy.overfitting = Overfitting::Uncorrelated;
+        }
+        let mut mean = [0.0; MAX_MODALITIES];
+        let mut second_moment = [0.0; MAX_MODALITIES * MAX_MODALITIES];
+        let mut weights = [0.0; MAX_MODALITIES];
+        let (mean, second_moment) = (&mut mean[..modalities], &mut second_moment[..modalities * modalities]);
+        let weights = &mut weights[..modalities];
+        moments::moments(state, modalities, mean, second_moment);
+        let found = solve_into(mean, second_moment, &policy, weights);
+        if !found.contains(Flags::HELD) {
+            moments::put_weights(state, weights);
+        }
+        let kept = Flags::from_bits_retain(state.flags) & Flags::NONFINITE;
+        state.flags = (kept | found).bits();
+    }
 }
 
 /// The scale's value now.
-pub(crate) fn read_scale(scale: Scale) -> f32 {
+fn read_scale(scale: Scale) -> f32 {
     match scale {
         Scale::Value(scale) => scale,
         // SAFETY: `GradScale::from_raw` had the caller promise a live f32 that nothing writes to meanwhile.

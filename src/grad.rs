@@ -135,6 +135,8 @@ pub struct TensorGrads<'a> {
     /// Length and dtype when no list is there to tell them.
     shape: (u64, DType),
     lent: Option<AtomicU64>,
+    /// Whether any list is a slice, which must not be in use any more once a call has returned.
+    pub(crate) slices: bool,
     borrow: PhantomData<&'a mut [u8]>,
 }
 
@@ -148,6 +150,7 @@ impl<'a> TensorGrads<'a> {
             count: 0,
             shape,
             lent: None,
+            slices: false,
             borrow: PhantomData,
         }
     }
@@ -166,6 +169,7 @@ impl<'a> TensorGrads<'a> {
     pub fn blend_only<T: Element>(modalities: &[Option<&'a [T]>]) -> Self {
         let len = modalities.iter().flatten().next().map_or(0, |v| v.len() as u64);
         let mut tensor = Self::empty((len, T::DTYPE));
+        tensor.slices = true;
         tensor.count = modalities.len();
         for (slot, v) in tensor.modalities.iter_mut().zip(modalities) {
             *slot = v.map(Grad::from_slice);
@@ -200,6 +204,7 @@ impl<'a> TensorGrads<'a> {
         if let Some((_, grad)) = first {
             self.shape = (grad.len, grad.dtype);
         }
+        self.slices = true;
         // A tensor that is lent already stays lent: its other slices are in a plan.
         self.lent.get_or_insert_with(|| AtomicU64::new(0));
         self

@@ -12,7 +12,7 @@ pub const MAX_MODALITIES: usize = 32;
 /// threads share a 25-million-element model evenly.
 pub(crate) const CHUNK: u64 = 1 << 16;
 
-/// Bytes of the widest load, and so the alignment that it takes.
+/// Bytes of a kernel's widest load, and so the alignment that it takes.
 pub(crate) const ALIGNMENT: u64 = 16;
 
 /// Threads of a block. Unit u of a block's chunk belongs to thread u mod `THREADS`; that of a warp's chunk to lane u mod 32.
@@ -76,7 +76,7 @@ pub(crate) struct Span {
 }
 
 /// Everything a blender remembers between calls.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct State {
     /// Pending sums: c_0..c_K, then d_0..d_K, without a gap.

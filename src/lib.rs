@@ -2,6 +2,8 @@
 
 mod blender;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod error;
 mod grad;
 mod layout;

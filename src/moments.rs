@@ -100,6 +100,14 @@ pub(crate) fn reset(state: &mut State) {
     *state = State { weights, weights_f32, ..EMPTY };
 }
 
+/// Puts weights in force.
+pub(crate) fn put_weights(state: &mut State, weights: &[f64]) {
+    state.weights[..weights.len()].copy_from_slice(weights);
+    for (rounded, weight) in state.weights_f32.iter_mut().zip(weights) {
+        *rounded = *weight as f32;
+    }
+}
+
 /// No observation, no weights.
 pub(crate) const EMPTY: State = State {
     pending: [0.0; 2 * MAX_MODALITIES],

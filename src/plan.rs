@@ -2,7 +2,7 @@
 
 use crate::error::{Error, List, Result};
 use crate::grad::{DType, Grad, TensorGrads};
-use crate::layout::{CHUNK, Chunk, SPAN, Span, TensorRecord};
+use crate::layout::{ALIGNMENT, CHUNK, Chunk, SPAN, Span, TensorRecord};
 
 /// All that the passes need to know of a list of tensors. Lengths and dtypes fix the chunks; addresses can change.
 #[derive(Debug)]
@@ -20,6 +20,32 @@ pub(crate) struct Table {
     blended: Vec<Range>,
 }
 
+/// How chunks are grouped to spans: as many in a row as these limits allow, and at least one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grouping {
+    /// A span that has so many elements is full.
+    elements: u64,
+    /// A span that has so many chunks is full.
+    chunks: u64,
+    /// A chunk that has more elements than this is alone.
+    largest: u64,
+}
+
+impl Grouping {
+    /// For threads that take a span each.
+    pub(crate) const THREADS: Self = Grouping { elements: SPAN, chunks: u64::MAX, largest: CHUNK };
+    /// For blocks of warps, that take a large chunk together or a small one each.
+    #[cfg(feature = "cuda")]
+    pub(crate) const BLOCKS: Self =
+        Grouping { elements: u64::MAX, chunks: crate::layout::THREADS / 32, largest: crate::layout::SMALL };
+
+    /// Whether a span of `chunks` chunks with `elements` elements in all takes one more.
+    fn takes(self, chunks: u64, elements: u64, more: u64) -> bool {
+        let alone = chunks == 1 && elements > self.largest || more > self.largest;
+        elements < self.elements && chunks < self.chunks && !alone
+    }
+}
+
 /// The bytes of a blended gradient.
 #[derive(Clone, Copy, Debug)]
 struct Range {
@@ -30,7 +56,7 @@ struct Range {
 
 impl Table {
     /// Checks `tensors` and lays out their table for K = `modalities`.
-    pub(crate) fn new(modalities: usize, tensors: &[TensorGrads<'_>]) -> Result<Self> {
+    pub(crate) fn new(modalities: usize, tensors: &[TensorGrads<'_>], grouping: Grouping) -> Result<Self> {
         check_shapes(modalities, tensors)?;
         let slots = tensors.len() * modalities;
         let chunks = tensors.iter().map(|tensor| tensor.len().div_ceil(CHUNK)).sum::<u64>();
@@ -57,7 +83,7 @@ impl Table {
                 start += len;
             }
         }
-        table.group_chunks();
+        table.group_chunks(grouping);
         table.bind(tensors);
         Ok(table)
     }
@@ -99,6 +125,9 @@ impl Table {
                 }
             }
             record.present = present as u32;
+            // The lowest bit that any address has is what they all are a multiple of.
+            let all = tensor.lists().fold(ALIGNMENT, |all, (_, grad)| all | grad.address);
+            record.alignment = 1 << all.trailing_zeros();
         }
     }
 
@@ -124,14 +153,18 @@ impl Table {
         self.tensors.iter().map(bytes).fold(0, u64::saturating_add)
     }
 
-    fn group_chunks(&mut self) {
-        let (mut first, mut elements) = (0, 0);
-        for (index, chunk) in self.chunks.iter().enumerate() {
-            elements += chunk.len;
-            if elements >= SPAN || index + 1 == self.chunks.len() {
-                self.spans.push(Span { first, end: index as u64 + 1 });
-                (first, elements) = (index as u64 + 1, 0);
+    fn group_chunks(&mut self, grouping: Grouping) {
+        let (mut span, mut elements) = (Span { first: 0, end: 0 }, 0);
+        for chunk in &self.chunks {
+            if span.end > span.first && !grouping.takes(span.end - span.first, elements, chunk.len) {
+                self.spans.push(span);
+                (span.first, elements) = (span.end, 0);
             }
+            span.end += 1;
+            elements += chunk.len;
+        }
+        if span.end > span.first {
+            self.spans.push(span);
         }
     }
 

@@ -201,7 +201,8 @@ fn correlated(
             x[i] = (m(row) - known) / factor[i][i];
         }
         for i in (0..count).rev() {
-            let known: f64 = (i + 1..count).map(|j| factor[j][i] * x[j]).sum();
+            // Downwards, the order in which a warp that has a row a lane comes to know the x_j.
+            let known: f64 = (i + 1..count).rev().map(|j| factor[j][i] * x[j]).sum();
             x[i] = (x[i] - known) / factor[i][i];
         }
         a.fill(0.0);

@@ -7,18 +7,37 @@ use crate::solve::Policy;
 
 /// What a blender works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Device(pub(super) ());
+pub struct Device(pub(super) Kind);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Cpu,
+    #[cfg(feature = "cuda")]
+    Cuda(i32),
+}
 
 impl Device {
     /// The CPU.
     pub fn cpu() -> Self {
-        Device(())
+        Device(Kind::Cpu)
     }
 
-    /// The CUDA device with this ordinal.
+    /// The CUDA device with this ordinal, if it can run this build.
+    ///
+    /// # Errors
+    /// [`Error::NotBuilt`] without the feature `cuda`; [`Error::NoDriver`], [`Error::NoDevice`],
+    /// [`Error::UnsupportedDevice`]; [`Error::Cuda`].
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: i32) -> Result<Self> {
+        crate::cuda::find(ordinal)?;
+        Ok(Device(Kind::Cuda(ordinal)))
+    }
+
+    /// The CUDA device with this ordinal, in a build with the feature `cuda`.
     ///
     /// # Errors
     /// [`Error::NotBuilt`]: this build has no CUDA backend.
+    #[cfg(not(feature = "cuda"))]
     pub fn cuda(ordinal: i32) -> Result<Self> {
         Err(Error::NotBuilt { backend: "CUDA", ordinal })
     }
@@ -58,6 +77,26 @@ impl Config {
             policy: Policy::default(),
             cadence: Cadence::default(),
             threads: 0,
+        }
+    }
+
+    /// What a kernel must know of this.
+    #[cfg(feature = "cuda")]
+    pub(super) fn terms(&self) -> crate::layout::Launch {
+        use crate::solve::{Negative, Overfitting};
+        let (average, decay) = match self.average {
+            Average::Mean => (0, 0.0),
+            Average::Ema { decay } => (1, decay),
+        };
+        crate::layout::Launch {
+            modalities: self.modalities,
+            average,
+            decay,
+            damping: self.policy.damping,
+            overfitting: u32::from(self.policy.overfitting == Overfitting::Correlated),
+            negative: u32::from(self.policy.negative == Negative::Signed),
+            cadence: u32::from(self.cadence == Cadence::EveryObservation),
+            ..Default::default()
         }
     }
 

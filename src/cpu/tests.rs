@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use crate::grad::{DType, Element, TensorGrads};
 use crate::layout::MAX_MODALITIES;
-use crate::plan::Table;
+use crate::plan::{Grouping, Table};
 
 use super::pass::{Run, Sums, Work, best, portable};
 
@@ -15,7 +15,7 @@ fn bits<T: Element>(run: Run, list: impl Fn(usize) -> Vec<T>, modalities: usize,
     let mut blended = list(100);
     let refs: Vec<Option<&[T]>> = v.iter().map(|v| Some(v.as_slice())).collect();
     let tensors = [TensorGrads::new(&t, &g, &refs).blended(&mut blended)];
-    let Ok(table) = Table::new(modalities, &tensors) else { return Vec::new() };
+    let Ok(table) = Table::new(modalities, &tensors, Grouping::THREADS) else { return Vec::new() };
     let weights = std::array::from_fn(|k| 0.1 + 0.01 * k as f32);
     let mut out = Vec::new();
     for accumulate in [false, true] {
