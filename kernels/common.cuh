@@ -102,13 +102,13 @@ SAME_SIZE(Weights);
 SAME_PLACE(Weights, values);
 
 // Codes that Rust writes: DType, Pass, Flags, and the choices of a Config.
-enum : uint32_t { F32 = 0, F16 = 1, BF16 = 2 };
-enum : uint32_t { DOT = 1, BLEND = 2, ACCUMULATE = 4, OBSERVE = 8 };
-enum : uint32_t { HELD = 1, NONFINITE = 2, CLAMPED = 4 };
-enum : uint32_t { MEAN = 0, EMA = 1 };
-enum : uint32_t { UNCORRELATED = 0, CORRELATED = 1 };
-enum : uint32_t { CLAMP = 0, SIGNED = 1 };
-enum : uint32_t { ON_REQUEST = 0, EVERY_OBSERVATION = 1 };
+constexpr uint32_t F32 = 0, F16 = 1, BF16 = 2;
+constexpr uint32_t DOT = 1, BLEND = 2, ACCUMULATE = 4, OBSERVE = 8;
+constexpr uint32_t HELD = 1, NONFINITE = 2, CLAMPED = 4;
+constexpr uint32_t MEAN = 0, EMA = 1;
+constexpr uint32_t UNCORRELATED = 0, CORRELATED = 1;
+constexpr uint32_t CLAMP = 0, SIGNED = 1;
+constexpr uint32_t ON_REQUEST = 0, EVERY_OBSERVATION = 1;
 
 // An address of the record's as a pointer.
 template <class T>
@@ -121,6 +121,20 @@ __device__ __forceinline__ T *at(uint64_t address) {
 // Gradients are read once and the blend is not read again, so both pass by the cache (`cs`: evict first).
 
 __device__ __forceinline__ uint4 load(uint64_t address) { return __ldcs(at<const uint4>(address)); }
+
+// Reads a unit if it is there; else `unit` holds nothing of use. On a GPU it then reads from `spare`, which all threads
+// share and which is near: of many branches in a row the compiler makes moves that wait for one load before the next is
+// on its way.
+__device__ __forceinline__ void load_if(bool there, uint64_t address, uint64_t spare, uint4 &unit) {
+#ifdef __CUDACC__
+    unit = load(there ? address : spare);
+#else
+    (void)spare;
+    if (there) {
+        unit = load(address);
+    }
+#endif
+}
 
 __device__ __forceinline__ void store(uint64_t address, uint4 unit) { __stcs(at<uint4>(address), unit); }
 

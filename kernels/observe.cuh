@@ -82,7 +82,7 @@ __device__ __forceinline__ bool close(const Launch &launch, Shared &shared) {
         const uint32_t nonfinite = __ballot_sync(0xffffffffu, bad);
         if (thread == 0) {
             state->nonfinite = nonfinite;
-            state->flags = (state->flags & ~static_cast<uint32_t>(NONFINITE)) | (nonfinite != 0 ? NONFINITE : 0);
+            state->flags = (state->flags & ~NONFINITE) | (nonfinite != 0 ? NONFINITE : 0);
             uint64_t &counter = nonfinite != 0 ? state->skipped : state->observed;
             counter += counter != UINT64_MAX;
             if (nonfinite == 0) {

@@ -107,51 +107,52 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t
         }
         // Loads of all lists before the first use, and no branch between them, so that all are on their way at once.
         const auto load_lists = [&](auto load_list) {
-            if (dots) {
-                const uint64_t train = work.lists[TRAIN], valid = work.lists[VALID];
+            const uint64_t train = work.lists[TRAIN], valid = work.lists[VALID], blended = work.lists[BLENDED];
 #pragma unroll
-                for (int i = 0; i < TOGETHER; ++i) {
-                    load_list(train + offset[i], count[i], t[i]);
-                    load_list(valid + offset[i], count[i], g[i]);
-                }
-            }
-            if (adds) {
-                const uint64_t blended = work.lists[BLENDED];
-#pragma unroll
-                for (int i = 0; i < TOGETHER; ++i) {
-                    load_list(blended + offset[i], count[i], b[i]);
-                }
+            for (int i = 0; i < TOGETHER; ++i) {
+                load_list(dots, train + offset[i], count[i], t[i]);
+                load_list(dots, valid + offset[i], count[i], g[i]);
+                load_list(adds, blended + offset[i], count[i], b[i]);
             }
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                if (n < here) {
-                    const uint64_t modality = work.lists[MODALITY + n];
+                const uint64_t modality = work.lists[MODALITY + n];
 #pragma unroll
-                    for (int i = 0; i < TOGETHER; ++i) {
-                        load_list(modality + offset[i], count[i], v[i][n]);
-                    }
+                for (int i = 0; i < TOGETHER; ++i) {
+                    load_list(n < here, modality + offset[i], count[i], v[i][n]);
                 }
             }
         };
         const uint32_t alignment = work.alignment;
         const bool whole = count[TOGETHER - 1] == E;
         if (whole && alignment == 16) {
-            load_lists([](uint64_t list, uint32_t, uint4 &unit) { unit = load(list); });
+            const uint64_t spare = work.indices & ~15ull;
+            load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
+                if (GUARD) {
+                    load_if(there, list, spare, unit);
+                } else if (there) {
+                    unit = load(list);
+                }
+            });
         } else if (whole && alignment == 8) {
 #pragma unroll 1
             for (uint32_t byte = 0; byte < 16; byte += 8) {
-                load_lists([=](uint64_t list, uint32_t, uint4 &unit) { load_piece<8>(list + byte, true, unit); });
+                load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
+                    load_piece<8>(list + byte, there, unit);
+                });
             }
         } else if (T::BYTES == 2 && whole && alignment == 4) {
 #pragma unroll 1
             for (uint32_t byte = 0; byte < 16; byte += 4) {
-                load_lists([=](uint64_t list, uint32_t, uint4 &unit) { load_piece<4>(list + byte, true, unit); });
+                load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
+                    load_piece<4>(list + byte, there, unit);
+                });
             }
         } else {
 #pragma unroll 1
             for (uint32_t element = 0; element < E; ++element) {
-                load_lists([=](uint64_t list, uint32_t there, uint4 &unit) {
-                    load_piece<T::BYTES>(list + element * T::BYTES, element < there, unit);
+                load_lists([=](bool there, uint64_t list, uint32_t elements, uint4 &unit) {
+                    load_piece<T::BYTES>(list + element * T::BYTES, there && element < elements, unit);
                 });
             }
         }
@@ -167,7 +168,7 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t
                 float train[T::PER_WORD], valid[T::PER_WORD], sum[T::PER_WORD];
                 T::widen(t_words[word], train);
                 T::widen(g_words[word], valid);
-                T::widen(b_words[word], sum);
+                T::widen(adds ? b_words[word] : 0, sum);
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
                     if (n < here) {

@@ -5,8 +5,8 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::{Outcome, Random, STREAM, Tensor};
-use gradblend::{Blender, Cadence, Config, Device, Overfitting, Pass, Policy, TensorGrads};
+use common::{Outcome, Place, Random, STREAM, Tensor};
+use gradblend::{Cadence, Config, Overfitting, Pass, Policy};
 
 struct Counting;
 
@@ -37,20 +37,26 @@ fn calls(work: impl FnOnce() -> gradblend::Result<()>) -> gradblend::Result<u64>
 
 #[test]
 fn run_calls_and_updates_allocate_nothing() -> Outcome {
-    for threads in [1, 2, 4] {
+    common::cpu(body)?;
+    #[cfg(feature = "cuda")]
+    common::cuda(body)?;
+    Ok(())
+}
+
+fn body(place: Place) -> Outcome {
+    let threads: &[u32] = if place == Place::Cpu { &[1, 2, 4] } else { &[1] };
+    for &threads in threads {
         let policy = Policy { overfitting: Overfitting::Correlated, ..Policy::default() };
         let config = Config { threads, policy, cadence: Cadence::EveryObservation, ..Config::new(5) };
-        let mut blender = Blender::new(&Device::cpu(), config)?;
+        let mut blender = place.blender_with(config)?;
         let mut random = Random(51);
         let mut tensors: Vec<Tensor<f32>> = (0..8).map(|i| Tensor::random(&mut random, 30_000 * i, 5, 0, 4)).collect();
         let mut others = tensors.clone();
-        let grads: Vec<TensorGrads<'_>> = tensors.iter_mut().map(Tensor::grads).collect();
-        let mut plan = blender.plan(&grads)?;
-        let grads: Vec<TensorGrads<'_>> = others.iter_mut().map(Tensor::grads).collect();
-        // The system's locks and conditions may set themselves up at their first use.
-        blender.step(&plan, STREAM())?;
-        let count = calls(|| {
-            for _ in 0..50 {
+        let (mut tensors, mut others) = (place.put(&mut tensors), place.put(&mut others));
+        let mut plan = blender.plan(&tensors.grads())?;
+        let grads = others.grads();
+        let mut turns = |turns| {
+            for _ in 0..turns {
                 blender.step(&plan, STREAM())?;
                 blender.dot(&plan, STREAM())?;
                 blender.pass(&plan, Pass::BLEND | Pass::ACCUMULATE, STREAM())?;
@@ -60,7 +66,10 @@ fn run_calls_and_updates_allocate_nothing() -> Outcome {
                 plan.update(&grads, STREAM())?;
             }
             Ok(())
-        })?;
+        };
+        // The system's locks and conditions, and the binding to a driver, set themselves up at their first use.
+        turns(1)?;
+        let count = calls(|| turns(5))?;
         assert_eq!(count, 0, "{threads} threads");
         assert!(calls(|| blender.report(STREAM()).map(drop))? > 0, "the count counts");
     }

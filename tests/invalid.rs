@@ -5,11 +5,15 @@ mod common;
 
 use std::ffi::c_void;
 
-use common::{Outcome, STREAM, blender};
+use common::{Outcome, Place, Random, STREAM, Tensor, bits};
 use gradblend::{
     Average, Blender, Config, DType, Device, Error, GradScale, List, Losses, Pass, Policy, Schedule, TensorGrads, f16,
     ogr, solve,
 };
+
+tests! {
+    once: plans, weights_and_scales, saved_states;
+}
 
 const A: [f32; 4] = [1.0, 2.0, 3.0, 4.0];
 
@@ -38,7 +42,9 @@ fn raw(
 
 #[test]
 fn every_variant_is_named_here() {
-    let (source, tests) = (include_str!("../src/error.rs"), include_str!("invalid.rs"));
+    let source = include_str!("../src/error.rs");
+    // What only a CUDA device refuses is provoked there.
+    let tests = concat!(include_str!("invalid.rs"), include_str!("driver.rs"), include_str!("graph.rs"));
     let body = source.split("pub enum Error {").nth(1).unwrap_or("");
     let named = |line: &str| line.strip_prefix("    ")?.split([' ', ',']).next().map(str::to_owned);
     let variants: Vec<String> = body
@@ -71,6 +77,7 @@ fn configuration() {
     let threads = u32::MAX;
     let want = Error::Threads { threads, reason: "expected at most 4096".into() };
     refused(new(Config { threads, ..Config::new(2) }), &want, "4294967295");
+    #[cfg(not(feature = "cuda"))]
     refused(Device::cuda(3), &Error::NotBuilt { backend: "CUDA", ordinal: 3 }, "not part of this build");
     refused(DType::try_from(7), &Error::DType { code: 7 }, "dtype 7");
     assert_eq!(DType::try_from(2), Ok(DType::BF16));
@@ -78,7 +85,7 @@ fn configuration() {
 
 #[test]
 fn tensors() -> Outcome {
-    let blender = blender(2, 1)?;
+    let blender = Place::Cpu.blender(2)?;
     let good = || TensorGrads::new(&A, &A, &[Some(&A[..]), None]);
     let mut out = A;
     let check = |bad: TensorGrads<'_>, want: Error, message: &str| {
@@ -120,7 +127,7 @@ fn tensors() -> Outcome {
 
 #[test]
 fn overlap() -> Outcome {
-    let blender = blender(2, 1)?;
+    let blender = Place::Cpu.blender(2)?;
     // Tensors of 4 f32 take 16 bytes.
     let at = |train, modalities: &[usize], blended| raw(4, DType::F32, train, train, modalities, blended);
     let first = || at(0x1000, &[0x2000, 0x3000], 0x4000);
@@ -148,17 +155,15 @@ fn overlap() -> Outcome {
     Ok(())
 }
 
-#[test]
-fn plans() -> Outcome {
-    let (mut own, mut other) = (blender(2, 1)?, blender(2, 1)?);
-    let mut out = A;
-    let good = || TensorGrads::new(&A, &A, &[Some(&A[..]), Some(&A)]);
-    let lent = [good().blended(&mut out)];
-    let mut plan = own.plan(&lent)?;
+fn plans(place: Place) -> Outcome {
+    let (mut own, mut other) = (place.blender(2)?, place.blender(2)?);
+    let mut tensors = [Tensor::<f32>::random(&mut Random(61), 4, 2, 0, 0)];
+    let before = tensors.clone();
+    let mut lists = place.put(&mut tensors);
+    let mut plan = own.plan(&lists.grads())?;
     let saved = own.save(STREAM())?;
     let other_saved = other.save(STREAM())?;
     refused(other.step(&plan, STREAM()), &Error::ForeignPlan, "another blender");
-    refused(other.plan(&lent), &Error::ForeignTensor { tensor: 0 }, "tensor 0");
     assert_eq!(other.save(STREAM())?, other_saved);
     for bits in [0, 4, 5, 16, 4 | 8] {
         let what = Pass::from_bits_retain(bits);
@@ -173,12 +178,12 @@ fn plans() -> Outcome {
     refused(plan.update(&[TensorGrads::new(&halves, &halves, &[None, None])], STREAM()), &dtype, "f16");
     assert_eq!(own.save(STREAM())?, saved, "nothing changed");
     own.blend(&plan, STREAM())?;
-    let released = plan.release();
-    refused(own.dot(&released, STREAM()), &Error::ReleasedPlan, "released");
-    let _ = lent;
-    assert_eq!(out, A, "the plan ran as it was: half of each of two equal gradients");
-    let bytes = (1_u64 << 44) * 24;
+    refused(own.dot(&plan.release(), STREAM()), &Error::ReleasedPlan, "released");
+    lists.fetch();
+    tensors[0].check_blend(&[0.5; 2], None, "the plan ran as it was");
+    assert_eq!(bits(&tensors[0].train), bits(&before[0].train));
     let huge = raw(1 << 60, DType::F32, 0, 0, &[0, 0], 0);
+    let bytes = (1_u64 << 44) * 24;
     refused(own.plan(&[huge]), &Error::OutOfMemory { what: "the plan", bytes }, "out of memory");
     Ok(())
 }
@@ -186,7 +191,7 @@ fn plans() -> Outcome {
 /// A tensor that is lent stays lent, whatever is added to it; a refused plan takes nothing.
 #[test]
 fn lent_slices() -> Outcome {
-    let (one, two) = (blender(1, 1)?, blender(1, 1)?);
+    let (one, two) = (Place::Cpu.blender(1)?, Place::Cpu.blender(1)?);
     let (mut v, mut w, mut x) = (A, A, A);
     let first = [TensorGrads::new(&A, &A, &[None]).in_place(0, &mut v)];
     let plan = one.plan(&first)?;
@@ -202,9 +207,8 @@ fn lent_slices() -> Outcome {
     Ok(())
 }
 
-#[test]
-fn weights_scales_and_numbers() -> Outcome {
-    let mut blender = blender(2, 1)?;
+fn weights_and_scales(place: Place) -> Outcome {
+    let mut blender = place.blender(2)?;
     let saved = blender.save(STREAM())?;
     let count = Error::Count { what: "the weights", expected: 2, got: 3 };
     refused(blender.set_weights(&[1.0; 3], STREAM()), &count, "got 3");
@@ -218,6 +222,11 @@ fn weights_scales_and_numbers() -> Outcome {
         refused(blender.set_grad_scale(GradScale::value(got)), &Error::Scale { got }, "gradient scale");
     }
     assert_eq!(blender.save(STREAM())?, saved, "nothing changed");
+    Ok(())
+}
+
+#[test]
+fn numbers() -> Outcome {
     let policy = Policy::default();
     refused(solve(&[], &[], &policy), &Error::Modalities { got: 0 }, "got 0");
     refused(solve(&[1.0; 33], &[1.0; 33 * 33], &policy), &Error::Modalities { got: 33 }, "got 33");
@@ -245,11 +254,10 @@ fn weights_scales_and_numbers() -> Outcome {
     Ok(())
 }
 
-#[test]
-fn saved_states() -> Outcome {
-    let mut blender = blender(2, 1)?;
+fn saved_states(place: Place) -> Outcome {
+    let mut blender = place.blender(2)?;
     let mut saved = blender.save(STREAM())?;
-    let other = |config| Blender::new(&Device::cpu(), config)?.save(STREAM());
+    let other = |config| place.blender_with(config)?.save(STREAM());
     let mismatch =
         |what, expected: &str, got: &str| Error::StateMismatch { what, expected: expected.into(), got: got.into() };
     let three = other(Config::new(3))?;

@@ -2,8 +2,20 @@
 
 mod common;
 
-use common::{Outcome, Random, STREAM, Tensor, blender, pending, set_pending};
-use gradblend::{Average, Blender, Cadence, Config, Device, Error, Flags, GradScale, Negative, Overfitting, Policy};
+use common::{Outcome, Place, Random, STREAM, Tensor};
+use gradblend::{Average, Blender, Cadence, Config, Error, Flags, GradScale, Negative, Overfitting, Policy};
+
+tests! {
+    once:
+        averages_are_what_they_are_called,
+        nothing_pending_is_an_observation_of_zeros,
+        not_finite_changes_a_counter_and_a_flag,
+        gradients_that_are_not_finite_never_enter,
+        scale_is_judged_after_division,
+        reset_keeps_the_weights_alone,
+        saved_states_go_on,
+        altered_states_are_refused;
+}
 
 /// Moments from a list of (c, d), straight from their definition.
 fn moments(average: Average, seen: &[([f64; 2], [f64; 2])]) -> ([f64; 2], [f64; 4]) {
@@ -30,20 +42,19 @@ fn close(got: &[f64], want: &[f64]) {
     }
 }
 
-#[test]
-fn averages_are_what_they_are_called() -> Outcome {
+fn averages_are_what_they_are_called(place: Place) -> Outcome {
     for average in
         [Average::Mean, Average::Ema { decay: 0.9 }, Average::Ema { decay: 0.99 }, Average::Ema { decay: 0.0 }]
     {
         let mut random = Random(31);
-        let mut blender = Blender::new(&Device::cpu(), Config { average, ..Config::new(2) })?;
+        let mut blender = place.blender_with(Config { average, ..Config::new(2) })?;
         let mut seen = Vec::new();
         for n in 1..300_u64 {
             let (c, d) = ([random.number(), random.number()], [random.number(), random.number()]);
             seen.push((c, d));
-            set_pending(&mut blender, &c, &d);
+            place.set_pending(&mut blender, &c, &d);
             blender.observe(STREAM())?;
-            assert_eq!(pending(&blender), [0.0; 4], "observe zeroes the pending sums");
+            assert_eq!(place.pending(&blender), [0.0; 4], "observe zeroes the pending sums");
             let (mean, second) = moments(average, &seen);
             let report = blender.report(STREAM())?;
             assert_eq!((report.observed, report.skipped, report.flags), (n, 0, Flags::empty()));
@@ -58,9 +69,8 @@ fn averages_are_what_they_are_called() -> Outcome {
     Ok(())
 }
 
-#[test]
-fn nothing_pending_is_an_observation_of_zeros() -> Outcome {
-    let mut blender = blender(2, 1)?;
+fn nothing_pending_is_an_observation_of_zeros(place: Place) -> Outcome {
+    let mut blender = place.blender(2)?;
     let report = blender.report(STREAM())?;
     assert_eq!((report.observed, &report.mean), (0, &vec![0.0; 2]));
     assert!(report.ogr.iter().all(|ogr| ogr.is_nan()) && report.ogr_blend.is_nan());
@@ -70,10 +80,9 @@ fn nothing_pending_is_an_observation_of_zeros() -> Outcome {
     Ok(())
 }
 
-#[test]
-fn not_finite_changes_a_counter_and_a_flag() -> Outcome {
-    let mut blender = Blender::new(&Device::cpu(), Config { cadence: Cadence::EveryObservation, ..Config::new(3) })?;
-    set_pending(&mut blender, &[1.0, 2.0, 3.0], &[1.0, 1.0, 1.0]);
+fn not_finite_changes_a_counter_and_a_flag(place: Place) -> Outcome {
+    let mut blender = place.blender_with(Config { cadence: Cadence::EveryObservation, ..Config::new(3) })?;
+    place.set_pending(&mut blender, &[1.0, 2.0, 3.0], &[1.0, 1.0, 1.0]);
     blender.observe(STREAM())?;
     let before = blender.report(STREAM())?;
     let bad = [
@@ -84,19 +93,19 @@ fn not_finite_changes_a_counter_and_a_flag() -> Outcome {
         ([1.0, 1.0, 1.0], [1.0, 1.0, 1e200], 0b100),
     ];
     for (skipped, (c, d, names)) in bad.into_iter().enumerate() {
-        set_pending(&mut blender, &c, &d);
+        place.set_pending(&mut blender, &c, &d);
         blender.observe(STREAM())?;
         let report = blender.report(STREAM())?;
         assert_eq!((report.skipped, report.nonfinite), (skipped as u64 + 1, names));
         assert!(report.flags.contains(Flags::NONFINITE));
         assert_eq!((&report.weights, &report.mean, report.observed), (&before.weights, &before.mean, before.observed));
-        assert_eq!(pending(&blender), [0.0; 6], "a skipped observation zeroes the pending sums too");
+        assert_eq!(place.pending(&blender), [0.0; 6], "a skipped observation zeroes the pending sums too");
     }
     blender.set_weights(&[3.0, 2.0, 1.0], STREAM())?;
-    set_pending(&mut blender, &[f64::NAN; 3], &[1.0; 3]);
+    place.set_pending(&mut blender, &[f64::NAN; 3], &[1.0; 3]);
     blender.observe(STREAM())?;
     assert_eq!(blender.report(STREAM())?.weights, [3.0, 2.0, 1.0], "a skipped observation does not reweight");
-    set_pending(&mut blender, &[1.0; 3], &[1.0; 3]);
+    place.set_pending(&mut blender, &[1.0; 3], &[1.0; 3]);
     blender.observe(STREAM())?;
     let report = blender.report(STREAM())?;
     assert_eq!((report.flags, report.nonfinite, report.skipped, report.observed), (Flags::empty(), 0, 5, 2));
@@ -104,29 +113,28 @@ fn not_finite_changes_a_counter_and_a_flag() -> Outcome {
 }
 
 /// One NaN or infinity anywhere in the gradients, also against a zero.
-#[test]
-fn gradients_that_are_not_finite_never_enter() -> Outcome {
+fn gradients_that_are_not_finite_never_enter(place: Place) -> Outcome {
     let mut random = Random(32);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for at in [0, 1023, 4999] {
-            let mut blender = blender(2, 1)?;
-            let mut tensor = Tensor::<f32>::random(&mut random, 5000, 2, 0, 0);
-            tensor.valid[at] = 0.0;
-            tensor.modalities[1].iter_mut().for_each(|v| v[at] = bad);
-            let plan = blender.plan(&[tensor.grads()])?;
-            blender.step(&plan, STREAM())?;
+            let mut blender = place.blender(2)?;
+            let mut tensors = [Tensor::<f32>::random(&mut random, 5000, 2, 0, 0)];
+            tensors[0].valid[at] = 0.0;
+            tensors[0].modalities[1].iter_mut().for_each(|v| v[at] = bad);
+            place.run(&mut blender, &mut tensors, Blender::step)?;
             let report = blender.report(STREAM())?;
             assert_eq!((report.observed, report.skipped, report.nonfinite), (0, 1, 0b10), "{bad} at {at}");
-            drop(plan);
-            assert!(!tensor.blended[at].is_finite(), "blend passes it on");
+            assert!(!tensors[0].blended[at].is_finite(), "blend passes it on");
         }
     }
     Ok(())
 }
 
-#[test]
-fn scale_is_judged_after_division() -> Outcome {
-    let mut blender = blender(1, 1)?;
+fn scale_is_judged_after_division(place: Place) -> Outcome {
+    let mut blender = place.blender(1)?;
+    let cell = place.buffer(vec![1.0]);
+    // SAFETY: `cell` lives until another scale is set, and is written to between calls only.
+    blender.set_grad_scale(unsafe { GradScale::from_raw(cell.address()) })?;
     for (scale, c, d, kept) in [
         (0.0, 1.0, 1.0, false),
         (f32::NAN, 1.0, 1.0, false),
@@ -135,9 +143,8 @@ fn scale_is_judged_after_division() -> Outcome {
         (f32::MIN_POSITIVE, 1e300, 1.0, false),
     ] {
         blender.reset(STREAM())?;
-        // SAFETY: `scale` lives until the end of this turn, which has the only observation that reads it.
-        blender.set_grad_scale(unsafe { GradScale::from_raw(&raw const scale) })?;
-        set_pending(&mut blender, &[c], &[d]);
+        cell.set(scale);
+        place.set_pending(&mut blender, &[c], &[d]);
         blender.observe(STREAM())?;
         let report = blender.report(STREAM())?;
         assert_eq!(report.observed == 1, kept, "scale {scale}");
@@ -148,62 +155,63 @@ fn scale_is_judged_after_division() -> Outcome {
     // SAFETY: NULL is a scale of 1.
     blender.set_grad_scale(unsafe { GradScale::from_raw(std::ptr::null()) })?;
     blender.reset(STREAM())?;
-    set_pending(&mut blender, &[3.0], &[1.0]);
+    place.set_pending(&mut blender, &[3.0], &[1.0]);
     blender.observe(STREAM())?;
     assert_eq!(blender.report(STREAM())?.mean, [3.0]);
     Ok(())
 }
 
-#[test]
-fn reset_keeps_the_weights_alone() -> Outcome {
-    let mut blender = blender(2, 1)?;
-    set_pending(&mut blender, &[1.0, 1.0], &[1.0, 2.0]);
+fn reset_keeps_the_weights_alone(place: Place) -> Outcome {
+    let mut blender = place.blender(2)?;
+    place.set_pending(&mut blender, &[1.0, 1.0], &[1.0, 2.0]);
     blender.observe(STREAM())?;
     blender.reweight(STREAM())?;
     let weights = blender.report(STREAM())?.weights;
-    set_pending(&mut blender, &[f64::NAN, 1.0], &[1.0, 2.0]);
+    place.set_pending(&mut blender, &[f64::NAN, 1.0], &[1.0, 2.0]);
     blender.observe(STREAM())?;
-    set_pending(&mut blender, &[5.0, 5.0], &[5.0, 5.0]);
+    place.set_pending(&mut blender, &[5.0, 5.0], &[5.0, 5.0]);
     let addresses = (blender.pending_sums(), blender.device_weights());
     blender.reset(STREAM())?;
     let report = blender.report(STREAM())?;
     assert_eq!((report.observed, report.skipped, report.flags, report.nonfinite), (0, 0, Flags::empty(), 0));
-    assert_eq!((report.mean, report.second_moment, pending(&blender)), (vec![0.0; 2], vec![0.0; 2], vec![0.0; 4]));
+    assert_eq!(
+        (report.mean, report.second_moment, place.pending(&blender)),
+        (vec![0.0; 2], vec![0.0; 2], vec![0.0; 4])
+    );
     assert_eq!(report.weights, weights);
     assert_eq!((blender.pending_sums(), blender.device_weights()), addresses);
     Ok(())
 }
 
 /// Save, load elsewhere, go on: the same as never stopping.
-#[test]
-fn saved_states_go_on() -> Outcome {
+fn saved_states_go_on(place: Place) -> Outcome {
     for average in [Average::Mean, Average::Ema { decay: 0.9 }] {
         for overfitting in [Overfitting::Uncorrelated, Overfitting::Correlated] {
             let policy = Policy { overfitting, negative: Negative::Signed, ..Policy::default() };
             let config = Config { average, policy, cadence: Cadence::EveryObservation, ..Config::new(3) };
             let mut random = Random(33);
-            let mut whole = Blender::new(&Device::cpu(), config)?;
+            let mut whole = place.blender_with(config)?;
             for i in 0..20 {
                 let d = [random.number(), random.number(), random.number()];
                 let c = if i == 9 { [f64::NAN; 3] } else { [random.number(), 1.0, 2.0] };
-                set_pending(&mut whole, &c, &d);
+                place.set_pending(&mut whole, &c, &d);
                 if i % 5 == 4 {
                     // Pending sums are part of the state.
                     let saved = whole.save(STREAM())?;
-                    let mut other = Blender::new(&Device::cpu(), config)?;
+                    let mut other = place.blender_with(config)?;
                     other.load(&saved, STREAM())?;
                     assert_eq!(other.save(STREAM())?, saved);
-                    assert_eq!(common::weights(&other), common::weights(&whole));
+                    assert_eq!(place.weights(&other), place.weights(&whole));
                     whole = other;
                 }
                 whole.observe(STREAM())?;
             }
-            let mut straight = Blender::new(&Device::cpu(), config)?;
+            let mut straight = place.blender_with(config)?;
             let mut random = Random(33);
             for i in 0..20 {
                 let d = [random.number(), random.number(), random.number()];
                 let c = if i == 9 { [f64::NAN; 3] } else { [random.number(), 1.0, 2.0] };
-                set_pending(&mut straight, &c, &d);
+                place.set_pending(&mut straight, &c, &d);
                 straight.observe(STREAM())?;
             }
             assert_eq!(whole.save(STREAM())?, straight.save(STREAM())?);
@@ -213,10 +221,9 @@ fn saved_states_go_on() -> Outcome {
 }
 
 /// Every single byte altered, and every truncation, is noticed, and nothing is changed by it.
-#[test]
-fn altered_states_are_refused() -> Outcome {
-    let mut blender = blender(2, 1)?;
-    set_pending(&mut blender, &[1.0, 1.0], &[1.0, 2.0]);
+fn altered_states_are_refused(place: Place) -> Outcome {
+    let mut blender = place.blender(2)?;
+    place.set_pending(&mut blender, &[1.0, 1.0], &[1.0, 2.0]);
     blender.observe(STREAM())?;
     let saved = blender.save(STREAM())?;
     for i in 0..saved.len() {

@@ -2,8 +2,12 @@
 
 mod common;
 
-use common::{Outcome, Random, STREAM, blender, set_pending};
-use gradblend::{Blender, Cadence, Config, Device, Flags, Negative, Overfitting, Policy, Solution, solve};
+use common::{Outcome, Place, Random, STREAM};
+use gradblend::{Cadence, Config, Flags, Negative, Overfitting, Policy, Solution, solve};
+
+tests! {
+    once: too_few_observations_solve_uncorrelated, nothing_to_go_by_keeps_the_weights, cadence;
+}
 
 const SIGNED: Policy = Policy { overfitting: Overfitting::Uncorrelated, negative: Negative::Signed, damping: 1e-12 };
 const CORRELATED: Policy = Policy { overfitting: Overfitting::Correlated, negative: Negative::Clamp, damping: 1e-12 };
@@ -239,16 +243,15 @@ fn scaling_and_permuting_change_nothing() -> Outcome {
     Ok(())
 }
 
-#[test]
-fn too_few_observations_solve_uncorrelated() -> Outcome {
+fn too_few_observations_solve_uncorrelated(place: Place) -> Outcome {
     let config = Config { policy: CORRELATED, ..Config::new(3) };
-    let mut correlated = Blender::new(&Device::cpu(), config)?;
-    let mut uncorrelated = blender(3, 1)?;
+    let mut correlated = place.blender_with(config)?;
+    let mut uncorrelated = place.blender(3)?;
     let mut random = Random(44);
     for n in 1..=4 {
         let d = [random.number(), random.number(), random.number()];
         for blender in [&mut correlated, &mut uncorrelated] {
-            set_pending(blender, &[1.0, 2.0, 3.0], &d);
+            place.set_pending(blender, &[1.0, 2.0, 3.0], &d);
             blender.observe(STREAM())?;
             blender.reweight(STREAM())?;
         }
@@ -261,32 +264,30 @@ fn too_few_observations_solve_uncorrelated() -> Outcome {
     Ok(())
 }
 
-#[test]
-fn nothing_to_go_by_keeps_the_weights() -> Outcome {
-    let mut blender = blender(2, 1)?;
+fn nothing_to_go_by_keeps_the_weights(place: Place) -> Outcome {
+    let mut blender = place.blender(2)?;
     blender.reweight(STREAM())?;
     let report = blender.report(STREAM())?;
     assert_eq!((report.weights, report.flags), (vec![0.5, 0.5], Flags::HELD));
     blender.set_weights(&[3.0, -0.5], STREAM())?;
-    set_pending(&mut blender, &[-1.0, -1.0], &[1.0, 1.0]);
+    place.set_pending(&mut blender, &[-1.0, -1.0], &[1.0, 1.0]);
     blender.observe(STREAM())?;
     blender.reweight(STREAM())?;
     let report = blender.report(STREAM())?;
     assert_eq!((report.weights, report.flags), (vec![3.0, -0.5], Flags::HELD | Flags::CLAMPED));
-    assert_eq!(common::weights(&blender), [3.0, -0.5]);
+    assert_eq!(place.weights(&blender), [3.0, -0.5]);
     blender.reset(STREAM())?;
-    set_pending(&mut blender, &[1.0, 1.0], &[1.0, 1.0]);
+    place.set_pending(&mut blender, &[1.0, 1.0], &[1.0, 1.0]);
     blender.observe(STREAM())?;
     blender.reweight(STREAM())?;
     assert_eq!(blender.report(STREAM())?.flags, Flags::empty());
     Ok(())
 }
 
-#[test]
-fn cadence() -> Outcome {
+fn cadence(place: Place) -> Outcome {
     for cadence in [Cadence::OnRequest, Cadence::EveryObservation] {
-        let mut blender = Blender::new(&Device::cpu(), Config { cadence, ..Config::new(2) })?;
-        set_pending(&mut blender, &[1.0, 1.0], &[1.0, 3.0_f64.sqrt()]);
+        let mut blender = place.blender_with(Config { cadence, ..Config::new(2) })?;
+        place.set_pending(&mut blender, &[1.0, 1.0], &[1.0, 3.0_f64.sqrt()]);
         blender.observe(STREAM())?;
         let want = if cadence == Cadence::OnRequest { [0.5, 0.5] } else { [0.75, 0.25] };
         close(&blender.report(STREAM())?.weights, &want, 1e-11);

@@ -1,0 +1,221 @@
+#!/usr/bin/env bash
+# Runs what scripts/gpu-bundle put into this folder, on a machine with a CUDA GPU.
+#
+#     ./run.sh [--quick] [--bench] [--budget SECONDS]
+#
+#   --quick           only the machine and the tests
+#   --bench           benchmarks at the end, as far as there is time for them; they run on the CPU so far
+#   --budget SECONDS  for everything together, 570 by default; what does not fit is skipped
+#
+# Each step writes a log into ./results-<UTC time>/, or into $OUT. A failed step does not keep the others from running.
+# The first thing is to put the programs in this folder together.
+# Exits with 1 if a step failed. The GPU is device 0 of those that CUDA_VISIBLE_DEVICES shows, in the order of
+# nvidia-smi. Nothing but the driver is needed; compute-sanitizer is used where it is on PATH or in /usr/local/cuda/bin.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+quick='' bench='' budget=570
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$here/run.sh"; }
+while (($#)); do
+    case $1 in
+        --quick) quick=1 ;;
+        --bench) bench=1 ;;
+        --budget) budget=${2:-} && shift ;;
+        --help | -h) usage && exit ;;
+        *) usage >&2 && exit 2 ;;
+    esac
+    shift || true
+done
+[[ $budget =~ ^[0-9]+$ ]] || { echo "run.sh: --budget takes seconds" >&2 && exit 2; }
+
+results=${OUT:-$PWD/results-$(date -u +%Y%m%dT%H%M%SZ)}
+mkdir -p "$results"
+# The programs are stripped: a backtrace has no names. nvidia-smi and CUDA shall mean the same by device 0.
+export RUST_BACKTRACE=0 CUDA_DEVICE_ORDER=PCI_BUS_ID GRADBLEND_REQUIRE_CUDA=1
+SECONDS=0
+skip=77 # what a step returns that could not run
+rows=() failed=0 child='' unusable=''
+trap '[[ -z $child ]] || kill "$child" 2> /dev/null; exit 130' INT TERM
+
+# limited COMMAND...: runs a command until the end of the step's time. In the background, so that ^C is heard.
+limited() {
+    local left=$((deadline - SECONDS)) code=0
+    ((left > 0)) || return 124
+    timeout -k 5 "$left" "$@" < /dev/null &
+    child=$!
+    wait "$child" || code=$?
+    child=''
+    return "$code"
+}
+
+# step NAME SECONDS FUNCTION...: runs a function, which may say more in `reason`, and notes how it ended.
+step() {
+    local name=$1 limit=$2 began=$SECONDS left=$((budget - SECONDS)) code=0 result=PASS late=''
+    shift 2
+    reason='' log=$results/$name.log
+    if ((left < 5)); then
+        code=$skip reason="out of time"
+    else
+        ((limit < left)) || late="out of time: " limit=$left
+        deadline=$((SECONDS + limit))
+        "$@" > "$log" 2>&1 || code=$?
+        if ((code == 124 || (code == 137 && SECONDS >= deadline))); then
+            reason="${late}stopped after $limit s${reason:+; $reason}"
+            [[ -z $late ]] || code=$skip
+        elif ((code > 128)); then
+            reason="ended by signal $((code - 128))${reason:+; $reason}"
+        fi
+    fi
+    case $code in
+        0) ;;
+        "$skip") result=SKIPPED ;;
+        *)
+            result=FAIL failed=$((failed + 1))
+            # 1 and 101 are a test program's and the sanitizer's, which leave a reason.
+            [[ -n $reason && $code =~ ^(1|101|124)$ || $code -gt 128 ]] || reason+="${reason:+; }exit status $code"
+            ;;
+    esac
+    rows+=("$(printf '%-22s %-7s %5d  %s' "$name" "$result" $((SECONDS - began)) "$reason")")
+    echo "${rows[-1]}"
+}
+
+# Puts the programs together from their parts; scripts/gpu-bundle says why they are in parts.
+assemble() {
+    local program pieces piece
+    while read -r program pieces; do
+        mkdir -p "$here/${program%/*}" || return
+        for piece in $pieces; do
+            case $piece in
+                kernels/*) cat "$here/$piece" ;;
+                *) head -c "$piece" ;;
+            esac
+        done < "$here/parts/$program" > "$here/$program.new" || return
+        chmod +x "$here/$program.new" && mv "$here/$program.new" "$here/$program" || return
+    done < "$here/parts/list"
+}
+
+manifest() { sed -n "s/^$1 *//p" "$here/MANIFEST"; }
+
+machine() {
+    local code=0 needs has
+    sed '/^$/,$d' "$here/MANIFEST"
+    uname -srm
+    nproc
+    grep -E 'MemTotal|MemAvailable' /proc/meminfo || true
+    cat /proc/driver/nvidia/version 2> /dev/null || echo "no /proc/driver/nvidia/version"
+    if command -v nvidia-smi > /dev/null; then
+        limited nvidia-smi || true
+        reason=$(timeout 20 nvidia-smi -i "$gpu" --query-gpu=name,driver_version --format=csv,noheader || true)
+    else
+        echo "no nvidia-smi"
+        reason="no nvidia-smi"
+    fi
+    reason+=", commit $(manifest commit)"
+    needs=$(manifest glibc) has=$(getconf GNU_LIBC_VERSION 2> /dev/null | awk '{ print $2 }')
+    echo "glibc $has, needed is $needs"
+    if [[ $(printf '%s\n' "$needs" "$has" | sort -V | head -n 1) != "$needs" ]]; then
+        unusable="glibc ${has:-?} is here, the programs need $needs"
+    else
+        # The library's own words on a missing driver or a device that will not do. Its other errors are for later steps.
+        limited "$here/examples/cuda_step" > "$log.probe" 2>&1 || true
+        cat "$log.probe"
+        unusable=$(sed -n 's/^Error: \(no CUDA d.*\|CUDA device .*\)/\1/p' "$log.probe")
+        rm "$log.probe"
+    fi
+    (cd "$here" && sed '1,/^$/d' MANIFEST | sha256sum --quiet -c) ||
+        { reason="files differ from MANIFEST; $reason" && code=1; }
+    [[ -z $unusable ]] || { reason="$unusable; $reason" && code=1; }
+    return "$code"
+}
+
+# Runs test programs, named before `--`, with the arguments after it; `prefix` goes before each.
+tests() {
+    local programs=() program code=0 passed bad skipped one
+    while [[ $1 != -- ]]; do programs+=("$1") && shift; done
+    shift
+    for program in "${programs[@]}"; do
+        echo "== $program $*"
+        one=0
+        limited ${prefix[@]+"${prefix[@]}"} "$here/tests/$program" "--test-threads=$threads" "$@" || one=$?
+        ((one == 0)) || code=$one
+    done
+    # A program that was stopped has no result line: its tests are counted as they end.
+    read -r passed bad skipped < <(awk '/^test result:/ { passed += $4; bad += $6; ended = 0 }
+        /^== / { passed += ended; ended = 0 } /\.\.\. ok$/ { ended++ } /: skipped: / { skipped++ }
+        END { print passed + ended, bad + 0, skipped + 0 }' "$log")
+    reason="$passed passed"
+    ((bad == 0)) || reason+=", $bad failed: $(awk '$1 == "test" && / FAILED$/ && n++ < 3 { print $2 }' "$log" | xargs)"
+    # Such as tests of faults that only the stand-in driver has.
+    ((skipped == 0)) || reason+=", $skipped of them had nothing to test here"
+    # A filter that no longer names a test must not pass for one.
+    ((code != 0 || passed > 0)) || { reason="there is no such test${*:+: $*}" && return 1; }
+    return "$code"
+}
+
+# Lists of more than 2^31 numbers: 4.3 GB on the device, and as much on the host.
+lengths() {
+    local free host need=6000
+    free=$(timeout 20 nvidia-smi -i "$gpu" --query-gpu=memory.free --format=csv,noheader,nounits 2> /dev/null || true)
+    host=$(awk '/MemAvailable/ { print int($2 / 1024) }' /proc/meminfo)
+    echo "free: ${free:-unknown} MiB on the device, $host MiB on the host; needed: $need MiB each"
+    [[ $free =~ ^[0-9]+$ ]] || { reason="nvidia-smi does not say how much GPU memory is free" && return $skip; }
+    ((free >= need)) || { reason="$free MiB of GPU memory are free, $need are needed" && return $skip; }
+    ((host >= need)) || { reason="$host MiB of host memory are free, $need are needed" && return $skip; }
+    tests "${programs[@]}" -- --ignored cuda
+}
+
+# sanitize TOOL: a few tests and the example under compute-sanitizer. The tests judge the driver's results themselves,
+# some of which are errors on purpose.
+sanitize() {
+    local tool threads=1 prefix code=0
+    tool=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) ||
+        { reason="no compute-sanitizer on PATH or in /usr/local/cuda/bin" && return $skip; }
+    prefix=("$tool" --tool "$1" --error-exitcode 1)
+    [[ $1 != memcheck ]] || prefix+=(--report-api-errors no)
+    limited "${prefix[@]}" "$here/examples/cuda_step" || code=$?
+    if ((code != 0)); then
+        reason="in cuda_step"
+        return "$code"
+    fi
+    tests dot blend step graph -- "${sanitized[@]}"
+}
+
+bench() { CRITERION_HOME=$results/criterion GRADBLEND_BENCH=quick,table limited "$1" --bench; }
+
+assemble || { echo "run.sh: cannot put the programs together in $here; is it writable?" >&2 && exit 1; }
+gpu=${CUDA_VISIBLE_DEVICES:-0} gpu=${gpu%%,*}
+threads=4 prefix=()
+mapfile -t programs < <(cd "$here/tests" && printf '%s\n' *)
+# Each kernel once or twice: dtypes, runs of small tensors, lists beyond one block, and every operation in a graph.
+sanitized=(cuda::f32s::step_is cuda::bf16s::step_is cuda::f16s::in_place cuda::bf16s::runs_of_small_tensors
+    cuda::f32s::splitting replays_do)
+
+echo "results in $results"
+step machine 60 machine
+# Capture and replay of graphs have a program of their own, and so a line of their own: tests-graph.
+for name in "${programs[@]}"; do
+    step "tests-$name" 120 tests "$name" --
+done
+step golden-bits 60 tests "${programs[@]}" -- golden
+if [[ -z $quick ]]; then
+    step example-cuda_step 60 limited "$here/examples/cuda_step"
+    step lengths-over-2-31 120 lengths
+    for tool in memcheck racecheck initcheck synccheck; do
+        step "sanitizer-$tool" 90 sanitize "$tool"
+    done
+    if [[ -n $bench ]]; then
+        for name in "$here"/benches/*; do
+            step "bench-$(basename "$name")" 120 run_bench "$name"
+        done
+    fi
+fi
+
+{
+    echo
+    printf '%-22s %-7s %5s\n' step result s
+    printf '%s\n' "${rows[@]}"
+    echo
+    [[ -z $unusable ]] || echo "THIS MACHINE CANNOT RUN THE CUDA BACKEND: $unusable"
+    ((failed == 0)) && echo "no step failed" || echo "$failed of ${#rows[@]} steps failed"
+} | tee "$results/summary.txt"
+((failed == 0))

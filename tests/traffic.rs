@@ -1,0 +1,230 @@
+//! What the stand-in driver counts: bytes, launches, waits, allocations; and how many multiprocessors it says it has.
+#![cfg(feature = "cuda")]
+
+mod common;
+
+use common::cuda::{Own, Standin, on_standin, within};
+use common::{Outcome, Place, Random, STREAM, Sample, Target, Tensor, bits};
+use gradblend::{Blender, Pass, Plan, Stream, bf16, f16};
+
+/// What `work` adds to counters.
+fn counted<const N: usize>(
+    standin: Standin,
+    names: [&str; N],
+    work: impl FnOnce() -> gradblend::Result<()>,
+) -> gradblend::Result<[u64; N]> {
+    let before = names.map(|name| standin.count(name));
+    work()?;
+    let mut counts = names.map(|name| standin.count(name));
+    counts.iter_mut().zip(before).for_each(|(count, before)| *count -= before);
+    Ok(counts)
+}
+
+type Operation = fn(&mut Blender, &Plan<'_>, Stream) -> gradblend::Result<()>;
+
+/// What an operation reads and writes of a tensor, in lists: the floor of the design.
+struct Pattern {
+    name: &'static str,
+    operation: Operation,
+    dots: bool,
+    blends: bool,
+    accumulates: bool,
+}
+
+const PATTERNS: [Pattern; 5] = [
+    Pattern { name: "dot", operation: |b, p, s| b.dot(p, s), dots: true, blends: false, accumulates: false },
+    Pattern { name: "blend", operation: |b, p, s| b.blend(p, s), dots: false, blends: true, accumulates: false },
+    Pattern { name: "step", operation: |b, p, s| b.step(p, s), dots: true, blends: true, accumulates: false },
+    Pattern {
+        name: "accumulate",
+        operation: |b, p, s| b.pass(p, Pass::BLEND | Pass::ACCUMULATE, s),
+        dots: false,
+        blends: true,
+        accumulates: true,
+    },
+    Pattern {
+        name: "dot and accumulate",
+        operation: |b, p, s| b.pass(p, Pass::DOT | Pass::BLEND | Pass::ACCUMULATE, s),
+        dots: true,
+        blends: true,
+        accumulates: true,
+    },
+];
+
+impl Pattern {
+    /// Bytes to load and to store.
+    fn floor<T: Sample>(&self, tensor: &Tensor<T>) -> [u64; 2] {
+        let present = tensor.present();
+        let dots = self.dots && tensor.dots && present > 0;
+        let blends = self.blends && tensor.target != Target::Nowhere && (present > 0 || !self.accumulates);
+        let loads = if dots { 2 } else { 0 }
+            + if dots || blends { present } else { 0 }
+            + usize::from(blends && self.accumulates);
+        let bytes = std::mem::size_of::<T>() * tensor.len();
+        [loads * bytes, usize::from(blends) * bytes].map(|bytes| bytes as u64)
+    }
+}
+
+/// Every operation moves each byte of each list that takes part once, and no other.
+#[test]
+fn traffic_is_the_floor() -> Outcome {
+    fn body<T: Sample>(standin: Standin) -> Outcome {
+        let mut random = Random(201);
+        for present in 0..=8 {
+            let k = present + 1;
+            let mut blender = Place::Cuda.blender(k)?;
+            for scattered in [false, true] {
+                let mut tensors: Vec<Tensor<T>> = [1, 70_001, 8192, 9000, 0, 333]
+                    .map(|len| {
+                        let mut tensor = Tensor::random(&mut random, len, k, 0, 0);
+                        tensor.modalities[random.below(k)] = None;
+                        tensor.dots = random.below(5) != 0;
+                        tensor.target = if random.below(5) == 0 { Target::Nowhere } else { Target::Blended };
+                        if scattered { tensor.scattered(&mut random) } else { tensor }
+                    })
+                    .into();
+                for pattern in &PATTERNS {
+                    let mut want = [0; 2];
+                    for tensor in &tensors {
+                        want.iter_mut().zip(pattern.floor(tensor)).for_each(|(sum, bytes)| *sum += bytes);
+                    }
+                    let got = counted(standin, ["loaded", "stored"], || {
+                        Place::Cuda.run(&mut blender, &mut tensors, pattern.operation)
+                    })?;
+                    let (name, dtype) = (pattern.name, T::DTYPE);
+                    assert_eq!(got, want, "{name}, {dtype}, {present} present, scattered: {scattered}");
+                }
+            }
+        }
+        Ok(())
+    }
+    on_standin(|standin| {
+        body::<f32>(standin)?;
+        body::<f16>(standin)?;
+        body::<bf16>(standin)
+    })
+}
+
+/// More than 8 are read in tiles of 8, each with t and g again.
+#[test]
+fn tiles_read_train_and_validation_gradients_again() -> Outcome {
+    on_standin(|standin| {
+        for present in [9, 16, 17, 32] {
+            let mut tensors = [Tensor::<f16>::random(&mut Random(202), 70_001, present, 0, 0)];
+            let mut blender = Place::Cuda.blender(present)?;
+            let list = 2 * 70_001;
+            for (operation, want) in [
+                (Blender::dot as Operation, [2 * present.div_ceil(8) + present, 0]),
+                (Blender::blend as Operation, [present, 1]),
+            ] {
+                let run = || Place::Cuda.run(&mut blender, &mut tensors, operation);
+                let got = counted(standin, ["loaded", "stored"], run)?;
+                assert_eq!(got, want.map(|lists| (lists * list) as u64), "{present} present");
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A run call is one launch and nothing else; an update is a few copies and nothing else.
+#[test]
+fn calls_launch_once_and_do_not_wait() -> Outcome {
+    on_standin(|standin| {
+        let mut random = Random(203);
+        let mut tensors: Vec<Tensor<f32>> = (0..30).map(|i| Tensor::random(&mut random, 999 * i, 4, 0, 3)).collect();
+        let mut lists = Place::Cuda.put(&mut tensors);
+        let own = Own::new();
+        let mut blender = Place::Cuda.blender(4)?;
+        let grads = lists.grads();
+        let mut plan = blender.plan(&grads)?;
+        let empty = blender.plan(&[])?;
+        let names = ["launches", "copies", "waits", "allocations", "frees"];
+        let operations: [(&str, Operation); 9] = [
+            ("dot", Blender::dot),
+            ("observe", |blender, _, stream| blender.observe(stream)),
+            ("reweight", |blender, _, stream| blender.reweight(stream)),
+            ("blend", Blender::blend),
+            ("step", Blender::step),
+            ("pass that observes alone", |blender, plan, stream| blender.pass(plan, Pass::OBSERVE, stream)),
+            ("pass of all", |blender, plan, stream| blender.pass(plan, Pass::all(), stream)),
+            ("reset", |blender, _, stream| blender.reset(stream)),
+            ("set_weights", |blender, _, stream| blender.set_weights(&[0.1; 4], stream)),
+        ];
+        for (name, operation) in operations {
+            for (plan, which) in [(&plan, "30 tensors"), (&empty, "no tensor")] {
+                let counts = counted(standin, names, || operation(&mut blender, plan, own.stream()))?;
+                assert_eq!(counts, [1, 0, 0, 0, 0], "{name}, {which}: {names:?}");
+            }
+        }
+        let [launches, copies, waits, allocations, frees] =
+            counted(standin, names, || plan.update(&grads, own.stream()))?;
+        assert_eq!([launches, waits, allocations, frees], [0; 4], "update");
+        assert!(copies <= 3, "{copies} copies for an update");
+        assert_eq!(counted(standin, names, || blender.report(own.stream()).map(drop))?, [0, 1, 1, 0, 0], "report");
+        Ok(())
+    })
+}
+
+/// The same bits however many blocks there are, in whatever order they and their threads run.
+#[test]
+fn grids_change_no_bit() -> Outcome {
+    on_standin(|standin| {
+        let mut random = Random(204);
+        let mut tensors: Vec<Tensor<f32>> =
+            (0..40).map(|i| Tensor::random(&mut random, 1 << (i % 18), 9, i % 3, 3)).collect();
+        // So far apart that sums in f64 round too, and differ in any other order.
+        for tensor in &mut tensors {
+            let scale = 2.0_f32.powi(random.below(41) as i32 - 20);
+            tensor.inputs().flat_map(|list| list.iter_mut()).for_each(|x| *x *= scale);
+        }
+        let mut want = None;
+        for multiprocessors in [1, 3, 132] {
+            for seed in [0, 1, 2] {
+                standin.set("multiprocessors", multiprocessors);
+                standin.set("seed", seed);
+                let mut own = tensors.clone();
+                let mut blender = Place::Cuda.blender(9)?;
+                let [blocks] = counted(standin, ["blocks"], || {
+                    Place::Cuda.run(&mut blender, &mut own, Blender::step)?;
+                    blender.reweight(STREAM())
+                })?;
+                assert!(blocks > 1 || multiprocessors == 1, "{blocks} blocks");
+                let blends: Vec<Vec<u32>> = own.iter().map(|tensor| bits(&tensor.blended)).collect();
+                let got = (blends, blender.save(STREAM())?);
+                assert!(
+                    &got == want.get_or_insert_with(|| got.clone()),
+                    "{multiprocessors} multiprocessors, seed {seed}"
+                );
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Whatever order things are dropped in, and with whatever pending, nothing stays behind.
+#[test]
+fn nothing_stays_behind() -> Outcome {
+    on_standin(|standin| {
+        let own = Own::new();
+        let names = ["live", "live_bytes", "streams", "modules", "contexts"];
+        within(|| ());
+        let before = names.map(|name| standin.count(name));
+        for plan_first in [true, false] {
+            let mut blender = Place::Cuda.blender(3)?;
+            let mut tensors = [Tensor::<f32>::random(&mut Random(205), 5000, 3, 0, 0)];
+            let mut lists = Place::Cuda.put(&mut tensors);
+            let plan = blender.plan(&lists.grads())?;
+            let other = blender.plan(&[])?;
+            blender.step(&plan, own.stream())?;
+            if plan_first {
+                drop((plan.release(), other, blender));
+            } else {
+                drop(blender);
+                drop((plan, other));
+            }
+            drop(lists);
+            assert_eq!(names.map(|name| standin.count(name)), before, "plan first: {plan_first}");
+        }
+        Ok(())
+    })
+}
