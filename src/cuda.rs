@@ -10,7 +10,7 @@ use crate::grad::{Grad, Scale, Stream};
 use crate::layout::{Chunk, Launch, MAX_MODALITIES, Span, State, TensorRecord, Weights};
 use crate::plan::Table;
 
-use context::{Buffer, Context, Kernel, launch, parameter, refuse_capture, wait};
+use context::{Buffer, Context, Kernel, parameter, refuse_capture, wait};
 
 /// Looks whether there is such a device, and whether this build can run on it.
 pub(crate) fn find(ordinal: i32) -> Result<()> {
@@ -149,7 +149,7 @@ impl Cuda {
         (terms.partials, terms.what) = (table.partials, what);
         let blocks = if what & (DOT | BLEND) == 0 { 1 } else { table.count.clamp(1, kernel.resident) };
         // SAFETY: as the caller's; the table and the state are alive until dropped, and dropping them waits.
-        unsafe { launch(kernel, blocks, &mut [parameter(&terms)], stream) }?;
+        unsafe { self.context().launch(kernel, blocks, &mut [parameter(&terms)], stream) }?;
         if waits { wait(stream) } else { Ok(()) }
     }
 
@@ -175,7 +175,7 @@ impl Cuda {
         let (kernel, weights) = (self.context().kernels.set_weights, Weights { values });
         let _current = self.context().enter()?;
         // SAFETY: the kernel's parameters; the state is alive until dropped, and dropping it waits.
-        unsafe { launch(kernel, 1, &mut [parameter(&self.terms), parameter(&weights)], stream) }
+        unsafe { self.context().launch(kernel, 1, &mut [parameter(&self.terms), parameter(&weights)], stream) }
     }
 
     /// Copies the state from the device once the stream's work is done.
@@ -206,7 +206,7 @@ impl Cuda {
     fn run(&self, kernel: Kernel, terms: &Launch, stream: Stream) -> Result<()> {
         let _current = self.context().enter()?;
         // SAFETY: the kernel's parameter; the state is alive until dropped, and dropping it waits.
-        unsafe { launch(kernel, 1, &mut [parameter(terms)], stream) }
+        unsafe { self.context().launch(kernel, 1, &mut [parameter(terms)], stream) }
     }
 }
 

@@ -4,7 +4,6 @@
 
 mod common;
 
-use std::path::PathBuf;
 use std::process::Command;
 
 use common::cuda::{Memory, alone_on_cuda, current, done, on_standin, skip, within};
@@ -85,12 +84,13 @@ fn with_driver_in(folder: &std::path::Path) -> Result<String, Box<dyn std::error
 /// A library that is none, and one that lacks functions.
 #[test]
 fn no_driver() -> Outcome {
-    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("no-driver");
+    let folder = std::env::temp_dir().join(format!("gradblend-no-driver-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;
     for name in ["libcuda.so", "libcuda.so.1"] {
         std::fs::write(folder.join(name), "")?;
     }
     let said = with_driver_in(&folder)?;
+    std::fs::remove_dir_all(&folder)?;
     assert!(said.contains("libcuda.so.1"), "{said}");
     let path = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
     let incomplete =

@@ -1,7 +1,7 @@
 //! CUDA graphs: every run call can be captured, and what cannot be says so without spoiling the capture.
 //!
-//! In a program of their own, one after the other: what waits for all work of a device, as freeing memory does, spoils
-//! the captures of all threads.
+//! In a program of their own, one after the other: what waits for all work of a device, as the end of a blender that is in
+//! a graph does, spoils the captures of all threads.
 #![cfg(feature = "cuda")]
 
 mod common;
@@ -101,6 +101,24 @@ fn graphs_see_updates() -> Outcome {
         assert_eq!(saved, caller.save(Stream::default())?);
         assert_eq!(blends(&second), blends(&called));
         assert_eq!(blends(&first), untouched, "the old addresses are forgotten");
+        Ok(())
+    })
+}
+
+/// Nor does the end of a blender and of a plan that are in no graph spoil the capture of another.
+#[test]
+fn drops_do_not_spoil_captures() -> Outcome {
+    alone_on_cuda(|place| {
+        let own = Own::new();
+        let (mut all, mut others) = (tensors(98, 0), tensors(99, 0));
+        let (mut lists, mut other_lists) = (place.put(&mut all), place.put(&mut others));
+        let (mut blender, mut other) = (place.blender(3)?, place.blender(3)?);
+        let (plan, other_plan) = (blender.plan(&lists.grads())?, other.plan(&other_lists.grads())?);
+        other.step(&other_plan, Stream::default())?;
+        own.capture(|stream| {
+            drop((other, other_plan));
+            blender.step(&plan, stream)
+        })?;
         Ok(())
     })
 }

@@ -2,10 +2,11 @@
 
 use std::ffi::{CStr, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::sys::{
-    CUcontext, CUdevice_attribute, CUfunction, CUmodule, CUpointer_attribute, CUresult, CUstream, CUstream_flags,
-    CUstreamCaptureMode, CUstreamCaptureStatus,
+    CUcontext, CUdevice_attribute, CUevent, CUevent_flags, CUfunction, CUmodule, CUpointer_attribute, CUresult,
+    CUstream, CUstream_flags, CUstreamCaptureMode, CUstreamCaptureStatus,
 };
 
 use crate::error::{Error, Result};
@@ -52,11 +53,15 @@ pub(super) struct Context {
     pageable: bool,
     /// For what is not ordered by the caller's stream: making a blender or a plan.
     own: CUstream,
+    /// Comes after the latest work that a call put on a stream. Work of one blender is ordered, so it comes after all.
+    done: CUevent,
+    /// Whether there may be work that `done` does not speak of: that of graphs, which others launch.
+    replayed: AtomicBool,
 }
 
 // SAFETY: the driver's handles may be used from any thread.
 unsafe impl Send for Context {}
-// SAFETY: as above; nothing here is written to after `new`.
+// SAFETY: as above; nothing here but an atomic is written to after `new`.
 unsafe impl Sync for Context {}
 
 /// While it lives, the context is current on this thread, and calls that a capture on another stream would forbid are
@@ -84,7 +89,8 @@ impl Context {
             set_weights: none,
         };
         // From here on, dropping it gives back what it has.
-        let mut made = Context { found, context, modules: Vec::new(), kernels, pageable, own };
+        let (modules, done, replayed) = (Vec::new(), std::ptr::null_mut(), AtomicBool::new(false));
+        let mut made = Context { found, context, modules, kernels, pageable, own, done, replayed };
         {
             let _current = made.enter_relaxed()?;
             let pass = made.load(PASS)?;
@@ -99,8 +105,11 @@ impl Context {
                 reset: kernel(reweight, c"reset")?,
                 set_weights: kernel(reweight, c"set_weights")?,
             };
-            // SAFETY: a place for the stream.
-            unsafe { call!(cuStreamCreate(&mut made.own, CUstream_flags::CU_STREAM_NON_BLOCKING as u32)) }?;
+            // SAFETY: places for the stream and the event.
+            unsafe {
+                call!(cuStreamCreate(&mut made.own, CUstream_flags::CU_STREAM_NON_BLOCKING as u32))?;
+                call!(cuEventCreate(&mut made.done, CUevent_flags::CU_EVENT_DISABLE_TIMING as u32))?;
+            }
         }
         Ok(Arc::new(made))
     }
@@ -167,6 +176,43 @@ impl Context {
         }
     }
 
+    /// Puts a kernel on a stream, with parameters that the driver copies. The context is current.
+    ///
+    /// # Safety
+    /// The parameters are those of the kernel, and what they hold the addresses of stays alive until the work is done.
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        blocks: u64,
+        parameters: &mut [*mut c_void],
+        stream: Stream,
+    ) -> Result<()> {
+        // SAFETY: as the caller's.
+        unsafe { launch(kernel, blocks, parameters, stream) }?;
+        self.used(stream);
+        Ok(())
+    }
+
+    /// Notes that work was put on a stream. The context is current.
+    fn used(&self, stream: Stream) {
+        let recorded = capturing(stream).is_ok_and(|capturing| !capturing) && {
+            // SAFETY: the event is alive; whoever made the `Stream` vouches for it.
+            unsafe { call!(cuEventRecord(self.done, stream.as_raw() as CUstream)) }.is_ok()
+        };
+        if !recorded {
+            self.replayed.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Waits for all work of this context's blender; says whether it is done. The context is current.
+    fn idle(&self) -> bool {
+        // SAFETY: the event is alive, and was not recorded in a capture.
+        let done = unsafe { call!(cuEventSynchronize(self.done)) }.is_ok();
+        // The context as a whole is waited for only if it must be: that spoils whatever is being captured in it.
+        // SAFETY: the context is current.
+        done && (!self.replayed.load(Ordering::Relaxed) || unsafe { call!(cuCtxSynchronize()) }.is_ok())
+    }
+
     /// Memory on the device. Its context is current.
     pub(super) fn allocate(self: &Arc<Self>, bytes: u64, what: &'static str) -> Result<Buffer> {
         let mut address = 0;
@@ -186,6 +232,9 @@ impl Drop for Context {
         if let Ok(_current) = self.enter_relaxed() {
             // SAFETY: made by `new`, given back once. Plans and blenders, which hold this context, are gone, and waited.
             unsafe {
+                if !self.done.is_null() {
+                    let _ = call!(cuEventDestroy_v2(self.done));
+                }
                 if !self.own.is_null() {
                     let _ = call!(cuStreamDestroy_v2(self.own));
                 }
@@ -222,11 +271,16 @@ fn kernel(module: CUmodule, name: &CStr, multiprocessors: i32) -> Result<Kernel>
     Ok(Kernel { function, resident: (blocks.max(1) as u64) * (multiprocessors.max(1) as u64) })
 }
 
-/// Puts a kernel on a stream, with parameters that the driver copies. Its context is current.
+/// A parameter of a kernel, for as long as `value` stays where it is.
+pub(super) fn parameter<T>(value: &T) -> *mut c_void {
+    (&raw const *value).cast_mut().cast()
+}
+
+/// A kernel on a stream.
 ///
 /// # Safety
-/// The parameters are those of the kernel, and what they hold the addresses of stays alive until the work is done.
-pub(super) unsafe fn launch(kernel: Kernel, blocks: u64, parameters: &mut [*mut c_void], stream: Stream) -> Result<()> {
+/// As [`Context::launch`].
+unsafe fn launch(kernel: Kernel, blocks: u64, parameters: &mut [*mut c_void], stream: Stream) -> Result<()> {
     let (threads, blocks) = (THREADS as u32, blocks as u32);
     let (stream, parameters) = (stream.as_raw() as CUstream, parameters.as_mut_ptr());
     // SAFETY: as the caller's.
@@ -241,13 +295,17 @@ pub(super) fn wait(stream: Stream) -> Result<()> {
     unsafe { call!(cuStreamSynchronize(stream.as_raw() as CUstream)) }
 }
 
-/// Refuses a stream that is being captured, where `what` has to wait or to copy. Its context is current.
-pub(super) fn refuse_capture(stream: Stream, what: &'static str) -> Result<()> {
+/// Whether a stream is being captured into a graph. Its context is current.
+fn capturing(stream: Stream) -> Result<bool> {
     let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     // SAFETY: a place for the status; whoever made the `Stream` vouches for it.
     unsafe { call!(cuStreamIsCapturing(stream.as_raw() as CUstream, &mut status)) }?;
-    let capturing = status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-    if capturing { Err(Error::Capturing { what }) } else { Ok(()) }
+    Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
+/// Refuses a stream that is being captured, where `what` has to wait or to copy. Its context is current.
+pub(super) fn refuse_capture(stream: Stream, what: &'static str) -> Result<()> {
+    if capturing(stream)? { Err(Error::Capturing { what }) } else { Ok(()) }
 }
 
 /// Memory on the device.
@@ -267,9 +325,11 @@ impl Buffer {
         if bytes == 0 {
             return Ok(());
         }
-        let stream = stream.as_raw() as CUstream;
+        let handle = stream.as_raw() as CUstream;
         // SAFETY: as many bytes are there on both sides.
-        unsafe { call!(cuMemcpyHtoDAsync_v2(self.address + offset, from.as_ptr().cast::<c_void>(), bytes, stream)) }
+        unsafe { call!(cuMemcpyHtoDAsync_v2(self.address + offset, from.as_ptr().cast::<c_void>(), bytes, handle)) }?;
+        self.context.used(stream);
+        Ok(())
     }
 
     /// Copies from the start of the memory, and waits for the stream. Its context is current.
@@ -291,19 +351,12 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         // Work that is pending, on whatever stream or in a graph, may use the memory. Where there is no telling that it
-        // is done, as during a capture, the memory is not given back.
-        if let Ok(_current) = self.context.enter_relaxed() {
-            // SAFETY: made by `allocate`, given back once.
-            unsafe {
-                if call!(cuCtxSynchronize()).is_ok() {
-                    let _ = call!(cuMemFree_v2(self.address));
-                }
-            }
+        // is done, the memory is not given back.
+        if let Ok(_current) = self.context.enter_relaxed()
+            && self.context.idle()
+        {
+            // SAFETY: made by `allocate`, given back once, and nothing uses it.
+            let _ = unsafe { call!(cuMemFree_v2(self.address)) };
         }
     }
-}
-
-/// A parameter of a kernel, for as long as `value` stays where it is.
-pub(super) fn parameter<T>(value: &T) -> *mut c_void {
-    (&raw const *value).cast_mut().cast()
 }

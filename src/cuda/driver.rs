@@ -27,6 +27,10 @@ const FUNCTIONS: &[&str] = &[
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
     "cuDriverGetVersion",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventRecord",
+    "cuEventSynchronize",
     "cuGetErrorName",
     "cuInit",
     "cuLaunchKernel",
@@ -92,8 +96,9 @@ fn load() -> Result<()> {
                     return missing.map_or(Ok(()), |function| Err(format!("{name} has no {function}")));
                 }
                 Err(error) => {
-                    let why = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-                    reasons.push(format!("{name}: {why}"));
+                    // The dynamic linker's sentence starts with the name.
+                    let why = std::error::Error::source(&error).map(ToString::to_string);
+                    reasons.push(why.unwrap_or_else(|| format!("{name}: {error}")));
                 }
             }
         }

@@ -80,22 +80,22 @@ auto containing(const void *address, size_t bytes) {
     return number(address) - found->first + bytes <= found->second.bytes ? found : driver.allocations.end();
 }
 
-uint64_t live_bytes(bool host) {
-    uint64_t bytes = 0;
-    for (const auto &[address, allocation] : driver.allocations) {
-        bytes += allocation.host == host ? allocation.bytes : 0;
-    }
-    return bytes;
+// Takes an allocation off the list and gives its memory back; returns the one behind it.
+auto forget(std::map<uintptr_t, Allocation>::iterator found) {
+    driver.live[found->second.host] -= found->second.bytes;
+    free(reinterpret_cast<void *>(found->first));
+    return driver.allocations.erase(found);
 }
 
 void allocate(void **memory, size_t bytes, bool host) {
     demand(memory != nullptr && bytes != 0, CUDA_ERROR_INVALID_VALUE);
     refuse_if_unsafe();
-    demand(host || live_bytes(false) + bytes <= memory_size(), CUDA_ERROR_OUT_OF_MEMORY);
+    demand(host || driver.live[false] + bytes <= memory_size(), CUDA_ERROR_OUT_OF_MEMORY);
     // No byte more than asked for, so that AddressSanitizer sees the first one beyond.
     demand(posix_memalign(memory, 256, bytes) == 0, CUDA_ERROR_OUT_OF_MEMORY);
     scramble(*memory, bytes);
     driver.allocations[number(*memory)] = {current.back(), bytes, host};
+    driver.live[host] += bytes;
     count("allocations");
 }
 
@@ -104,8 +104,7 @@ void release(void *memory, bool host) {
     demand(found != driver.allocations.end() && found->second.host == host, CUDA_ERROR_INVALID_VALUE);
     refuse_if_unsafe();
     drain_all(found->second.context);
-    driver.allocations.erase(found);
-    free(memory);
+    forget(found);
     count("frees");
 }
 
@@ -158,12 +157,7 @@ void clear(Context *context) {
     driver.graphs.remove_if(its);
     driver.executables.remove_if(its);
     for (auto at = driver.allocations.begin(); at != driver.allocations.end();) {
-        const auto next = std::next(at);
-        if (its(at->second)) {
-            free(reinterpret_cast<void *>(at->first));
-            driver.allocations.erase(at);
-        }
-        at = next;
+        at = its(at->second) ? forget(at) : std::next(at);
     }
 }
 
@@ -368,7 +362,7 @@ ANSWER(cuMemFreeHost, CONTEXT, (void *memory), release(memory, true))
 
 EXPORT int cuMemGetInfo_v2(size_t *left, size_t *total) {
     return call(__func__, CONTEXT, [&] {
-        give(left, memory_size() - live_bytes(false));
+        give(left, memory_size() - driver.live[false]);
         give(total, memory_size());
     });
 }
@@ -454,7 +448,7 @@ EXPORT uint64_t standin_count(const char *name) {
     std::map<std::string, uint64_t> counters = {
         {"loaded", loaded}, {"stored", stored}, {"table", table}, {"contexts", contexts}, {"streams", streams},
         {"modules", driver.modules.size()}, {"live", driver.allocations.size()},
-        {"live_bytes", live_bytes(false) + live_bytes(true)},
+        {"live_bytes", driver.live[false] + driver.live[true]},
         // Unless something has been counted.
         {"launches", 0}, {"graph_launches", 0}, {"blocks", 0}, {"copies", 0}, {"waits", 0}, {"allocations", 0},
         {"frees", 0},

@@ -138,6 +138,7 @@ struct Driver {
     std::list<Function> functions;
     std::list<Graph> graphs, executables;
     std::map<uintptr_t, Allocation> allocations;
+    uint64_t live[2] = {};  // bytes in them, on the device and on the host
 
     struct Fault {
         int code;
