@@ -316,7 +316,7 @@ impl Blender {
     }
 
     /// Puts in force what [`solve`](crate::solve) makes of the moments. Before the first observation, or where there is
-    /// nothing to go by, the weights stay and [`Flags::HELD`] is set. Correlated solving with fewer than K observations
+    /// nothing to go by, the weights stay and [`Flags::HELD`](crate::Flags::HELD) is set. Correlated solving with fewer than K observations
     /// (S would be singular) solves uncorrelated.
     ///
     /// # Errors

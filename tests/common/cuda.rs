@@ -82,7 +82,11 @@ pub(crate) unsafe fn read<N: Copy + Default>(from: *const N, len: usize) -> Vec<
 pub(crate) unsafe fn write<N: Copy>(to: *mut N, numbers: &[N]) {
     let bytes = std::mem::size_of_val(numbers);
     // SAFETY: as the caller's.
-    within(|| done(unsafe { sys::cuMemcpyHtoD_v2(to as u64, numbers.as_ptr().cast(), bytes) }));
+    within(|| unsafe {
+        done(sys::cuMemcpyHtoD_v2(to as u64, numbers.as_ptr().cast(), bytes));
+        // From pageable memory the copy may still be on its way, and streams of our own do not wait for the default one.
+        done(sys::cuStreamSynchronize(null_mut()));
+    });
 }
 
 /// Memory of the device, aligned to 256 bytes and not a byte longer than its list.
