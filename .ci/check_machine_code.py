@@ -1,8 +1,8 @@
 """Reads the machine code of the kernels' images and fails on what would make them slow or wrong.
 
-    check_machine_code.py CUOBJDUMP IMAGE...
+    check_machine_code.py CUOBJDUMP "80 90 ..." IMAGE...
 
-Fails on a stack or local memory (spills) in any kernel, on a main loop of the pass kernels that does not load 128 bits at
+Fails unless each kernel has code for each of the architectures; on a stack or local memory (spills) in any kernel, on a main loop of the pass kernels that does not load 128 bits at
 a time or that uses one of its loads before all are on their way, and on a ticket that is taken without a fence before it.
 With cuobjdump from NVIDIA's toolkit.
 """
@@ -93,7 +93,7 @@ def check(arch, kernel, listing):
         spans = loops(listing)
         wide = [address for address, text in listing if WIDE.search(text)]
         main = {next((span for span in spans if span[0] <= address <= span[1]), None) for address in wide} - {None}
-        if len(main) < MAIN_LOOPS:
+        if len(main) != MAIN_LOOPS:
             fail(f"{arch} {kernel}: {len(main)} main loops with 128-bit loads, expected {MAIN_LOOPS}")
         for start, end in sorted(main):
             if use := early_use([item for item in listing if start <= item[0] <= end]):
@@ -106,18 +106,21 @@ def check(arch, kernel, listing):
 
 
 def main():
-    cuobjdump, images = sys.argv[1], sys.argv[2:]
-    seen = {}
+    cuobjdump, architectures, images = sys.argv[1], sys.argv[2].split(), sys.argv[3:]
+    seen, read = {}, set()
     for image in images:
         for (arch, kernel), registers in resources(run(cuobjdump, "--dump-resource-usage", image)).items():
             seen.setdefault(kernel, {})[arch] = registers
         for (arch, kernel), listing in instructions(run(cuobjdump, "-sass", image)).items():
             check(arch, kernel, listing)
+            if len(listing) > 20:
+                read.add((arch, kernel))
     for kernel, registers in sorted(seen.items()):
         print(f"     {kernel}: registers", ", ".join(f"{arch} {count}" for arch, count in registers.items()))
     for kernel in [*PASSES, "observe", "reweight", "reset", "set_weights"]:
-        if kernel not in seen:
-            fail(f"no kernel {kernel}")
+        for arch in (f"sm_{architecture}" for architecture in architectures):
+            if arch not in seen.get(kernel, {}) or (arch, kernel) not in read:
+                fail(f"{arch} {kernel}: not there, or not to be read")
     sys.exit(bool(failures))
 
 

@@ -50,7 +50,7 @@ __device__ __forceinline__ bool correlated(Solver &s, uint32_t modalities, doubl
             }
             __syncwarp();
         }
-        // A sum of nothing is -0, as in Rust: it changes no number that it is taken from.
+        // A sum starts at -0, as in Rust.
         double known = -0.0;
         for (uint32_t i = 0; i < count; ++i) {
             if (lane == i) {

@@ -23,7 +23,9 @@ use config::Kind;
 
 /// A checked list of tensors: what the operations run on, without allocating or looking anything up.
 ///
-/// It belongs to the blender that made it. A plan of slices borrows them; [`release`](Self::release) gives them back and
+/// It belongs to the blender that made it, and either may be dropped first: on a CUDA device, each waits for the blender's
+/// work. That of a graph is waited for by waiting for the whole device, which spoils what is just being captured there; no
+/// graph that a blender or plan is in may be launched once it is dropped. A plan of slices borrows them; [`release`](Self::release) gives them back and
 /// keeps the table, and [`update`](Self::update) takes new ones of the same lengths and dtypes.
 #[derive(Debug)]
 pub struct Plan<'a> {
@@ -53,7 +55,8 @@ impl<'a> Plan<'a> {
     ///
     /// # Errors
     /// As [`Blender::plan`], [`Error::Capturing`], [`Error::Cuda`], and [`Error::PlanTensors`], [`Error::Length`], [`Error::MixedDTypes`] where the tensors are
-    /// not those the plan was made for. The plan is then as it was.
+    /// not those the plan was made for. The plan is then as it was; but after [`Error::Cuda`] from a copy it is released,
+    /// and a graph that it is in must not be launched.
     pub fn update(&mut self, tensors: &[TensorGrads<'a>], stream: Stream) -> Result<()> {
         self.table.check_update(tensors)?;
         match &self.place {
@@ -75,7 +78,7 @@ impl<'a> Plan<'a> {
             }
             #[cfg(feature = "cuda")]
             Place::Cuda(scratch) => {
-                let copied = scratch.update(&self.table, stream);
+                let copied = scratch.update(&self.table, stream, self.slices);
                 // Where the copies failed there is no telling what the device has.
                 self.bound = copied.is_ok();
                 copied

@@ -3,14 +3,12 @@
 mod context;
 mod driver;
 
-use std::sync::Arc;
-
 use crate::error::{Error, List, Result};
 use crate::grad::{Grad, Scale, Stream};
 use crate::layout::{Chunk, Launch, MAX_MODALITIES, Span, State, TensorRecord, Weights};
 use crate::plan::Table;
 
-use context::{Buffer, Context, Kernel, parameter, refuse_capture, wait};
+use context::{Buffer, Context, Kernel, Work, parameter, refuse_capture, wait};
 
 /// Looks whether there is such a device, and whether this build can run on it.
 pub(crate) fn find(ordinal: i32) -> Result<()> {
@@ -39,10 +37,10 @@ const TICKET: u64 = size_of::<State>() as u64;
 impl Cuda {
     /// `terms` has K and how to average, solve and reweight; `state` is where to begin.
     pub(crate) fn new(ordinal: i32, terms: Launch, state: &State) -> Result<Self> {
-        let context = Context::new(ordinal)?;
-        let _current = context.enter_relaxed()?;
-        let buffer = context.allocate(TICKET + 4, "the blender")?;
-        let own = context.own();
+        let work = Work::new(ordinal)?;
+        let _current = work.context.enter_relaxed()?;
+        let buffer = work.allocate(TICKET + 4, "the blender")?;
+        let own = work.context.own();
         buffer.write(0, std::slice::from_ref(state), own)?;
         buffer.write(TICKET, &[0_u32], own)?;
         wait(own)?;
@@ -50,8 +48,8 @@ impl Cuda {
         Ok(Cuda { state: buffer, terms })
     }
 
-    fn context(&self) -> &Arc<Context> {
-        &self.state.context
+    fn context(&self) -> &Context {
+        &self.state.work.context
     }
 
     /// Address of the pending sums on the device.
@@ -86,7 +84,7 @@ impl Cuda {
         if spans > u64::from(u32::MAX / 2) {
             return Err(Error::OutOfMemory { what: "the plan", bytes });
         }
-        let buffer = context.allocate(bytes, "the plan")?;
+        let buffer = self.state.work.allocate(bytes, "the plan")?;
         let base = buffer.address;
         let terms = Launch {
             partials: base + partials,
@@ -131,7 +129,7 @@ impl Cuda {
         stream: Stream,
         waits: bool,
     ) -> Result<()> {
-        let _current = self.context().enter()?;
+        let _current = if waits { self.context().enter_relaxed()? } else { self.context().enter()? };
         if waits {
             refuse_capture(stream, "a plan of slices")?;
         }
@@ -149,8 +147,13 @@ impl Cuda {
         (terms.partials, terms.what) = (table.partials, what);
         let blocks = if what & (DOT | BLEND) == 0 { 1 } else { table.count.clamp(1, kernel.resident) };
         // SAFETY: as the caller's; the table and the state are alive until dropped, and dropping them waits.
-        unsafe { self.context().launch(kernel, blocks, &mut [parameter(&terms)], stream) }?;
-        if waits { wait(stream) } else { Ok(()) }
+        unsafe { self.state.work.launch(kernel, blocks, &mut [parameter(&terms)], stream) }?;
+        let waited = if waits { wait(stream) } else { Ok(()) };
+        if waited.is_err() {
+            // Nothing may use the slices any more. If this fails too, so has the context, and with it the work.
+            self.state.work.idle();
+        }
+        waited
     }
 
     /// Closes the pending sums, and reweights if that is the cadence.
@@ -175,12 +178,12 @@ impl Cuda {
         let (kernel, weights) = (self.context().kernels.set_weights, Weights { values });
         let _current = self.context().enter()?;
         // SAFETY: the kernel's parameters; the state is alive until dropped, and dropping it waits.
-        unsafe { self.context().launch(kernel, 1, &mut [parameter(&self.terms), parameter(&weights)], stream) }
+        unsafe { self.state.work.launch(kernel, 1, &mut [parameter(&self.terms), parameter(&weights)], stream) }
     }
 
     /// Copies the state from the device once the stream's work is done.
     pub(crate) fn read(&self, stream: Stream) -> Result<State> {
-        let _current = self.context().enter()?;
+        let _current = self.context().enter_relaxed()?;
         refuse_capture(stream, "reading the state")?;
         let mut state = crate::moments::EMPTY;
         // SAFETY: it was written by `new`.
@@ -190,9 +193,11 @@ impl Cuda {
 
     /// Copies a state to the device, in the order of the stream.
     pub(crate) fn write(&mut self, state: &State, stream: Stream) -> Result<()> {
-        let _current = self.context().enter()?;
+        let _current = self.context().enter_relaxed()?;
         refuse_capture(stream, "loading a state")?;
-        self.state.write(0, std::slice::from_ref(state), stream)
+        let copied = self.state.write(0, std::slice::from_ref(state), stream);
+        self.state.work.follow(stream);
+        copied
     }
 
     fn scaled(&self, scale: Scale) -> Launch {
@@ -206,7 +211,7 @@ impl Cuda {
     fn run(&self, kernel: Kernel, terms: &Launch, stream: Stream) -> Result<()> {
         let _current = self.context().enter()?;
         // SAFETY: the kernel's parameter; the state is alive until dropped, and dropping it waits.
-        unsafe { self.context().launch(kernel, 1, &mut [parameter(terms)], stream) }
+        unsafe { self.state.work.launch(kernel, 1, &mut [parameter(terms)], stream) }
     }
 }
 
@@ -217,19 +222,20 @@ const BLEND: u32 = 2;
 impl Scratch {
     /// Refuses lists that are not in memory which the driver knows.
     pub(crate) fn check_memory(&self, lists: impl Iterator<Item = (usize, List, Grad)>) -> Result<()> {
-        check_memory(&self.buffer.context, lists)
+        check_memory(&self.buffer.work.context, lists)
     }
 
     /// Refuses a stream on which the table cannot be updated, before anything is changed.
     pub(crate) fn check_update(&self, stream: Stream) -> Result<()> {
-        let _current = self.buffer.context.enter()?;
+        let _current = self.buffer.work.context.enter()?;
         refuse_capture(stream, "updating a plan")
     }
 
-    /// Copies addresses to the device, in the order of the stream.
-    pub(crate) fn update(&self, table: &Table, stream: Stream) -> Result<()> {
-        let _current = self.buffer.context.enter()?;
-        self.bind(table, stream)
+    /// Copies addresses to the device, in the order of the stream. Waits for that where `waits`.
+    pub(crate) fn update(&self, table: &Table, stream: Stream, waits: bool) -> Result<()> {
+        let _current = self.buffer.work.context.enter_relaxed()?;
+        self.bind(table, stream)?;
+        if waits { wait(stream) } else { Ok(()) }
     }
 
     fn bind(&self, table: &Table, stream: Stream) -> Result<()> {

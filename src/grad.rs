@@ -218,12 +218,16 @@ impl<'a> TensorGrads<'a> {
     /// operation runs.
     ///
     /// # Safety
-    /// From the making of a plan with this tensor, or its update, until that plan is dropped, released or updated:
+    /// From the making of a plan with this tensor, or its update, until that plan is dropped, released or updated and the
+    /// work that was put on a stream before that is done (dropping a plan waits for it, releasing and updating do not):
     ///
     /// - every address but NULL is the start of `len` elements of `dtype` in one allocation that stays alive;
     /// - while work on the plan is pending, nothing else writes to the inputs, and nothing else reads or writes
     ///   `blended` (on the CPU no work is pending once a call has returned);
     /// - the `len` elements at `blended` may be written to.
+    ///
+    /// A graph that was captured from work on the plan counts as pending work while it runs, and is not launched any more
+    /// once the plan or its blender is dropped.
     pub unsafe fn from_raw(
         len: u64,
         dtype: DType,
@@ -318,7 +322,9 @@ impl Stream {
     ///
     /// # Safety
     /// - `stream` is NULL or a live stream of the device of every blender it is used with;
-    /// - it is not destroyed while work that was put on it is pending.
+    /// - it is not destroyed while work that was put on it is pending;
+    /// - where it is not the only stream that a blender is used with, events order the work of that blender and the
+    ///   updates of its plans as the calls are ordered.
     pub unsafe fn from_raw(stream: *mut c_void) -> Self {
         Stream(stream.expose_provenance() as u64)
     }
@@ -362,7 +368,8 @@ impl GradScale {
     /// A scale that is read at each observation from memory of the blender's device. NULL is a scale of 1.
     ///
     /// # Safety
-    /// Until another scale is set or the blender is dropped:
+    /// Until another scale is set and the observations before that are done, or the blender is dropped; and as long as a
+    /// graph with such an observation is launched:
     ///
     /// - `scale` is NULL or the address of an `f32` that stays alive;
     /// - nothing writes to it while an observation is pending.

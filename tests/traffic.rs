@@ -228,3 +228,34 @@ fn nothing_stays_behind() -> Outcome {
         Ok(())
     })
 }
+
+/// What is dropped waits for the work that uses it, whatever else has been put on other streams since; nothing is left to
+/// the driver, which waits too when memory is freed.
+#[test]
+fn drops_wait_for_what_uses_them() -> Outcome {
+    on_standin(|standin| {
+        let (compute, copies) = (Own::new(), Own::new());
+        let mut tensors = [Tensor::<f32>::random(&mut Random(206), 5000, 3, 0, 0)];
+        let mut others = tensors.clone();
+        let (mut lists, mut other_lists) = (Place::Cuda.put(&mut tensors), Place::Cuda.put(&mut others));
+        let mut blender = Place::Cuda.blender(3)?;
+        let before = standin.count("busy_frees");
+        let first = blender.plan(&lists.grads())?;
+        blender.step(&first, compute.stream())?;
+        let grads = other_lists.grads();
+        let mut second = blender.plan(&grads)?;
+        drop(first);
+        assert_eq!(standin.count("busy_frees"), before, "another plan was made meanwhile");
+        let third = blender.plan(&lists.grads())?;
+        blender.step(&third, compute.stream())?;
+        second.update(&grads, copies.stream())?;
+        copies.wait();
+        drop(third);
+        drop(second);
+        assert_eq!(standin.count("busy_frees"), before, "another plan was updated meanwhile");
+        blender.set_weights(&[1.0, 2.0, 3.0], compute.stream())?;
+        drop(blender);
+        assert_eq!(standin.count("busy_frees"), before, "a blender");
+        Ok(())
+    })
+}

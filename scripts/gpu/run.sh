@@ -205,7 +205,7 @@ if [[ -z $quick ]]; then
     done
     if [[ -n $bench ]]; then
         for name in "$here"/benches/*; do
-            step "bench-$(basename "$name")" 120 run_bench "$name"
+            step "bench-$(basename "$name")" 120 bench "$name"
         done
     fi
 fi

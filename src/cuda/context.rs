@@ -1,8 +1,9 @@
-//! A device's primary context with the kernels in it, and memory there.
+//! A device's primary context with the kernels in it; the work of a blender there, and its memory.
 
 use std::ffi::{CStr, c_void};
-use std::sync::Arc;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::driver::sys::{
     CUcontext, CUdevice_attribute, CUevent, CUevent_flags, CUfunction, CUmodule, CUpointer_attribute, CUresult,
@@ -15,9 +16,13 @@ use crate::layout::THREADS;
 
 use super::driver::{self, Found, call};
 
+/// An image at an address that its header's fields are aligned at.
+#[repr(C, align(16))]
+struct Image<T: ?Sized>(T);
+
 /// The images that `build.rs` made.
-static PASS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pass.fatbin"));
-static REWEIGHT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/reweight.fatbin"));
+static PASS: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/pass.fatbin")));
+static REWEIGHT: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/reweight.fatbin")));
 
 /// A kernel, and how many of its blocks the device runs at once.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +47,7 @@ pub(super) struct Kernels {
     pub(super) set_weights: Kernel,
 }
 
-/// A device's primary context, retained, with what a blender and its plans share in it.
+/// A device's primary context, retained, with what all blenders on the device share.
 #[derive(Debug)]
 pub(super) struct Context {
     found: Found,
@@ -53,10 +58,8 @@ pub(super) struct Context {
     pageable: bool,
     /// For what is not ordered by the caller's stream: making a blender or a plan.
     own: CUstream,
-    /// Comes after the latest work that a call put on a stream. Work of one blender is ordered, so it comes after all.
-    done: CUevent,
-    /// Whether there may be work that `done` does not speak of: that of graphs, which others launch.
-    replayed: AtomicBool,
+    /// Whether work may still be pending that nobody can wait for.
+    abandoned: AtomicBool,
 }
 
 // SAFETY: the driver's handles may be used from any thread.
@@ -64,14 +67,29 @@ unsafe impl Send for Context {}
 // SAFETY: as above; nothing here but an atomic is written to after `new`.
 unsafe impl Sync for Context {}
 
-/// While it lives, the context is current on this thread, and calls that a capture on another stream would forbid are
-/// allowed: they touch nothing that is captured. What was current before is current again afterwards.
+/// While it lives, the context is current on this thread; and, if it was entered so, calls that a capture on another
+/// stream would forbid are allowed, because they touch nothing that is captured. What was current before is current again afterwards.
 pub(super) struct Current {
     mode: Option<CUstreamCaptureMode>,
+    /// What is current is a thread's own.
+    thread: PhantomData<*mut ()>,
 }
 
 impl Context {
-    pub(super) fn new(ordinal: i32) -> Result<Arc<Self>> {
+    /// The device's context, the same for all who hold it at a time: its kernels are loaded once.
+    pub(super) fn of(ordinal: i32) -> Result<Arc<Self>> {
+        static HELD: Mutex<Vec<(i32, Weak<Context>)>> = Mutex::new(Vec::new());
+        let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(context) = held.iter().find(|(of, _)| *of == ordinal).and_then(|(_, context)| context.upgrade()) {
+            return Ok(context);
+        }
+        let context = Arc::new(Self::new(ordinal)?);
+        held.retain(|(of, _)| *of != ordinal);
+        held.push((ordinal, Arc::downgrade(&context)));
+        Ok(context)
+    }
+
+    fn new(ordinal: i32) -> Result<Self> {
         let found = driver::find(ordinal)?;
         let pageable = found.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS)? != 0;
         let multiprocessors = found.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
@@ -89,8 +107,8 @@ impl Context {
             set_weights: none,
         };
         // From here on, dropping it gives back what it has.
-        let (modules, done, replayed) = (Vec::new(), std::ptr::null_mut(), AtomicBool::new(false));
-        let mut made = Context { found, context, modules, kernels, pageable, own, done, replayed };
+        let (modules, abandoned) = (Vec::new(), AtomicBool::new(false));
+        let mut made = Context { found, context, modules, kernels, pageable, own, abandoned };
         {
             let _current = made.enter_relaxed()?;
             let pass = made.load(PASS)?;
@@ -105,19 +123,16 @@ impl Context {
                 reset: kernel(reweight, c"reset")?,
                 set_weights: kernel(reweight, c"set_weights")?,
             };
-            // SAFETY: places for the stream and the event.
-            unsafe {
-                call!(cuStreamCreate(&mut made.own, CUstream_flags::CU_STREAM_NON_BLOCKING as u32))?;
-                call!(cuEventCreate(&mut made.done, CUevent_flags::CU_EVENT_DISABLE_TIMING as u32))?;
-            }
+            // SAFETY: a place for the stream.
+            unsafe { call!(cuStreamCreate(&mut made.own, CUstream_flags::CU_STREAM_NON_BLOCKING as u32)) }?;
         }
-        Ok(Arc::new(made))
+        Ok(made)
     }
 
-    fn load(&mut self, image: &'static [u8]) -> Result<CUmodule> {
+    fn load(&mut self, image: &'static Image<[u8]>) -> Result<CUmodule> {
         let mut module = std::ptr::null_mut();
         // SAFETY: a place for the module, and a whole image, which says itself how long it is.
-        let loaded = unsafe { call!(cuModuleLoadData(&mut module, image.as_ptr().cast::<c_void>())) };
+        let loaded = unsafe { call!(cuModuleLoadData(&mut module, image.0.as_ptr().cast::<c_void>())) };
         use CUresult::*;
         let mismatch = [
             CUDA_ERROR_INVALID_IMAGE,
@@ -141,7 +156,7 @@ impl Context {
     pub(super) fn enter(&self) -> Result<Current> {
         // SAFETY: the context is retained.
         unsafe { call!(cuCtxPushCurrent_v2(self.context)) }?;
-        Ok(Current { mode: None })
+        Ok(Current { mode: None, thread: PhantomData })
     }
 
     /// Makes the context current for calls that allocate, free or wait.
@@ -175,70 +190,20 @@ impl Context {
             Err(error) => Err(error),
         }
     }
-
-    /// Puts a kernel on a stream, with parameters that the driver copies. The context is current.
-    ///
-    /// # Safety
-    /// The parameters are those of the kernel, and what they hold the addresses of stays alive until the work is done.
-    pub(super) unsafe fn launch(
-        &self,
-        kernel: Kernel,
-        blocks: u64,
-        parameters: &mut [*mut c_void],
-        stream: Stream,
-    ) -> Result<()> {
-        // SAFETY: as the caller's.
-        unsafe { launch(kernel, blocks, parameters, stream) }?;
-        self.used(stream);
-        Ok(())
-    }
-
-    /// Notes that work was put on a stream. The context is current.
-    fn used(&self, stream: Stream) {
-        let recorded = capturing(stream).is_ok_and(|capturing| !capturing) && {
-            // SAFETY: the event is alive; whoever made the `Stream` vouches for it.
-            unsafe { call!(cuEventRecord(self.done, stream.as_raw() as CUstream)) }.is_ok()
-        };
-        if !recorded {
-            self.replayed.store(true, Ordering::Relaxed);
-        }
-    }
-
-    /// Waits for all work of this context's blender; says whether it is done. The context is current.
-    fn idle(&self) -> bool {
-        // SAFETY: the event is alive, and was not recorded in a capture.
-        let done = unsafe { call!(cuEventSynchronize(self.done)) }.is_ok();
-        // The context as a whole is waited for only if it must be: that spoils whatever is being captured in it.
-        // SAFETY: the context is current.
-        done && (!self.replayed.load(Ordering::Relaxed) || unsafe { call!(cuCtxSynchronize()) }.is_ok())
-    }
-
-    /// Memory on the device. Its context is current.
-    pub(super) fn allocate(self: &Arc<Self>, bytes: u64, what: &'static str) -> Result<Buffer> {
-        let mut address = 0;
-        let out_of_memory = || Error::OutOfMemory { what, bytes };
-        let size = usize::try_from(bytes.max(1)).map_err(|_| out_of_memory())?;
-        // SAFETY: a place for the address.
-        match unsafe { call!(cuMemAlloc_v2(&mut address, size)) } {
-            Err(error) if driver::code(&error) == CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32 => Err(out_of_memory()),
-            other => other.map(|()| Buffer { context: self.clone(), address, bytes }),
-        }
-    }
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
         // What fails here has failed for good: there is nobody left to tell, and nothing left to do.
         if let Ok(_current) = self.enter_relaxed() {
-            // SAFETY: made by `new`, given back once. Plans and blenders, which hold this context, are gone, and waited.
+            // SAFETY: made by `new`, given back once. Plans and blenders, which hold this context, are gone; they have
+            // waited for their work, or said that they could not.
             unsafe {
-                if !self.done.is_null() {
-                    let _ = call!(cuEventDestroy_v2(self.done));
-                }
                 if !self.own.is_null() {
                     let _ = call!(cuStreamDestroy_v2(self.own));
                 }
-                for module in &self.modules {
+                let unused = !self.abandoned.load(Ordering::Relaxed);
+                for module in self.modules.iter().filter(|_| unused) {
                     let _ = call!(cuModuleUnload(*module));
                 }
             }
@@ -276,16 +241,123 @@ pub(super) fn parameter<T>(value: &T) -> *mut c_void {
     (&raw const *value).cast_mut().cast()
 }
 
-/// A kernel on a stream.
-///
-/// # Safety
-/// As [`Context::launch`].
-unsafe fn launch(kernel: Kernel, blocks: u64, parameters: &mut [*mut c_void], stream: Stream) -> Result<()> {
-    let (threads, blocks) = (THREADS as u32, blocks as u32);
-    let (stream, parameters) = (stream.as_raw() as CUstream, parameters.as_mut_ptr());
-    // SAFETY: as the caller's.
-    unsafe {
-        call!(cuLaunchKernel(kernel.function, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, std::ptr::null_mut()))
+/// An event of the driver's, which comes after what was put on a stream before it was recorded.
+#[derive(Debug)]
+struct Event(CUevent);
+
+impl Event {
+    /// The context is current, here and below.
+    fn new() -> Result<Self> {
+        let mut event = std::ptr::null_mut();
+        // SAFETY: a place for the event.
+        unsafe { call!(cuEventCreate(&mut event, CUevent_flags::CU_EVENT_DISABLE_TIMING as u32)) }?;
+        Ok(Event(event))
+    }
+
+    fn record(&self, stream: Stream) -> Result<()> {
+        // SAFETY: the event is alive; whoever made the `Stream` vouches for it.
+        unsafe { call!(cuEventRecord(self.0, stream.as_raw() as CUstream)) }
+    }
+
+    fn wait(&self) -> Result<()> {
+        // SAFETY: the event is alive, and never recorded in a capture.
+        unsafe { call!(cuEventSynchronize(self.0)) }
+    }
+
+    fn destroy(&self) {
+        // SAFETY: made by `new`; whoever owns it calls this once, last.
+        let _ = unsafe { call!(cuEventDestroy_v2(self.0)) };
+    }
+}
+
+/// The work of one blender on a device, which its plans share.
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) context: Arc<Context>,
+    /// Comes after the latest work on the state. All of that is ordered, so it comes after all of it.
+    done: Event,
+    /// Whether there may be work that `done` does not speak of: that of graphs, which others launch.
+    replayed: AtomicBool,
+}
+
+// SAFETY: the driver's handles may be used from any thread.
+unsafe impl Send for Work {}
+// SAFETY: as above; nothing here but an atomic is written to after `new`.
+unsafe impl Sync for Work {}
+
+impl Work {
+    pub(super) fn new(ordinal: i32) -> Result<Arc<Self>> {
+        let context = Context::of(ordinal)?;
+        let done = {
+            let _current = context.enter_relaxed()?;
+            Event::new()?
+        };
+        Ok(Arc::new(Work { context, done, replayed: AtomicBool::new(false) }))
+    }
+
+    /// Puts a kernel on a stream, with parameters that the driver copies. The context is current.
+    ///
+    /// # Safety
+    /// The parameters are those of the kernel, and what they hold the addresses of stays alive until the work is done.
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: Kernel,
+        blocks: u64,
+        parameters: &mut [*mut c_void],
+        stream: Stream,
+    ) -> Result<()> {
+        let (threads, blocks) = (THREADS as u32, blocks as u32);
+        let (handle, parameters) = (stream.as_raw() as CUstream, parameters.as_mut_ptr());
+        let none = std::ptr::null_mut();
+        // SAFETY: as the caller's.
+        unsafe { call!(cuLaunchKernel(kernel.function, blocks, 1, 1, threads, 1, 1, 0, handle, parameters, none)) }?;
+        self.follow(stream);
+        Ok(())
+    }
+
+    /// Notes that work on the state was put on a stream.
+    pub(super) fn follow(&self, stream: Stream) {
+        self.follow_with(&self.done, stream);
+    }
+
+    fn follow_with(&self, event: &Event, stream: Stream) {
+        // An event that is recorded in a capture could not be waited for any more.
+        let recorded = capturing(stream).is_ok_and(|capturing| !capturing) && event.record(stream).is_ok();
+        if !recorded {
+            self.replayed.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Waits for all work on the state; says whether it is done. The context is current.
+    pub(super) fn idle(&self) -> bool {
+        // The context as a whole is waited for only if it must be: that spoils whatever is being captured in it.
+        // SAFETY: the context is current.
+        self.done.wait().is_ok()
+            && (!self.replayed.load(Ordering::Relaxed) || unsafe { call!(cuCtxSynchronize()) }.is_ok())
+    }
+
+    /// Memory on the device. The context is current.
+    pub(super) fn allocate(self: &Arc<Self>, bytes: u64, what: &'static str) -> Result<Buffer> {
+        let mut address = 0;
+        let out_of_memory = || Error::OutOfMemory { what, bytes };
+        let size = usize::try_from(bytes.max(1)).map_err(|_| out_of_memory())?;
+        let written = Event::new()?;
+        // SAFETY: a place for the address.
+        let allocated = unsafe { call!(cuMemAlloc_v2(&mut address, size)) };
+        if let Err(error) = allocated {
+            written.destroy();
+            let memory = driver::code(&error) == CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32;
+            return Err(if memory { out_of_memory() } else { error });
+        }
+        Ok(Buffer { work: self.clone(), address, bytes, written })
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.context.enter_relaxed() {
+            self.done.destroy();
+        }
     }
 }
 
@@ -308,13 +380,24 @@ pub(super) fn refuse_capture(stream: Stream, what: &'static str) -> Result<()> {
     if capturing(stream)? { Err(Error::Capturing { what }) } else { Ok(()) }
 }
 
+/// Bytes that one copy has at the most: the driver takes so few along with the command, whereas it may wait for the
+/// stream before it copies more from memory that is not pinned (CUDA driver API, "API synchronization behavior").
+const PIECE: usize = 32 << 10;
+
 /// Memory on the device.
 #[derive(Debug)]
 pub(super) struct Buffer {
-    pub(super) context: Arc<Context>,
+    pub(super) work: Arc<Work>,
     pub(super) address: u64,
     bytes: u64,
+    /// Comes after the latest copy to it, which need not be ordered with the work of kernels.
+    written: Event,
 }
+
+// SAFETY: the driver's handles may be used from any thread.
+unsafe impl Send for Buffer {}
+// SAFETY: as above; nothing here is written to after `allocate`.
+unsafe impl Sync for Buffer {}
 
 impl Buffer {
     /// Copies to the memory from `offset` on, in the order of the stream. The bytes may change once this returns: the
@@ -322,14 +405,19 @@ impl Buffer {
     pub(super) fn write<T: Copy>(&self, offset: u64, from: &[T], stream: Stream) -> Result<()> {
         let bytes = size_of_val(from);
         debug_assert!(offset + bytes as u64 <= self.bytes);
-        if bytes == 0 {
-            return Ok(());
+        let (handle, start) = (stream.as_raw() as CUstream, from.as_ptr().cast::<u8>());
+        let mut copied = Ok(());
+        for piece in (0..bytes).step_by(PIECE) {
+            let to = self.address + offset + piece as u64;
+            let len = PIECE.min(bytes - piece);
+            // SAFETY: as many bytes are there on both sides.
+            copied = unsafe { call!(cuMemcpyHtoDAsync_v2(to, start.add(piece).cast::<c_void>(), len, handle)) };
+            if copied.is_err() {
+                break;
+            }
         }
-        let handle = stream.as_raw() as CUstream;
-        // SAFETY: as many bytes are there on both sides.
-        unsafe { call!(cuMemcpyHtoDAsync_v2(self.address + offset, from.as_ptr().cast::<c_void>(), bytes, handle)) }?;
-        self.context.used(stream);
-        Ok(())
+        self.work.follow_with(&self.written, stream);
+        copied
     }
 
     /// Copies from the start of the memory, and waits for the stream. Its context is current.
@@ -352,11 +440,14 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         // Work that is pending, on whatever stream or in a graph, may use the memory. Where there is no telling that it
         // is done, the memory is not given back.
-        if let Ok(_current) = self.context.enter_relaxed()
-            && self.context.idle()
-        {
+        let context = &self.work.context;
+        let Ok(_current) = context.enter_relaxed() else { return };
+        if self.written.wait().is_ok() && self.work.idle() {
             // SAFETY: made by `allocate`, given back once, and nothing uses it.
             let _ = unsafe { call!(cuMemFree_v2(self.address)) };
+        } else {
+            context.abandoned.store(true, Ordering::Relaxed);
         }
+        self.written.destroy();
     }
 }

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 pub(super) const TOOLKIT: &str = env!("GRADBLEND_TOOLKIT");
 pub(super) const ARCHITECTURES: &str = env!("GRADBLEND_ARCHITECTURES");
 
-/// What the library goes by. The binding to the driver looks for the same names, in this order.
+/// What the library goes by. The binding to the driver tries these names among others, the first of them first.
 const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
 
 /// Every function that this crate calls. The binding panics at one that is not there, so all are looked up first.

@@ -237,6 +237,7 @@ void submit(Stream &stream, Work work, uint64_t after = 0);
 // Runs what is queued, up to an operation.
 void drain(Stream &stream, uint64_t last);
 // Runs all that is queued in a context.
+bool busy(const Context *context);  // whether any of its streams has work left
 void drain_all(const Context *context);
 // Refuses a call that is not allowed during some captures. Having tried spoils them.
 void refuse_during(const std::function<bool(const Stream &)> &during, int code);

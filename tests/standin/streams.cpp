@@ -97,6 +97,11 @@ void drain(Stream &stream, uint64_t last) {
     }
 }
 
+bool busy(const Context *context) {
+    return std::any_of(driver.streams.begin(), driver.streams.end(),
+                       [&](const Stream &stream) { return stream.context == context && !stream.queue.empty(); });
+}
+
 void drain_all(const Context *context) {
     for (;;) {
         std::vector<Stream *> waiting;
