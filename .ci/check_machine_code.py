@@ -3,8 +3,8 @@
     check_machine_code.py CUOBJDUMP "80 90 ..." IMAGE...
 
 Fails unless each kernel has code for each of the architectures; on a stack or local memory (spills) in any kernel, on a main loop of the pass kernels that does not load 128 bits at
-a time or that uses one of its loads before all are on their way, and on a ticket that is taken without a fence before it.
-With cuobjdump from NVIDIA's toolkit.
+a time or that uses one of its loads before all are on their way; on a ticket that is taken without a fence before it; and on PTX that
+leaves a compiler the choice of fusing a multiplication with an addition. With cuobjdump from NVIDIA's toolkit.
 """
 
 import re
@@ -105,10 +105,20 @@ def check(arch, kernel, listing):
             fail(f"{arch} {kernel}: {len(tickets)} tickets, fences at {fences}")
 
 
+def check_ptx(image, text):
+    """Bits may not depend on who compiles the PTX: every operation rounds by itself, and only f32 is fused, on purpose."""
+    if "fma.rn.f32" not in text and "add.rn.f64" not in text and "mul.rn.f64" not in text:
+        fail(f"{image}: no PTX to be read")
+    for operation in sorted(set(re.findall(r"\b(?:add|sub|mul|fma|mad)\.(?:\w+\.)*f(?:32|64)\b", text))):
+        if ".rn." not in operation or operation == "fma.rn.f64":
+            fail(f"{image}: PTX has {operation}")
+
+
 def main():
     cuobjdump, architectures, images = sys.argv[1], sys.argv[2].split(), sys.argv[3:]
     seen, read = {}, set()
     for image in images:
+        check_ptx(image, run(cuobjdump, "-ptx", image))
         for (arch, kernel), registers in resources(run(cuobjdump, "--dump-resource-usage", image)).items():
             seen.setdefault(kernel, {})[arch] = registers
         for (arch, kernel), listing in instructions(run(cuobjdump, "-sass", image)).items():
