@@ -2,13 +2,15 @@
 
 mod context;
 mod driver;
+mod work;
 
 use crate::error::{Error, List, Result};
 use crate::grad::{Grad, Scale, Stream};
 use crate::layout::{Chunk, Launch, MAX_MODALITIES, Span, State, TensorRecord, Weights};
 use crate::plan::Table;
 
-use context::{Buffer, Context, Kernel, Work, parameter, refuse_capture, wait};
+use context::{Context, Kernel, refuse_capture, wait};
+use work::{Buffer, Work, parameter};
 
 /// Looks whether there is such a device, and whether this build can run on it.
 pub(crate) fn find(ordinal: i32) -> Result<()> {
