@@ -103,8 +103,9 @@ SAME_PLACE(Weights, values);
 
 // Codes that Rust writes: DType, Pass, Flags, and the choices of a Config.
 constexpr uint32_t F32 = 0, F16 = 1, BF16 = 2;
-constexpr uint32_t DOT = 1, BLEND = 2, ACCUMULATE = 4, OBSERVE = 8;
-constexpr uint32_t HELD = 1, NONFINITE = 2, CLAMPED = 4;
+constexpr uint32_t DOT = GRADBLEND_DOT, BLEND = GRADBLEND_BLEND;
+constexpr uint32_t ACCUMULATE = GRADBLEND_ACCUMULATE, OBSERVE = GRADBLEND_OBSERVE;
+constexpr uint32_t HELD = GRADBLEND_HELD, NONFINITE = GRADBLEND_NONFINITE, CLAMPED = GRADBLEND_CLAMPED;
 constexpr uint32_t MEAN = 0, EMA = 1;
 constexpr uint32_t UNCORRELATED = 0, CORRELATED = 1;
 constexpr uint32_t CLAMP = 0, SIGNED = 1;

@@ -5,6 +5,7 @@
 #[path = "../src/layout.rs"]
 mod layout;
 
+use layout::{ACCUMULATE, BLEND, CLAMPED, DOT, HELD, NONFINITE, OBSERVE};
 use layout::{ALIGNMENT, CHUNK, Chunk, Launch, MAX_MODALITIES, SMALL, Span, State, THREADS, TensorRecord, Weights};
 use std::mem::{offset_of, size_of};
 
@@ -21,6 +22,10 @@ pub(crate) fn defines() -> Vec<String> {
     ] {
         define(format!("GRADBLEND_{name}"), value);
     }
+    macro_rules! bits {
+        ($($name:ident)+) => { $(define(format!("GRADBLEND_{}", stringify!($name)), u64::from($name));)+ };
+    }
+    bits!(DOT BLEND ACCUMULATE OBSERVE HELD NONFINITE CLAMPED);
     macro_rules! record {
         ($record:ident: $($field:ident)+) => {
             define(format!("GRADBLEND_SIZE_{}", stringify!($record)), size_of::<$record>() as u64);

@@ -10,6 +10,9 @@
 
 #include "observe.cuh"
 
+static_assert(CHUNK <= 128 * 2 * THREADS && SMALL <= 128 * 2 * WARP, "at most 128 elements enter a sum");
+static_assert(ALIGNMENT == sizeof(uint4), "a unit is what the widest load brings");
+
 // Writes what is there of a unit of the blend.
 template <class T>
 __device__ __forceinline__ void write(uint64_t list, uint32_t alignment, uint32_t count, uint4 unit) {

@@ -6,7 +6,7 @@ mod work;
 
 use crate::error::{Error, List, Result};
 use crate::grad::{Grad, Scale, Stream};
-use crate::layout::{Chunk, Launch, MAX_MODALITIES, Span, State, TensorRecord, Weights};
+use crate::layout::{BLEND, Chunk, DOT, Launch, MAX_MODALITIES, Span, State, TensorRecord, Weights};
 use crate::plan::Table;
 
 use context::{Context, Kernel, refuse_capture, wait};
@@ -216,10 +216,6 @@ impl Cuda {
         unsafe { self.state.work.launch(kernel, 1, &mut [parameter(terms)], stream) }
     }
 }
-
-/// Bits of `Pass`.
-const DOT: u32 = 1;
-const BLEND: u32 = 2;
 
 impl Scratch {
     /// Refuses lists that are not in memory which the driver knows.

@@ -31,6 +31,17 @@ pub(crate) const SMALL: u64 = CHUNK / (THREADS / 32);
 /// partial and one claim, not a thousand.
 pub(crate) const SPAN: u64 = CHUNK;
 
+/// Bits of `Pass`.
+pub(crate) const DOT: u32 = 1;
+pub(crate) const BLEND: u32 = 2;
+pub(crate) const ACCUMULATE: u32 = 4;
+pub(crate) const OBSERVE: u32 = 8;
+
+/// Bits of `Flags`.
+pub(crate) const HELD: u32 = 1;
+pub(crate) const NONFINITE: u32 = 2;
+pub(crate) const CLAMPED: u32 = 4;
+
 /// What a plan knows of one tensor. Its modalities stand beside it, in tables of K slots a tensor, present ones first.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]

@@ -1,18 +1,18 @@
 //! The running moments: n, the means m_k of c_k, and the means S_jk of d_j d_k.
 
-use crate::layout::{MAX_MODALITIES, State};
+use crate::layout::{self, MAX_MODALITIES, State};
 
 bitflags::bitflags! {
     /// What the latest reweight and the latest observation met with.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Flags: u32 {
         /// The latest reweight had nothing to go by and kept the weights in force.
-        const HELD = 1;
+        const HELD = layout::HELD;
         /// The latest observation had a product that was not finite and was skipped.
-        const NONFINITE = 2;
+        const NONFINITE = layout::NONFINITE;
         /// In the latest reweight, a modality's weight would have been negative and was set to zero. With HELD: all were,
         /// or what was left was nothing to go by.
-        const CLAMPED = 4;
+        const CLAMPED = layout::CLAMPED;
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a blender is made with, and what a pass is asked for.
 
 use crate::error::{Error, Result};
-use crate::layout::MAX_MODALITIES;
+use crate::layout::{self, MAX_MODALITIES};
 use crate::moments::Average;
 use crate::solve::Policy;
 
@@ -117,12 +117,12 @@ bitflags::bitflags! {
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Pass: u32 {
         /// Add <g, v_k> and <t - g, v_k> to the pending sums.
-        const DOT = 1;
+        const DOT = layout::DOT;
         /// Write sum_k w_k v_k with the weights in force.
-        const BLEND = 2;
+        const BLEND = layout::BLEND;
         /// With BLEND: add to the blended gradient instead of replacing it.
-        const ACCUMULATE = 4;
+        const ACCUMULATE = layout::ACCUMULATE;
         /// Close the pending sums as one observation.
-        const OBSERVE = 8;
+        const OBSERVE = layout::OBSERVE;
     }
 }
