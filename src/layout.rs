@@ -6,6 +6,9 @@
 /// Largest number of modalities K that a [`Blender`](crate::Blender) takes.
 pub const MAX_MODALITIES: usize = 32;
 
+/// Most CPU threads that a blender starts. No machine has more cores: a larger number is a mistake, better told than tried.
+pub(crate) const MAX_CPU_THREADS: u32 = 4096;
+
 /// Elements in a chunk, the unit of work that never crosses a tensor.
 ///
 /// 64 Ki elements of f32 in six lists are 1.5 MiB: long enough that its overhead vanishes, short enough that two

@@ -2,13 +2,13 @@
 //!
 //! Our own because a run call must not allocate: the job queues of the common pools grow on the heap as work is pushed.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::error::{Error, Result};
-
-/// More than any machine has cores: a larger number is a mistake, better told than tried.
-const MAX_THREADS: u32 = 4096;
+use crate::layout::MAX_CPU_THREADS;
 
 /// The caller's thread and `workers.len()` more.
 #[derive(Debug)]
@@ -31,6 +31,8 @@ struct Turn {
     job: Option<Job>,
     /// Workers that have not finished the job yet.
     busy: usize,
+    /// Of the first worker that panicked on the job.
+    panic: Option<Box<dyn Any + Send>>,
     quit: bool,
 }
 
@@ -51,10 +53,10 @@ impl Pool {
             0 => std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
             threads => threads,
         };
-        if threads > MAX_THREADS {
-            return Err(Error::Threads { threads, reason: format!("expected at most {MAX_THREADS}") });
+        if threads > MAX_CPU_THREADS {
+            return Err(Error::Threads { threads, reason: format!("expected at most {MAX_CPU_THREADS}") });
         }
-        let turn = Turn { number: 0, job: None, busy: 0, quit: false };
+        let turn = Turn { number: 0, job: None, busy: 0, panic: None, quit: false };
         let shared = Arc::new(Shared { turn: Mutex::new(turn), start: Condvar::new(), done: Condvar::new() });
         let mut pool = Pool { shared, workers: Vec::new() };
         for thread in 1..threads {
@@ -69,7 +71,7 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Calls `job` once on each thread and returns when all calls have.
+    /// Calls `job` once on each thread and returns when all calls have. Panics as one of them did.
     pub(super) fn run<F: Fn() + Sync>(&mut self, job: &F) {
         if self.workers.is_empty() {
             return job();
@@ -82,11 +84,16 @@ impl Pool {
         turn.number += 1;
         turn.job = Some(Job { data: std::ptr::from_ref(job).cast(), call: call::<F> });
         turn.busy = self.workers.len();
+        turn.panic = None;
         drop(turn);
         self.shared.start.notify_all();
         // Waits even if `job` panics on this thread: the workers still borrow it.
-        let _wait = Wait(&self.shared);
+        let wait = Wait(&self.shared);
         job();
+        drop(wait);
+        if let Some(panic) = self.shared.lock().panic.take() {
+            resume_unwind(panic);
+        }
     }
 }
 
@@ -120,23 +127,17 @@ impl Shared {
             seen = turn.number;
             let job = turn.job;
             drop(turn);
-            let _finish = Finish(self);
-            if let Some(job) = job {
+            // A worker that did not come back would be waited for at the next job.
+            let panicked = job.and_then(|job| {
                 // SAFETY: `run` waits until this worker is no longer busy before it gives up its borrow of the closure.
-                unsafe { (job.call)(job.data) }
+                catch_unwind(AssertUnwindSafe(|| unsafe { (job.call)(job.data) })).err()
+            });
+            let mut turn = self.lock();
+            turn.busy -= 1;
+            turn.panic = turn.panic.take().or(panicked);
+            if turn.busy == 0 {
+                self.done.notify_one();
             }
-        }
-    }
-}
-
-struct Finish<'a>(&'a Shared);
-
-impl Drop for Finish<'_> {
-    fn drop(&mut self) {
-        let mut turn = self.0.lock();
-        turn.busy -= 1;
-        if turn.busy == 0 {
-            self.0.done.notify_one();
         }
     }
 }
@@ -146,8 +147,37 @@ impl Drop for Pool {
         self.shared.lock().quit = true;
         self.shared.start.notify_all();
         for worker in self.workers.drain(..) {
-            // A worker that panicked has already said so on standard error.
+            // It catches the panics of jobs, and has none of its own.
             let _ = worker.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// A panic on any thread is the caller's, and the threads are there for the next job.
+    #[test]
+    fn panics() -> Result<()> {
+        let mut pool = Pool::new(3)?;
+        let caller = std::thread::current().id();
+        for (on_caller, on_workers) in [(false, true), (true, true), (true, false)] {
+            let job = || {
+                let panics = if std::thread::current().id() == caller { on_caller } else { on_workers };
+                if panics {
+                    std::panic::panic_any("on purpose");
+                }
+            };
+            let panic = catch_unwind(AssertUnwindSafe(|| pool.run(&job))).err();
+            assert_eq!(panic.and_then(|panic| panic.downcast_ref().copied()), Some("on purpose"));
+            let calls = AtomicUsize::new(0);
+            pool.run(&|| {
+                calls.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(calls.into_inner(), 3);
+        }
+        Ok(())
     }
 }
