@@ -86,6 +86,12 @@ impl<'a> Plan<'a> {
         }
     }
 
+    /// How many tensors it was made for.
+    #[cfg(feature = "capi")]
+    pub(crate) fn tensors(&self) -> usize {
+        self.table.tensors.len()
+    }
+
     /// Gives the gradients back. The plan cannot run until it is updated.
     pub fn release(mut self) -> Plan<'static> {
         self.table.unbind();
@@ -456,6 +462,11 @@ impl Blender {
     /// [`Error::Capturing`], [`Error::Cuda`].
     pub fn save(&mut self, stream: Stream) -> Result<Vec<u8>> {
         Ok(saved::write(&self.read(stream)?, &self.config))
+    }
+
+    /// Size of the saved state.
+    pub fn saved_bytes(&self) -> usize {
+        saved::bytes(self.modalities())
     }
 
     /// Goes on from a saved state.

@@ -29,6 +29,15 @@ pub enum Average {
 }
 
 impl Average {
+    /// Its code, for kernels, saved states and C, and its decay (0 for a mean, which has none).
+    pub(crate) fn coded(self) -> (u32, f64) {
+        match self {
+            Average::Mean => (0, 0.0),
+            // One zero, so that -0 and 0 are the same decay.
+            Average::Ema { decay } => (1, decay + 0.0),
+        }
+    }
+
     /// The share of the old moments in the new ones when the `n`-th observation enters.
     fn keep(self, n: u64) -> f64 {
         match self {

@@ -59,7 +59,7 @@ impl Table {
     pub(crate) fn new(modalities: usize, tensors: &[TensorGrads<'_>], grouping: Grouping) -> Result<Self> {
         check_shapes(modalities, tensors)?;
         let slots = tensors.len() * modalities;
-        let chunks = tensors.iter().map(|tensor| tensor.len().div_ceil(CHUNK)).sum::<u64>();
+        let chunks = tensors.iter().map(|tensor| tensor.len().div_ceil(CHUNK)).fold(0, u64::saturating_add);
         let mut table = Table {
             modalities,
             tensors: reserved(tensors.len() as u64)?,
@@ -95,9 +95,12 @@ impl Table {
         }
         check_shapes(self.modalities, tensors)?;
         for (index, (tensor, record)) in tensors.iter().zip(&self.tensors).enumerate() {
-            let list = tensor.lists().next().map(|(list, _)| list);
-            // A tensor without any list at all is unbound: whatever its length, nothing is read or written.
-            let Some(list) = list else { continue };
+            let list = match tensor.lists().next() {
+                Some((list, _)) => list,
+                // A tensor of slices that are all absent has no length or dtype that could be another.
+                None if tensor.slices => continue,
+                None => List::Blended,
+            };
             if tensor.len() != record.len {
                 return Err(Error::Length { tensor: index, list, expected: record.len, got: tensor.len() });
             }
@@ -249,11 +252,17 @@ fn check_shapes(modalities: usize, tensors: &[TensorGrads<'_>]) -> Result<()> {
     Ok(())
 }
 
+/// More bytes than any list of tensors needs. Allocators exist that end the process where they cannot have it, so a wrong
+/// number is better told before they are asked.
+const MAX_BYTES: u64 = 1 << 38;
+
 /// An empty vector with room for `len` items, or a typed error.
 pub(crate) fn reserved<T>(len: u64) -> Result<Vec<T>> {
     let mut items = Vec::new();
-    let out_of_memory =
-        || Error::OutOfMemory { what: "the plan", bytes: len.saturating_mul(std::mem::size_of::<T>() as u64) };
+    let out_of_memory = || Error::OutOfMemory { what: "the plan", bytes: len.saturating_mul(size_of::<T>() as u64) };
+    if len > MAX_BYTES / size_of::<T>() as u64 {
+        return Err(out_of_memory());
+    }
     let len = usize::try_from(len).map_err(|_| out_of_memory())?;
     items.try_reserve_exact(len).map_err(|_| out_of_memory())?;
     Ok(items)

@@ -22,6 +22,15 @@ impl Device {
         Device(Kind::Cpu)
     }
 
+    /// Ordinal of a CUDA device; `None` for the CPU.
+    pub fn ordinal(&self) -> Option<i32> {
+        match self.0 {
+            Kind::Cpu => None,
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(ordinal) => Some(ordinal),
+        }
+    }
+
     /// The CUDA device with this ordinal, if it can run this build.
     ///
     /// # Errors
@@ -84,10 +93,7 @@ impl Config {
     #[cfg(feature = "cuda")]
     pub(super) fn terms(&self) -> crate::layout::Launch {
         use crate::solve::{Negative, Overfitting};
-        let (average, decay) = match self.average {
-            Average::Mean => (0, 0.0),
-            Average::Ema { decay } => (1, decay),
-        };
+        let (average, decay) = self.average.coded();
         crate::layout::Launch {
             modalities: self.modalities,
             average,
@@ -100,7 +106,7 @@ impl Config {
         }
     }
 
-    pub(super) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         if self.modalities == 0 || self.modalities as usize > MAX_MODALITIES {
             return Err(Error::Modalities { got: u64::from(self.modalities) });
         }

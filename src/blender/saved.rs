@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::layout::{MAX_MODALITIES, State};
-use crate::moments::{Average, EMPTY, Flags};
+use crate::moments::{EMPTY, Flags};
 
 use super::Config;
 
@@ -11,21 +11,13 @@ const VERSION: u32 = 1;
 
 /// Bytes of a state of K modalities: magic, version, K, average, flags, non-finite bits; decay, normaliser, n, skipped;
 /// pending sums, weights, means, second moments; CRC.
-fn bytes(modalities: usize) -> usize {
+pub(super) fn bytes(modalities: usize) -> usize {
     8 + 5 * 4 + 4 * 8 + (2 * modalities + modalities + modalities + modalities * modalities) * 8 + 4
-}
-
-/// The average as its code and its decay (0 for a mean, which has none).
-fn coded(average: Average) -> (u32, f64) {
-    match average {
-        Average::Mean => (0, 0.0),
-        Average::Ema { decay } => (1, decay),
-    }
 }
 
 pub(super) fn write(state: &State, config: &Config) -> Vec<u8> {
     let modalities = config.modalities as usize;
-    let (average, decay) = coded(config.average);
+    let (average, decay) = config.average.coded();
     let mut out = Vec::with_capacity(bytes(modalities));
     out.extend(MAGIC);
     for word in [VERSION, config.modalities, average, state.flags, state.nonfinite] {
@@ -116,8 +108,13 @@ pub(super) fn read(saved: &[u8], config: &Config) -> Result<State> {
     if moments.into_iter().any(|x| !x.is_finite()) || weights.into_iter().any(|x| !x.is_finite()) {
         return Err(corrupt("a moment or a weight is not finite"));
     }
-    if state.observed > 0 && state.normaliser <= 0.0 {
-        return Err(corrupt("observations without a weight"));
+    // It is the sum of the weights of all observations: 1 and a few roundings at most.
+    if !(0.0..1.5).contains(&state.normaliser) || (state.observed > 0) != (state.normaliser > 0.0) {
+        return Err(corrupt("observations without a weight, or with too much"));
+    }
+    let mut moments = state.mean.iter().chain(&state.second_moment);
+    if moments.any(|x| if state.observed > 0 { !(x / state.normaliser).is_finite() } else { *x != 0.0 }) {
+        return Err(corrupt("a moment is not finite, or there without an observation"));
     }
     if (0..k).any(|i| state.second_moment[i * k + i] < 0.0) {
         return Err(corrupt("a second moment is negative"));
@@ -129,7 +126,7 @@ pub(super) fn read(saved: &[u8], config: &Config) -> Result<State> {
     if modalities != config.modalities {
         return mismatch("modalities", config.modalities.to_string(), modalities.to_string());
     }
-    let (own_average, own_decay) = coded(config.average);
+    let (own_average, own_decay) = config.average.coded();
     if average != own_average {
         let name = |code| if code == 0 { "mean" } else { "ema" }.to_string();
         return mismatch("average", name(own_average), name(average));
