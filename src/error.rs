@@ -60,7 +60,9 @@ pub enum Error {
         reason: String,
     },
     /// The backend of this device is not part of this build.
-    #[error("{backend} is not part of this build of gradblend (asked for device {ordinal})")]
+    #[error(
+        "{backend} is not part of this build of gradblend (asked for device {ordinal}): build it with the feature `cuda`"
+    )]
     NotBuilt {
         /// The backend's name.
         backend: &'static str,
@@ -111,6 +113,19 @@ pub enum Error {
         /// The address that the driver does not know: of its first or of its last byte.
         address: u64,
     },
+    /// An array that DLPack hands over cannot be this list.
+    #[error("{list}: expected {expected}, got {got}")]
+    Dlpack {
+        /// The list.
+        list: List,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
+    /// All arrays of a tensor are absent, so that its length and dtype are unknown.
+    #[error("all arrays are absent: expected at least one")]
+    NoArray,
     /// A gradient scale is not in memory that the driver knows, and the device cannot read other memory.
     #[error("gradient scale at {address:#x} is not memory of the device")]
     UnknownScale {

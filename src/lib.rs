@@ -4,6 +4,7 @@ mod blender;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+pub mod dlpack;
 mod error;
 mod grad;
 mod layout;

@@ -43,8 +43,13 @@ fn raw(
 #[test]
 fn every_variant_is_named_here() {
     let source = include_str!("../src/error.rs");
-    // What only a CUDA device refuses is provoked there.
-    let tests = concat!(include_str!("invalid.rs"), include_str!("driver.rs"), include_str!("graph.rs"));
+    // What only a CUDA device or DLPack refuses is provoked there.
+    let tests = concat!(
+        include_str!("invalid.rs"),
+        include_str!("driver.rs"),
+        include_str!("graph.rs"),
+        include_str!("dlpack.rs")
+    );
     let body = source.split("pub enum Error {").nth(1).unwrap_or("");
     let named = |line: &str| line.strip_prefix("    ")?.split([' ', ',']).next().map(str::to_owned);
     let variants: Vec<String> = body
@@ -182,6 +187,13 @@ fn plans(place: Place) -> Outcome {
     lists.fetch();
     tensors[0].check_blend(&[0.5; 2], None, "the plan ran as it was");
     assert_eq!(bits(&tensors[0].train), bits(&before[0].train));
+    // A tensor without any list has a length and a dtype all the same.
+    let mut unlisted = own.plan(&[raw(4, DType::F32, 0, 0, &[0, 0], 0)])?;
+    let length = Error::Length { tensor: 0, list: List::Blended, expected: 4, got: 3 };
+    refused(unlisted.update(&[raw(3, DType::F32, 0, 0, &[0, 0], 0)], STREAM()), &length, "expected 4");
+    let dtype = Error::MixedDTypes { tensor: 0, list: List::Blended, expected: "f32", got: "bf16" };
+    refused(unlisted.update(&[raw(4, DType::BF16, 0, 0, &[0, 0], 0)], STREAM()), &dtype, "bf16");
+    unlisted.update(&[raw(4, DType::F32, 0, 0, &[0, 0], 0)], STREAM())?;
     let huge = raw(1 << 60, DType::F32, 0, 0, &[0, 0], 0);
     let bytes = (1_u64 << 44) * 24;
     refused(own.plan(&[huge]), &Error::OutOfMemory { what: "the plan", bytes }, "out of memory");
@@ -273,5 +285,33 @@ fn saved_states(place: Place) -> Outcome {
     let last = saved.len() - 20;
     saved[last] ^= 1;
     refused(blender.load(&saved, STREAM()), &corrupt("checksum differs"), "checksum");
+    // Where the checksum was made anew, for K = 2: the normaliser is at 36, n at 44, the first mean at 108.
+    let forge = |changes: &[(usize, u64)]| {
+        let mut forged = saved.clone();
+        forged[last] ^= 1;
+        let body = forged.len() - 4;
+        changes.iter().for_each(|(at, word)| forged[*at..*at + 8].copy_from_slice(&word.to_le_bytes()));
+        let sum = crc32fast::hash(&forged[..body]).to_le_bytes();
+        forged[body..].copy_from_slice(&sum);
+        forged
+    };
+    blender.load(&forge(&[]), STREAM())?;
+    let weight = corrupt("observations without a weight, or with too much");
+    let moment = corrupt("a moment is not finite, or there without an observation");
+    let number = |x: f64| x.to_bits();
+    for (changes, want) in [
+        (&[(44, 1)][..], &weight),
+        (&[(36, number(0.5))], &weight),
+        (&[(36, number(2.0)), (44, 1)], &weight),
+        (&[(36, number(-1.0)), (44, 1)], &weight),
+        (&[(108, number(1.0))], &moment),
+        (&[(36, number(1e-300)), (44, 1), (108, number(1e300))], &moment),
+    ] {
+        refused(blender.load(&forge(changes), STREAM()), want, "not a saved state");
+    }
+    // -0 is the same decay as 0.
+    let decay = |decay| Config { average: Average::Ema { decay }, ..Config::new(2) };
+    let minus = place.blender_with(decay(-0.0))?.save(STREAM())?;
+    place.blender_with(decay(0.0))?.load(&minus, STREAM())?;
     Ok(())
 }

@@ -1,0 +1,320 @@
+//! Gradients as DLPack, the exchange format of array libraries, hands them over: without a copy, from any framework.
+//!
+//! The records are those of the DLPack specification 1.0, under its names. A pointer to another crate's or framework's
+//! records of the same specification can be cast to these.
+
+use std::ffi::c_void;
+use std::ptr::{null, null_mut};
+
+use crate::blender::Device;
+use crate::error::{Error, List, Result};
+use crate::grad::{DType, TensorGrads};
+use crate::layout::MAX_MODALITIES;
+
+/// Where an array lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct DLDevice {
+    /// 1 is the CPU, 2 CUDA, 3 host memory pinned by CUDA, 13 CUDA's managed memory.
+    pub device_type: i32,
+    /// Ordinal of the device.
+    pub device_id: i32,
+}
+
+/// What an array's elements are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct DLDataType {
+    /// 2 is IEEE 754, 4 is bfloat.
+    pub code: u8,
+    /// Bits of an element.
+    pub bits: u8,
+    /// Numbers in an element: 1.
+    pub lanes: u16,
+}
+
+/// An array.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct DLTensor {
+    /// Start of its memory.
+    pub data: *mut c_void,
+    /// Where that is.
+    pub device: DLDevice,
+    /// Number of dimensions.
+    pub ndim: i32,
+    /// What its elements are.
+    pub dtype: DLDataType,
+    /// Elements in each dimension.
+    pub shape: *mut i64,
+    /// Elements from one index to the next in each dimension, or NULL for a contiguous array in row-major order.
+    pub strides: *mut i64,
+    /// Bytes from `data` to the first element.
+    pub byte_offset: u64,
+}
+
+/// An array and its owner.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct DLManagedTensor {
+    /// The array.
+    pub dl_tensor: DLTensor,
+    /// The owner's.
+    pub manager_ctx: *mut c_void,
+    /// Gives the array back. Never called here.
+    pub deleter: Option<unsafe extern "C" fn(*mut DLManagedTensor)>,
+}
+
+/// Version of the specification that a record follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct DLPackVersion {
+    /// Records of another major version are laid out otherwise: 1.
+    pub major: u32,
+    /// Any.
+    pub minor: u32,
+}
+
+/// An array and its owner, from specification 1.0 on.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct DLManagedTensorVersioned {
+    /// The specification's.
+    pub version: DLPackVersion,
+    /// The owner's.
+    pub manager_ctx: *mut c_void,
+    /// Gives the array back. Never called here.
+    pub deleter: Option<unsafe extern "C" fn(*mut DLManagedTensorVersioned)>,
+    /// Bit 0: the array must not be written to.
+    pub flags: u64,
+    /// The array.
+    pub dl_tensor: DLTensor,
+}
+
+/// One array in either form.
+#[derive(Clone, Copy, Debug)]
+pub enum Dlpack {
+    /// As a capsule named "dltensor" has it.
+    Managed(*const DLManagedTensor),
+    /// As a capsule named "dltensor_versioned" has it.
+    Versioned(*const DLManagedTensorVersioned),
+}
+
+const READ_ONLY: u64 = 1;
+const CPU: i32 = 1;
+const CUDA: i32 = 2;
+const CUDA_HOST: i32 = 3;
+const CUDA_MANAGED: i32 = 13;
+
+/// The lists of one tensor.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Lists {
+    pub(crate) len: u64,
+    pub(crate) dtype: DType,
+    pub(crate) train: *const c_void,
+    pub(crate) valid: *const c_void,
+    pub(crate) modalities: [*const c_void; MAX_MODALITIES],
+    pub(crate) blended: *mut c_void,
+}
+
+impl TensorGrads<'_> {
+    /// A tensor from arrays of a framework that speaks DLPack. `None` is absent, as NULL is in
+    /// [`from_raw`](Self::from_raw).
+    ///
+    /// Each array is on `device` (the CPU also takes CUDA's pinned and managed memory, a CUDA device too), float32,
+    /// float16 or bfloat16, and contiguous in row-major order. All have the same number of elements and one dtype;
+    /// shapes may differ otherwise. Arrays of no elements give an empty tensor without addresses.
+    ///
+    /// # Errors
+    /// [`Error::Dlpack`], which names the list; [`Error::NoArray`] where all are absent; [`Error::Modalities`] for more
+    /// than 32.
+    ///
+    /// # Safety
+    /// - Each pointer is that of a record of its type, whose `shape` and `strides` have `ndim` numbers where they are
+    ///   not NULL;
+    /// - the memory that the records describe keeps what [`from_raw`](Self::from_raw) asks for; deleters are never
+    ///   called, so who holds the arrays holds them that long.
+    pub unsafe fn from_dlpack(
+        device: &Device,
+        train: Option<Dlpack>,
+        valid: Option<Dlpack>,
+        modalities: &[Option<Dlpack>],
+        blended: Option<Dlpack>,
+    ) -> Result<Self> {
+        // SAFETY: the caller's promises.
+        unsafe {
+            let lists = read(device.ordinal(), train, valid, modalities, blended)?;
+            let v = &lists.modalities[..modalities.len()];
+            Ok(Self::from_raw(lists.len, lists.dtype, lists.train, lists.valid, v, lists.blended))
+        }
+    }
+}
+
+/// Reads the records of one tensor's arrays for a device: the ordinal of a CUDA device, or the CPU.
+///
+/// # Safety
+/// As of [`TensorGrads::from_dlpack`], for the records.
+pub(crate) unsafe fn read(
+    ordinal: Option<i32>,
+    train: Option<Dlpack>,
+    valid: Option<Dlpack>,
+    modalities: &[Option<Dlpack>],
+    blended: Option<Dlpack>,
+) -> Result<Lists> {
+    if modalities.len() > MAX_MODALITIES {
+        return Err(Error::Modalities { got: modalities.len() as u64 });
+    }
+    let mut shape: Option<(List, u64, DType)> = None;
+    let mut address = |list: List, array: Option<Dlpack>| {
+        let Some(array) = array else { return Ok(null_mut()) };
+        // SAFETY: the caller's promise.
+        let (address, len, dtype) = unsafe { check(ordinal, list, array) }?;
+        let (first, expected, expected_dtype) = *shape.get_or_insert((list, len, dtype));
+        if len != expected {
+            return Err(bad(list, format!("{expected} elements, as the {first} has"), len));
+        }
+        if dtype != expected_dtype {
+            return Err(bad(list, format!("{expected_dtype}, as the {first} is"), dtype));
+        }
+        Ok(address)
+    };
+    let train = address(List::Train, train)?.cast_const();
+    let valid = address(List::Valid, valid)?.cast_const();
+    let mut v = [null(); MAX_MODALITIES];
+    for (k, (slot, array)) in v.iter_mut().zip(modalities).enumerate() {
+        *slot = address(List::Modality(k), *array)?.cast_const();
+    }
+    let blended = address(List::Blended, blended)?;
+    let (_, len, dtype) = shape.ok_or(Error::NoArray)?;
+    if len == 0 {
+        // Frameworks give empty arrays any address: NULL, which would be absent, or one that is shared.
+        let modalities = [null(); MAX_MODALITIES];
+        return Ok(Lists { len, dtype, train: null(), valid: null(), modalities, blended: null_mut() });
+    }
+    Ok(Lists { len, dtype, train, valid, modalities: v, blended })
+}
+
+/// The address, length and dtype of one array.
+///
+/// # Safety
+/// As of [`read`].
+unsafe fn check(ordinal: Option<i32>, list: List, array: Dlpack) -> Result<(*mut c_void, u64, DType)> {
+    let bad = |expected: &str, got: String| Err(bad(list, expected, got));
+    let (missing, misaligned) = match array {
+        Dlpack::Managed(managed) => (managed.is_null(), !managed.is_aligned()),
+        Dlpack::Versioned(versioned) => (versioned.is_null(), !versioned.is_aligned()),
+    };
+    if missing || misaligned {
+        return bad("the address of a record", if missing { "NULL" } else { "one that is not aligned" }.into());
+    }
+    let tensor = match array {
+        // SAFETY: a record, by the caller's promise.
+        Dlpack::Managed(managed) => unsafe { (*managed).dl_tensor },
+        Dlpack::Versioned(versioned) => {
+            // SAFETY: a record up to its flags, whatever its version.
+            let (version, flags) = unsafe { ((*versioned).version, (*versioned).flags) };
+            if version.major != 1 {
+                return bad("DLPack of major version 1", format!("{}.{}", version.major, version.minor));
+            }
+            if list == List::Blended && flags & READ_ONLY != 0 {
+                return bad("an array that may be written to", "a read-only one".into());
+            }
+            // SAFETY: a whole record of this version.
+            unsafe { (*versioned).dl_tensor }
+        }
+    };
+    check_device(ordinal, list, tensor.device)?;
+    let DLDataType { code, bits, lanes } = tensor.dtype;
+    let dtype = match (code, bits, lanes) {
+        (2, 32, 1) => DType::F32,
+        (2, 16, 1) => DType::F16,
+        (4, 16, 1) => DType::BF16,
+        _ => return bad("float32, float16 or bfloat16", format!("type code {code}, {bits} bits, {lanes} lanes")),
+    };
+    // SAFETY: the caller's promise of its shape and strides.
+    let len = unsafe { elements(list, &tensor) }?;
+    if len.checked_mul(dtype.bytes()).is_none_or(|bytes| bytes > isize::MAX as u64) {
+        return bad("an array that fits into memory", format!("{len} elements"));
+    }
+    if len == 0 {
+        return Ok((null_mut(), 0, dtype));
+    }
+    if tensor.data.is_null() {
+        return bad("data", "NULL".into());
+    }
+    let end = (tensor.data.addr() as u64).checked_add(tensor.byte_offset).filter(|end| usize::try_from(*end).is_ok());
+    let Some(start) = end else {
+        return bad("a byte offset within memory", tensor.byte_offset.to_string());
+    };
+    if !start.is_multiple_of(dtype.bytes()) {
+        return bad(&format!("an address aligned to {} bytes", dtype.bytes()), format!("{start:#x}"));
+    }
+    Ok((tensor.data.wrapping_byte_add(tensor.byte_offset as usize), len, dtype))
+}
+
+fn bad(list: List, expected: impl ToString, got: impl ToString) -> Error {
+    Error::Dlpack { list, expected: expected.to_string(), got: got.to_string() }
+}
+
+fn check_device(ordinal: Option<i32>, list: List, device: DLDevice) -> Result<()> {
+    let fits = match device.device_type {
+        CUDA_HOST | CUDA_MANAGED => true,
+        CPU => ordinal.is_none(),
+        CUDA => ordinal == Some(device.device_id),
+        _ => false,
+    };
+    if fits {
+        return Ok(());
+    }
+    let expected = ordinal.map_or("memory of the CPU".into(), |ordinal| format!("memory of CUDA device {ordinal}"));
+    let got = match device.device_type {
+        CPU => "memory of the CPU".into(),
+        CUDA => format!("memory of CUDA device {}", device.device_id),
+        other => format!("device type {other}"),
+    };
+    Err(bad(list, expected, got))
+}
+
+/// How many elements an array has, if it is contiguous in row-major order.
+///
+/// # Safety
+/// `shape` and `strides` have `ndim` numbers where they are not NULL.
+unsafe fn elements(list: List, tensor: &DLTensor) -> Result<u64> {
+    let Ok(ndim) = usize::try_from(tensor.ndim) else {
+        return Err(bad(list, "a number of dimensions of at least 0", tensor.ndim));
+    };
+    let numbers = |address: *mut i64| {
+        if ndim == 0 || address.is_null() {
+            return Ok(None);
+        }
+        if !address.is_aligned() {
+            return Err(bad(list, "an aligned shape and strides", format!("{address:?}")));
+        }
+        // SAFETY: `ndim` numbers, by the caller's promise.
+        Ok(Some(unsafe { std::slice::from_raw_parts(address, ndim) }))
+    };
+    let shape = match numbers(tensor.shape)? {
+        Some(shape) => shape,
+        None if ndim == 0 => &[],
+        None => return Err(bad(list, "a shape", "NULL")),
+    };
+    if let Some(dimension) = shape.iter().find(|dimension| **dimension < 0) {
+        return Err(bad(list, "dimensions of at least 0", dimension));
+    }
+    if shape.contains(&0) {
+        return Ok(0);
+    }
+    let strides = numbers(tensor.strides)?;
+    let mut len = 1_i64;
+    for (i, dimension) in shape.iter().enumerate().rev() {
+        // An index that is always 0 goes nowhere, whatever its stride.
+        if let Some(strides) = strides.filter(|strides| *dimension > 1 && strides[i] != len) {
+            let got = format!("shape {shape:?} with strides {strides:?}");
+            return Err(bad(list, "a contiguous array in row-major order", got));
+        }
+        len = len
+            .checked_mul(*dimension)
+            .ok_or_else(|| bad(list, "an array that fits into memory", format!("shape {shape:?}")))?;
+    }
+    Ok(len as u64)
+}
