@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 mod blender;
+#[cfg(feature = "capi")]
+mod capi;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;

@@ -1,0 +1,111 @@
+//! Handles: numbers that name a blender or a plan, and are never dereferenced. A stale one is told from a live one for
+//! ever, so a call after `_destroy` is an error instead of undefined behaviour.
+
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use super::status::{Fault, Outcome};
+use crate::error::Error;
+
+/// From the lowest bit: the kind, so that no handle is 0 or taken for one of another kind; the place; the generation.
+const KIND_BITS: u32 = 4;
+const PLACE_BITS: u32 = usize::BITS / 2 - KIND_BITS;
+const GENERATIONS: usize = 1 << (usize::BITS / 2);
+
+/// What handles of one kind name.
+#[derive(Debug)]
+pub(super) struct Handles<T> {
+    kind: usize,
+    name: &'static str,
+    places: RwLock<Places<T>>,
+}
+
+#[derive(Debug)]
+struct Places<T> {
+    places: Vec<Place<T>>,
+    free: Vec<usize>,
+}
+
+#[derive(Debug)]
+struct Place<T> {
+    generation: usize,
+    value: Option<Shared<T>>,
+}
+
+/// One thread at a time may change it, even where the caller forgot to see to that.
+pub(super) type Shared<T> = Arc<RwLock<T>>;
+
+impl<T> Handles<T> {
+    /// Handles of a kind from 1 to 15.
+    pub(super) const fn new(kind: usize, name: &'static str) -> Self {
+        Handles { kind, name, places: RwLock::new(Places { places: Vec::new(), free: Vec::new() }) }
+    }
+
+    /// Names a new value. The number is not 0.
+    pub(super) fn insert(&self, value: T) -> Outcome<usize> {
+        let mut guard = self.places.write().unwrap_or_else(PoisonError::into_inner);
+        let places = &mut *guard;
+        let full = || Error::OutOfMemory { what: "handles", bytes: size_of::<Place<T>>() as u64 };
+        let place = match places.free.pop() {
+            Some(place) => place,
+            None if places.places.len() >> PLACE_BITS != 0 => return Err(full().into()),
+            None => {
+                places.places.try_reserve(1).map_err(|_| full())?;
+                places.places.push(Place { generation: 0, value: None });
+                places.places.len() - 1
+            }
+        };
+        places.places[place].value = Some(Arc::new(RwLock::new(value)));
+        Ok((places.places[place].generation << PLACE_BITS | place) << KIND_BITS | self.kind)
+    }
+
+    /// What `handle` names.
+    pub(super) fn get(&self, handle: usize) -> Outcome<Shared<T>> {
+        let places = self.places.read().unwrap_or_else(PoisonError::into_inner);
+        let place = self.place(handle).and_then(|(place, generation)| {
+            places.places.get(place).filter(|place| place.generation == generation)?.value.clone()
+        });
+        place.ok_or_else(|| self.unknown(handle))
+    }
+
+    /// Forgets what `handle` names, and gives it to the caller, who drops it: that may wait, and other calls must not.
+    pub(super) fn remove(&self, handle: usize) -> Option<Shared<T>> {
+        let (place, generation) = self.place(handle)?;
+        let mut guard = self.places.write().unwrap_or_else(PoisonError::into_inner);
+        let places = &mut *guard;
+        let entry = places.places.get_mut(place).filter(|place| place.generation == generation)?;
+        let value = entry.value.take()?;
+        // A place whose generations are used up names nothing any more.
+        if entry.generation + 1 < GENERATIONS {
+            entry.generation += 1;
+            places.free.push(place);
+        }
+        Some(value)
+    }
+
+    fn place(&self, handle: usize) -> Option<(usize, usize)> {
+        let number = handle >> KIND_BITS;
+        let place = number & ((1 << PLACE_BITS) - 1);
+        (handle & ((1 << KIND_BITS) - 1) == self.kind).then_some((place, number >> PLACE_BITS))
+    }
+
+    fn unknown(&self, handle: usize) -> Fault {
+        Fault::Argument(match handle {
+            0 => format!("{} is NULL", self.name),
+            _ => format!("{} {handle:#x} is destroyed, or never was one", self.name),
+        })
+    }
+}
+
+/// To read what a handle names, beside others that do.
+pub(super) fn read<T>(shared: &Shared<T>) -> Outcome<RwLockReadGuard<'_, T>> {
+    shared.read().map_err(|_| panicked())
+}
+
+/// To change it.
+pub(super) fn write<T>(shared: &Shared<T>) -> Outcome<RwLockWriteGuard<'_, T>> {
+    shared.write().map_err(|_| panicked())
+}
+
+fn panicked() -> Fault {
+    Fault::Panicked("an earlier call on this handle panicked; all that is left is to destroy it".into())
+}
