@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Gradient-Blending from Python without a build step: the shared library by ctypes, arrays by DLPack.
+
+    cargo rustc --release --features capi --crate-type cdylib
+    python3 examples/python/step.py target/release/libgradblend.so [--torch] [--device N]
+
+Arrays are numpy's (1.23 or later), or with --torch PyTorch's, which may be on a GPU: any object with `__dlpack__` would do.
+"""
+
+import argparse
+import ctypes as c
+
+K = 2  # modalities
+
+
+class Config(c.Structure):
+    _fields_ = [(name, c.c_uint32) for name in ("size", "modalities")]
+    _fields_ += [(name, c.c_int32) for name in ("average", "overfitting", "negative", "cadence")]
+    _fields_ += [("threads", c.c_uint32), ("reserved", c.c_uint32), ("decay", c.c_double), ("damping", c.c_double)]
+
+
+class Tensor(c.Structure):
+    _fields_ = [("len", c.c_uint64), ("dtype", c.c_int32), ("train", c.c_void_p), ("valid", c.c_void_p)]
+    _fields_ += [("modalities", c.POINTER(c.c_void_p)), ("blended", c.c_void_p)]
+
+
+class Report(c.Structure):
+    _fields_ = [("size", c.c_uint32), ("modalities", c.c_uint32), ("observed", c.c_uint64), ("skipped", c.c_uint64)]
+    _fields_ += [("flags", c.c_uint32), ("nonfinite", c.c_uint32)]
+    _fields_ += [(name, c.c_double * 32) for name in ("weights", "mean", "second_moment", "ogr")]
+    _fields_ += [("ogr_blend", c.c_double), ("ogr_uniform", c.c_double)]
+
+
+class Dlpack(c.Structure):
+    """One array as DLPack hands it over, and the capsule that keeps it alive."""
+
+    _fields_ = [("managed", c.c_void_p), ("versioned", c.c_void_p)]
+
+    def __init__(self, array=None):
+        super().__init__()
+        if array is None:
+            return
+        try:
+            self.capsule = array.__dlpack__(max_version=(1, 0))
+        except TypeError:  # older than DLPack 1.0
+            self.capsule = array.__dlpack__()
+        name = c.pythonapi.PyCapsule_GetName
+        pointer = c.pythonapi.PyCapsule_GetPointer
+        name.restype, name.argtypes = c.c_char_p, [c.py_object]
+        pointer.restype, pointer.argtypes = c.c_void_p, [c.py_object, c.c_char_p]
+        kind = name(self.capsule)
+        field = {b"dltensor": "managed", b"dltensor_versioned": "versioned"}[kind]
+        setattr(self, field, pointer(self.capsule, kind))
+
+
+class Gradblend:
+    """The library. A call that fails raises RuntimeError with the library's message."""
+
+    def __init__(self, path):
+        self.library = c.CDLL(path)
+
+    def __getattr__(self, name):
+        function = getattr(self.library, "gradblend_" + name)
+
+        def call(*arguments):
+            if function(*arguments) != 0:
+                message = c.create_string_buffer(512)
+                self.library.gradblend_last_error(message, c.c_size_t(len(message)))
+                raise RuntimeError(message.value.decode())
+
+        return call
+
+    def tensor(self, device, train, valid, gradients, blended):
+        """A Tensor from arrays, which it keeps alive; None is an absent gradient."""
+        t, g, *v, out = arrays = [Dlpack(array) for array in (train, valid, *gradients, blended)]
+        listed, addresses, tensor = (Dlpack * K)(*v), (c.c_void_p * K)(), Tensor()
+        t, g, out = map(c.byref, (t, g, out))
+        self.tensor_from_dlpack(c.c_int32(device), c.c_uint32(K), t, g, listed, out, addresses, c.byref(tensor))
+        # The capsules own the arrays, and an array of records copies the records alone.
+        tensor.alive = [arrays, addresses]
+        return tensor
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library")
+    parser.add_argument("--torch", action="store_true", help="PyTorch's arrays instead of numpy's")
+    parser.add_argument("--device", type=int, default=-1, help="a CUDA device; with --torch")
+    options = parser.parse_args()
+    if options.torch:
+        import torch
+
+        place = "cpu" if options.device < 0 else f"cuda:{options.device}"
+        array = lambda values: torch.tensor(values, dtype=torch.float32, device=place)
+    else:
+        import numpy
+
+        array = lambda values: numpy.array(values, dtype=numpy.float32)
+
+    gradblend = Gradblend(options.library)
+    config, blender, plan, report = Config(), c.c_void_p(), c.c_void_p(), Report()
+    gradblend.config_default(c.c_uint32(K), c.byref(config))
+    gradblend.blender_create(c.c_int32(options.device), c.byref(config), c.byref(blender))
+
+    # Gradients of one parameter: t, g, and v of two losses, in whatever shape the framework has them.
+    blended = array([[0, 0], [0, 0]])
+    v = [array([[1, 0.5], [0, 0]]), array([[0.5, 1], [0, 0]])]
+    shared = gradblend.tensor(options.device, array([[1, 2], [0, 0]]), array([[1, 1], [0, 0]]), v, blended)
+    # A second parameter, which the second loss does not reach and which is only blended.
+    own = array([3, 4, 5])
+    other = gradblend.tensor(options.device, None, None, [own, None], own)
+
+    tensors = (Tensor * 2)(shared, other)  # copies the records; `shared` and `other` keep the arrays
+    gradblend.plan_create(blender, tensors, c.c_uint64(2), c.byref(plan))
+    gradblend.step(blender, plan, None)
+    gradblend.reweight(blender, None)
+    gradblend.get_report(blender, c.byref(report), None)
+    print("weights", report.weights[:K], "OGR", report.ogr[:K])
+    print("blended", blended.tolist(), own.tolist())
+    # c = (1.5, 1.5) and d = (0.5, 1), so the weights are as 1 / 0.25 to 1 / 1; the step blended with 1/2 each.
+    assert max(abs(report.weights[0] - 0.8), abs(report.weights[1] - 0.2)) < 1e-9
+    assert blended.tolist() == [[0.75, 0.75], [0, 0]] and own.tolist() == [1.5, 2, 2.5]
+
+    try:
+        gradblend.tensor(options.device, None, None, [v[0].T, None], None)
+        raise AssertionError("a transposed array was taken")
+    except RuntimeError as error:
+        print("refused:", error)
+    gradblend.library.gradblend_plan_destroy(plan)
+    gradblend.library.gradblend_blender_destroy(blender)
+
+
+if __name__ == "__main__":
+    main()
