@@ -199,6 +199,8 @@ done
 step golden-bits 60 tests "${programs[@]}" -- golden
 if [[ -z $quick ]]; then
     step example-cuda_step 60 limited "$here/examples/cuda_step"
+    step example-c_step 60 limited "$here/examples/c_step" --device 0
+    step example-cpp_late_fusion 60 limited "$here/examples/cpp_late_fusion" --quick --device 0 --data "$here/digits.csv"
     step lengths-over-2-31 120 lengths
     for tool in memcheck racecheck initcheck synccheck; do
         step "sanitizer-$tool" 90 sanitize "$tool"
