@@ -11,9 +11,10 @@
  *            any work: after GRADBLEND_INVALID_ARGUMENT nothing has changed, what the out parameters point to included
  *            (but for `*bytes` of gradblend_save), and gradblend_last_error names the culprit, tensor and modality (both
  *            counted from 0).
- * Threads.   A const pointer may be shared between threads, any other is one thread at a time. After fork, the child must
- *            not use what the parent created, nor destroy it.
- * NULL.      Every pointer may be NULL without harm: an error where nothing else is said, and for _destroy nothing.
+ * Threads.   A const pointer may be shared between threads, any other is one thread at a time. In a forked process what
+ *            the parent created is refused, and _destroy leaves it alone. Fork while no call runs.
+ * NULL.      Every pointer may be NULL without harm: an error where nothing else is said, and for _destroy nothing. What
+ *            cannot be told of a pointer, how much memory is behind it, is the caller's promise.
  * Handles.   A blender or plan that was destroyed is refused like NULL. A handle is a number: do not look behind it. One
  *            that is never destroyed stays known to the library, so leak checkers do not report it.
  * Numbers.   The caller's floating-point environment (rounding, flushing to zero, traps) has no effect and stays as it
@@ -150,9 +151,10 @@ gradblend_status gradblend_config_default(uint32_t modalities, gradblend_config 
  * Writes to `weights` the K weights that minimise w'Sw / (w'm)^2 under sum w = 1, by the overfitting, negative and
  * damping of `config`: the solver behind gradblend_reweight, for moments that come from elsewhere. From losses, the
  * numerator is dG_k and the second moment has dO_k^2 on its diagonal. Of `second_moment`, row-major, the symmetric part
- * is used, and only the diagonal where the overfitting is UNCORRELATED. Where there is nothing to go by, the weights are
- * `in_force` (NULL: 1/K each) and `flags` has HELD; it has CLAMPED where a modality lost its weight for its sign. The
- * arrays may overlap. No stream, any thread.
+ * is used, and only the diagonal where the overfitting is UNCORRELATED. Where the weights before they are normalised have
+ * no positive sum (with CLAMP: none of them is positive), there is nothing to go by: they are `in_force` (NULL: 1/K
+ * each), and `flags` has HELD. It has CLAMPED where a modality lost its weight for its sign. The arrays may overlap. No
+ * stream, any thread.
  * Errors: INVALID_ARGUMENT, also for an entry that is not finite or a negative one on the diagonal.
  */
 gradblend_status gradblend_solve(const gradblend_config *config, const double *numerator /* K */,
@@ -167,7 +169,7 @@ gradblend_status gradblend_solve(const gradblend_config *config, const double *n
  */
 gradblend_status gradblend_blender_create(int32_t device, const gradblend_config *config, gradblend_blender **blender);
 
-/* Waits for the blender's pending work and frees it. Its plans stay, to be destroyed; nothing runs on them any more. */
+/* Waits for the blender's pending work and frees it. Its plans stay, to be destroyed: no blender takes them any more. */
 void gradblend_blender_destroy(gradblend_blender *blender);
 
 /*
@@ -218,8 +220,8 @@ gradblend_status gradblend_dot(gradblend_blender *blender, const gradblend_plan 
 gradblend_status gradblend_observe(gradblend_blender *blender, void *stream);
 
 /*
- * Puts in force what gradblend_solve makes of the moments. Before the first observation, or where there is nothing to
- * go by, the weights stay and HELD is set. CORRELATED with fewer than K observations solves UNCORRELATED. No allocation,
+ * Puts in force what gradblend_solve makes of the moments. Before the first observation, or where it finds nothing to go
+ * by, the weights stay and HELD is set. CORRELATED with fewer than K observations solves UNCORRELATED. No allocation,
  * no wait.
  * Errors: INVALID_ARGUMENT, CUDA.
  */

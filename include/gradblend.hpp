@@ -24,11 +24,16 @@
 #ifndef GRADBLEND_HPP
 #define GRADBLEND_HPP
 
+#if __cplusplus < 201703L && !(defined(_MSVC_LANG) && _MSVC_LANG >= 201703L)
+#error "gradblend.hpp needs C++17 or later"
+#endif
+
 #include "gradblend.h"
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
 #include <memory>
@@ -88,8 +93,13 @@ public:
     bool has_value() const noexcept { return error_.status() == GRADBLEND_OK; }
     explicit operator bool() const noexcept { return has_value(); }
     const Error &error() const noexcept { return error_; }
-    // Ends the process if there was an error.
-    void value() const { return has_value() ? void() : std::abort(); }
+    // Ends the process, saying why, if there was an error.
+    void value() const {
+        if (!has_value()) {
+            std::fprintf(stderr, "%s\n", error_.what());
+            std::abort();
+        }
+    }
 
 private:
     Error error_;
@@ -218,6 +228,12 @@ public:
     Return<void> add(std::uint64_t len, const float *train, const float *valid,
                      std::initializer_list<const float *> modalities, float *blended = nullptr) {
         return push(len, GRADBLEND_F32, train, valid, modalities.begin(), modalities.size(), blended);
+    }
+
+    // The same, from an array of `count` addresses of floats.
+    Return<void> add(std::uint64_t len, const float *train, const float *valid, const float *const *modalities,
+                     std::size_t count, float *blended) {
+        return push(len, GRADBLEND_F32, train, valid, modalities, count, blended);
     }
 
     // The same, from arrays of any framework that speaks DLPack, without a copy: `count` gradients, each of them and

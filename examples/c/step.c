@@ -126,12 +126,14 @@ static double noise(void) {
 
 int main(int argc, char **argv) {
     int32_t device = GRADBLEND_CPU;
-    if (argc == 3 && strcmp(argv[1], "--device") == 0) {
-        device = (int32_t)strtol(argv[2], NULL, 10);
-    } else if (argc != 1) {
-        fprintf(stderr, "usage: %s [--device N]\n", argv[0]);
-        return 2;
+    char *end = NULL;
+    long number = argc == 3 && strcmp(argv[1], "--device") == 0 ? strtol(argv[2], &end, 10) : -1;
+    if (argc != 1 && (end == NULL || end == argv[2] || *end != '\0' || number < 0 || number > INT32_MAX)) {
+        int help = argc == 2 && strcmp(argv[1], "--help") == 0;
+        fprintf(help ? stdout : stderr, "usage: %s [--device N]   (N: a CUDA device, from 0; the CPU otherwise)\n", argv[0]);
+        return help ? 0 : 2;
     }
+    if (argc != 1) device = (int32_t)number;
     if (gradblend_version() >> 8 != GRADBLEND_VERSION >> 8) {
         fprintf(stderr, "library %#x is not of this header's version %#x\n", gradblend_version(), GRADBLEND_VERSION);
         return 1;

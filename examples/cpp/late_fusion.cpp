@@ -572,21 +572,29 @@ int main(int count, char **arguments) {
         std::int32_t device = GRADBLEND_CPU;
         std::uint64_t seeds = 8;
         for (int i = 1; i < count; i++) {
-            const std::string name = arguments[i], value = i + 1 < count ? arguments[i + 1] : "";
-            const bool number = !value.empty() && value.size() < 7 && value.find_first_not_of("0123456789") > 6;
+            const std::string name = arguments[i];
+            const auto value = [&] { return ++i < count ? std::string(arguments[i]) : (fail(name + " needs a value"), std::string()); };
+            const auto number = [&](unsigned long from) {
+                const std::string text = value();
+                const bool digits = text.find_first_not_of("0123456789") == std::string::npos;
+                if (text.empty() || text.size() > 6 || !digits || std::stoul(text) < from) {
+                    fail(name + ": expected a number from " + std::to_string(from) + ", got " + text);
+                }
+                return std::stoul(text);
+            };
             if (name == "--help") {
                 std::fputs(HELP, stdout);
                 return 0;
             } else if (name == "--quick") {
                 seeds = 1;
-            } else if (name == "--data" && ++i < count) {
-                path = value;
-            } else if (name == "--device" && number) {
-                device = std::stoi(arguments[++i]);
-            } else if (name == "--seeds" && number && std::stoul(value) > 0) {
-                seeds = std::stoul(arguments[++i]);
+            } else if (name == "--data") {
+                path = value();
+            } else if (name == "--device") {
+                device = static_cast<std::int32_t>(number(0));
+            } else if (name == "--seeds") {
+                seeds = number(1);
             } else {
-                fail("unknown option, or one without its value: " + name + "; see --help");
+                fail("unknown option " + name + "; see --help");
             }
         }
         compare(path, device, seeds);

@@ -2,15 +2,17 @@
 """Gradient-Blending from Python without a build step: the shared library by ctypes, arrays by DLPack.
 
     cargo rustc --release --features capi --crate-type cdylib
-    python3 examples/python/step.py target/release/libgradblend.so [--torch] [--device N]
+    python3 examples/python/step.py [--torch] [--device N]
 
 Arrays are numpy's (1.23 or later), or with --torch PyTorch's, which may be on a GPU: any object with `__dlpack__` would do.
 """
 
 import argparse
 import ctypes as c
+import pathlib
 
 K = 2  # modalities
+LIBRARY = str(pathlib.Path(__file__).parents[2] / "target/release/libgradblend.so")
 
 
 class Config(c.Structure):
@@ -56,26 +58,44 @@ class Dlpack(c.Structure):
 class Gradblend:
     """The library. A call that fails raises RuntimeError with the library's message."""
 
+    # What the calls take, as in gradblend.h, which has more of them.
+    CALLS = {
+        "config_default": [c.c_uint32, c.c_void_p],
+        "blender_create": [c.c_int32, c.c_void_p, c.c_void_p],
+        "plan_create": [c.c_void_p, c.c_void_p, c.c_uint64, c.c_void_p],
+        "step": [c.c_void_p, c.c_void_p, c.c_void_p],
+        "reweight": [c.c_void_p, c.c_void_p],
+        "get_report": [c.c_void_p, c.c_void_p, c.c_void_p],
+        "tensor_from_dlpack": [c.c_int32, c.c_uint32] + [c.c_void_p] * 6,
+    }
+
     def __init__(self, path):
-        self.library = c.CDLL(path)
+        library = c.CDLL(path)
+        for name, parameters in self.CALLS.items():
+            function = getattr(library, "gradblend_" + name)
+            function.argtypes, function.restype = parameters, self.check
+            setattr(self, name, function)
+        for name in ("blender_destroy", "plan_destroy"):
+            function = getattr(library, "gradblend_" + name)
+            function.argtypes, function.restype = [c.c_void_p], None
+            setattr(self, name, function)
+        self.last_error = library.gradblend_last_error
+        self.last_error.argtypes, self.last_error.restype = [c.c_char_p, c.c_size_t], c.c_size_t
 
-    def __getattr__(self, name):
-        function = getattr(self.library, "gradblend_" + name)
-
-        def call(*arguments):
-            if function(*arguments) != 0:
-                message = c.create_string_buffer(512)
-                self.library.gradblend_last_error(message, c.c_size_t(len(message)))
-                raise RuntimeError(message.value.decode())
-
-        return call
+    def check(self, status):
+        if status != 0:
+            message = c.create_string_buffer(512)
+            self.last_error(message, len(message))
+            raise RuntimeError(message.value.decode())
 
     def tensor(self, device, train, valid, gradients, blended):
         """A Tensor from arrays, which it keeps alive; None is an absent gradient."""
+        if len(gradients) != K:
+            raise ValueError(f"{len(gradients)} gradients, expected {K}: None is one that is absent")
         t, g, *v, out = arrays = [Dlpack(array) for array in (train, valid, *gradients, blended)]
         listed, addresses, tensor = (Dlpack * K)(*v), (c.c_void_p * K)(), Tensor()
         t, g, out = map(c.byref, (t, g, out))
-        self.tensor_from_dlpack(c.c_int32(device), c.c_uint32(K), t, g, listed, out, addresses, c.byref(tensor))
+        self.tensor_from_dlpack(device, K, t, g, listed, out, addresses, c.byref(tensor))
         # The capsules own the arrays, and an array of records copies the records alone.
         tensor.alive = [arrays, addresses]
         return tensor
@@ -83,7 +103,7 @@ class Gradblend:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("library")
+    parser.add_argument("library", nargs="?", default=LIBRARY, help=f"path of libgradblend.so (default: {LIBRARY})")
     parser.add_argument("--torch", action="store_true", help="PyTorch's arrays instead of numpy's")
     parser.add_argument("--device", type=int, default=-1, help="a CUDA device; with --torch")
     options = parser.parse_args()
@@ -99,8 +119,8 @@ def main():
 
     gradblend = Gradblend(options.library)
     config, blender, plan, report = Config(), c.c_void_p(), c.c_void_p(), Report()
-    gradblend.config_default(c.c_uint32(K), c.byref(config))
-    gradblend.blender_create(c.c_int32(options.device), c.byref(config), c.byref(blender))
+    gradblend.config_default(K, c.byref(config))
+    gradblend.blender_create(options.device, c.byref(config), c.byref(blender))
 
     # Gradients of one parameter: t, g, and v of two losses, in whatever shape the framework has them.
     blended = array([[0, 0], [0, 0]])
@@ -111,7 +131,7 @@ def main():
     other = gradblend.tensor(options.device, None, None, [own, None], own)
 
     tensors = (Tensor * 2)(shared, other)  # copies the records; `shared` and `other` keep the arrays
-    gradblend.plan_create(blender, tensors, c.c_uint64(2), c.byref(plan))
+    gradblend.plan_create(blender, tensors, 2, c.byref(plan))
     gradblend.step(blender, plan, None)
     gradblend.reweight(blender, None)
     gradblend.get_report(blender, c.byref(report), None)
@@ -126,8 +146,8 @@ def main():
         raise AssertionError("a transposed array was taken")
     except RuntimeError as error:
         print("refused:", error)
-    gradblend.library.gradblend_plan_destroy(plan)
-    gradblend.library.gradblend_blender_destroy(blender)
+    gradblend.plan_destroy(plan)
+    gradblend.blender_destroy(blender)
 
 
 if __name__ == "__main__":

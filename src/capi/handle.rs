@@ -1,6 +1,8 @@
 //! Handles: numbers that name a blender or a plan, and are never dereferenced. A stale one is told from a live one for
-//! ever, so a call after `_destroy` is an error instead of undefined behaviour.
+//! ever, so a call after `_destroy` is an error instead of undefined behaviour. So is a call in a forked process on what
+//! its parent made: the threads and the device that it needs stayed behind.
 
+use std::process::id;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::status::{Fault, Outcome};
@@ -28,7 +30,14 @@ struct Places<T> {
 #[derive(Debug)]
 struct Place<T> {
     generation: usize,
-    value: Option<Shared<T>>,
+    named: Option<Named<T>>,
+}
+
+#[derive(Debug)]
+struct Named<T> {
+    /// Of the process that made it.
+    process: u32,
+    value: Shared<T>,
 }
 
 /// One thread at a time may change it, even where the caller forgot to see to that.
@@ -50,11 +59,11 @@ impl<T> Handles<T> {
             None if places.places.len() >> PLACE_BITS != 0 => return Err(full().into()),
             None => {
                 places.places.try_reserve(1).map_err(|_| full())?;
-                places.places.push(Place { generation: 0, value: None });
+                places.places.push(Place { generation: 0, named: None });
                 places.places.len() - 1
             }
         };
-        places.places[place].value = Some(Arc::new(RwLock::new(value)));
+        places.places[place].named = Some(Named { process: id(), value: Arc::new(RwLock::new(value)) });
         Ok((places.places[place].generation << PLACE_BITS | place) << KIND_BITS | self.kind)
     }
 
@@ -62,18 +71,28 @@ impl<T> Handles<T> {
     pub(super) fn get(&self, handle: usize) -> Outcome<Shared<T>> {
         let places = self.places.read().unwrap_or_else(PoisonError::into_inner);
         let place = self.place(handle).and_then(|(place, generation)| {
-            places.places.get(place).filter(|place| place.generation == generation)?.value.clone()
+            places.places.get(place).filter(|place| place.generation == generation)?.named.as_ref()
         });
-        place.ok_or_else(|| self.unknown(handle))
+        let Named { process, value } = place.ok_or_else(|| self.unknown(handle))?;
+        if *process != id() {
+            let name = self.name;
+            let message = format!("{name} {handle:#x} was made by process {process}, from which this one was forked");
+            return Err(Fault::Argument(message));
+        }
+        Ok(value.clone())
     }
 
     /// Forgets what `handle` names, and gives it to the caller, who drops it: that may wait, and other calls must not.
+    /// What the parent of a forked process made stays where it is: dropping it would wait for threads that are not there.
     pub(super) fn remove(&self, handle: usize) -> Option<Shared<T>> {
         let (place, generation) = self.place(handle)?;
         let mut guard = self.places.write().unwrap_or_else(PoisonError::into_inner);
         let places = &mut *guard;
         let entry = places.places.get_mut(place).filter(|place| place.generation == generation)?;
-        let value = entry.value.take()?;
+        if entry.named.as_ref()?.process != id() {
+            return None;
+        }
+        let value = entry.named.take()?.value;
         // A place whose generations are used up names nothing any more.
         if entry.generation + 1 < GENERATIONS {
             entry.generation += 1;

@@ -381,11 +381,14 @@ void builds_tensors() {
     for (std::size_t p = 0; p < count; p++) {
         gradients[p] = static_cast<float>(p + 1);
         const void *addresses[modalities] = {};
+        const float *floats[modalities] = {};
         if (p % 4 < modalities) {
-            addresses[p % 4] = &gradients[p];
+            addresses[p % 4] = floats[p % 4] = &gradients[p];
         }
         CHECK(works([&] {
-            return tensors.add(1, GRADBLEND_F32, &gradients[p], &gradients[p], addresses, modalities, &blended[p]);
+            const float *const own = &gradients[p];
+            return p % 2 == 0 ? tensors.add(1, own, own, floats, modalities, &blended[p])
+                              : tensors.add(1, GRADBLEND_F32, own, own, addresses, modalities, &blended[p]);
         }));
         arrays.push_back(tensors.data()[p].modalities);
     }

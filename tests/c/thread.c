@@ -1,8 +1,11 @@
 /*
  * Threads: each with its own blender gets the bits that one alone gets, and its own last error; const pointers are
- * shared; and a blender that threads fight over, against the rules, still crashes nothing.
+ * shared; a blender that threads fight over, against the rules, still crashes nothing; and a forked process is refused
+ * what its parent made.
  */
 #include <pthread.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "check.h"
 
@@ -207,6 +210,65 @@ static void misuse_crashes_nothing(void)
     memory_free(shared_work.memory);
 }
 
+static void refused(gradblend_status status)
+{
+    char message[256];
+    gradblend_last_error(message, sizeof message);
+    CHECK(status == GRADBLEND_INVALID_ARGUMENT && strstr(message, "forked"));
+}
+
+/* In a forked process: what the parent made is refused, and left alone by _destroy, which would wait for threads that
+ * stayed behind; what the child makes works. A child that hangs is ended by its alarm, and fails. */
+static void child(gradblend_blender *blender, gradblend_plan *plan, const work *work)
+{
+    double weights[K] = {1, 2, 3};
+    gradblend_plan *made = NULL;
+    alarm(300);
+    refused(gradblend_step(blender, plan, NULL));
+    refused(gradblend_set_weights(blender, weights, K, NULL));
+    refused(gradblend_plan_create(blender, &work->tensor, 1, &made));
+    refused(gradblend_plan_update(plan, &work->tensor, 1, NULL));
+    gradblend_plan_destroy(plan);
+    gradblend_blender_destroy(blender);
+    /* A CUDA context does not outlive a fork. */
+    if (!cuda.library) {
+        gradblend_config config = config_of(K);
+        config.threads = 2;
+        gradblend_blender *own = blender_of(&config);
+        OK(gradblend_plan_create(own, &work->tensor, 1, &made));
+        refused(gradblend_step(own, plan, NULL));
+        OK(gradblend_step(own, made, NULL));
+        gradblend_plan_destroy(made);
+        gradblend_blender_destroy(own);
+    }
+    _exit(0);
+}
+
+static void forked(void)
+{
+    gradblend_config config = config_of(K);
+    config.threads = 2;
+    work work;
+    work_new(&work, 7);
+    gradblend_blender *blender = blender_of(&config);
+    gradblend_plan *plan;
+    OK(gradblend_plan_create(blender, &work.tensor, 1, &plan));
+    OK(gradblend_step(blender, plan, NULL));
+    fflush(NULL);
+    pid_t process = fork();
+    CHECK(process >= 0);
+    if (process == 0) {
+        child(blender, plan, &work);
+    }
+    int status = -1;
+    CHECK(waitpid(process, &status, 0) == process && status == 0);
+    /* Nothing that the child did is the parent's. */
+    OK(gradblend_step(blender, plan, NULL));
+    gradblend_plan_destroy(plan);
+    gradblend_blender_destroy(blender);
+    memory_free(work.memory);
+}
+
 int main(int count, char **args)
 {
     set_up(count, args);
@@ -216,6 +278,7 @@ int main(int count, char **args)
     each_its_own();
     const_is_shared();
     misuse_crashes_nothing();
+    forked();
     printf("thread: %d threads\n", THREADS);
     return 0;
 }
