@@ -84,12 +84,12 @@ assemble() {
     local program pieces piece
     while read -r program pieces; do
         mkdir -p "$here/${program%/*}" || return
-        for piece in $pieces; do
+        gzip -dc "$here/parts/$program.gz" | for piece in $pieces; do
             case $piece in
                 kernels/*) cat "$here/$piece" ;;
                 *) head -c "$piece" ;;
-            esac
-        done < "$here/parts/$program" > "$here/$program.new" || return
+            esac || exit
+        done > "$here/$program.new" || return
         chmod +x "$here/$program.new" && mv "$here/$program.new" "$here/$program" || return
     done < "$here/parts/list"
 }
