@@ -8,11 +8,13 @@
  *     c_k = <g, v_k>, d_k = <t - g, v_k>                         OGR  overfitting-to-generalisation ratio
  *
  * Status.    Every call that can fail returns a gradblend_status, GRADBLEND_OK being 0. Arguments are checked before
- *            any work: after GRADBLEND_INVALID_ARGUMENT nothing has changed, what the out parameters point to included
- *            (but for `*bytes` of gradblend_save), and gradblend_last_error names the culprit, tensor and modality (both
- *            counted from 0).
- * Threads.   A const pointer may be shared between threads, any other is one thread at a time. In a forked process what
- *            the parent created is refused, and _destroy leaves it alone. Fork while no call runs.
+ *            any work: after GRADBLEND_INVALID_ARGUMENT nothing has changed, and gradblend_last_error names the culprit,
+ *            tensor and modality (both counted from 0). After any error the out parameters point to what they did before
+ *            (but for `*bytes` of gradblend_save): a handle that is to be destroyed in any case starts as NULL.
+ * Threads.   A const pointer may be shared between threads, any other is one thread at a time: it is not used beside the
+ *            const one either. Calls that break this on one blender or plan wait for each other. The library's own CPU
+ *            threads have the signal mask of the thread that created the blender. In a forked process what the parent
+ *            created is refused, and _destroy leaves it alone. Fork while no call runs.
  * NULL.      Every pointer may be NULL without harm: an error where nothing else is said, and for _destroy nothing. What
  *            cannot be told of a pointer, how much memory is behind it, is the caller's promise.
  * Handles.   A blender or plan that was destroyed is refused like NULL. A handle is a number: do not look behind it. One
@@ -58,7 +60,8 @@ enum {
     GRADBLEND_NO_DRIVER = 3,          /* no CUDA driver on this machine, or one without a function that is needed */
     GRADBLEND_NO_DEVICE = 4,          /* no CUDA device with this ordinal */
     GRADBLEND_UNSUPPORTED_DEVICE = 5, /* the device or its driver is too old for this build */
-    GRADBLEND_OUT_OF_MEMORY = 6,      /* of the host or of the device */
+    GRADBLEND_OUT_OF_MEMORY = 6,      /* for a plan or for threads on the host, or on the device. Where the host lacks
+                                         the few KB that any call but a run call may need, the process ends */
     GRADBLEND_CUDA = 7,               /* the CUDA driver failed: a launch, a copy, or work put on the stream before */
     GRADBLEND_CORRUPT_STATE = 8,      /* a saved state is foreign, truncated, altered, or of an unknown version */
     GRADBLEND_INTERNAL = 9            /* a bug of this library; what it happened to refuses all calls but _destroy */
@@ -151,10 +154,13 @@ gradblend_status gradblend_config_default(uint32_t modalities, gradblend_config 
  * Writes to `weights` the K weights that minimise w'Sw / (w'm)^2 under sum w = 1, by the overfitting, negative and
  * damping of `config`: the solver behind gradblend_reweight, for moments that come from elsewhere. From losses, the
  * numerator is dG_k and the second moment has dO_k^2 on its diagonal. Of `second_moment`, row-major, the symmetric part
- * is used, and only the diagonal where the overfitting is UNCORRELATED. Where the weights before they are normalised have
- * no positive sum (with CLAMP: none of them is positive), there is nothing to go by: they are `in_force` (NULL: 1/K
- * each), and `flags` has HELD. It has CLAMPED where a modality lost its weight for its sign. The arrays may overlap. No
- * stream, any thread.
+ * is used, and only the diagonal where the overfitting is UNCORRELATED. With e = damping * trace(S) / K, weights come from
+ *   UNCORRELATED  a_k = m_k / (S_kk + e), or a_k = m_k where the diagonal of S is zero; with CLAMP, negative ones become 0;
+ *   CORRELATED    a = (S + e I)^-1 m; with CLAMP, negative ones are left out and the rest is solved again, until none is
+ *                 negative. An S + e I that is not positive definite is solved as UNCORRELATED,
+ * and are w_k = a_k / sum a. Where that sum is not positive, or a w_k not finite, there is nothing to go by: the weights
+ * are `in_force` (NULL: 1/K each), and `flags` has HELD. It has CLAMPED where a modality lost its weight for its sign.
+ * The arrays may overlap. No stream, any thread.
  * Errors: INVALID_ARGUMENT, also for an entry that is not finite or a negative one on the diagonal.
  */
 gradblend_status gradblend_solve(const gradblend_config *config, const double *numerator /* K */,
@@ -164,7 +170,7 @@ gradblend_status gradblend_solve(const gradblend_config *config, const double *n
 /*
  * Makes a blender with weights of 1/K and no observation, on GRADBLEND_CPU or a CUDA device. `*blender` is the caller's,
  * to be destroyed by gradblend_blender_destroy. Allocates, starts CPU threads, and on a CUDA device waits for a private
- * stream. Any thread.
+ * stream. Any thread. Threads that the system has no room for are OUT_OF_MEMORY.
  * Errors: INVALID_ARGUMENT, NOT_BUILT, NO_DRIVER, NO_DEVICE, UNSUPPORTED_DEVICE, OUT_OF_MEMORY, CUDA.
  */
 gradblend_status gradblend_blender_create(int32_t device, const gradblend_config *config, gradblend_blender **blender);
@@ -200,7 +206,7 @@ void gradblend_plan_destroy(gradblend_plan *plan);
  * One pass over memory and one launch that does what `what` says, any of
  *   GRADBLEND_DOT         adds <g, v_k> and <t - g, v_k>, summed over the tensors, to the pending sums;
  *   GRADBLEND_BLEND       writes sum_k w_k v_k, with the weights in force at entry, to each `blended`;
- *   GRADBLEND_ACCUMULATE  (with BLEND) adds to `blended` instead of replacing it;
+ *   GRADBLEND_ACCUMULATE  (with BLEND) adds to `blended` instead of replacing it, in place too;
  *   GRADBLEND_OBSERVE     then does what gradblend_observe does.
  * No allocation, no wait.
  * Errors: INVALID_ARGUMENT for other bits, none, ACCUMULATE without BLEND, or a plan of another blender; CUDA.
@@ -308,7 +314,7 @@ typedef struct {
  * is absent. `addresses` has room for K = `modalities` addresses, the caller's memory, which `tensor->modalities` will
  * point to. The arrays stay the caller's: no deleter is called, and they must live as long as what they describe is
  * planned. An array of no elements gives an empty tensor without addresses. No stream, any thread.
- * Errors: INVALID_ARGUMENT; the message names the list.
+ * Errors: INVALID_ARGUMENT; the message names the list. All arrays absent is one: there is no length then.
  */
 gradblend_status gradblend_tensor_from_dlpack(int32_t device, uint32_t modalities, const gradblend_dlpack *train,
                                               const gradblend_dlpack *valid,

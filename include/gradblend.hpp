@@ -111,8 +111,8 @@ class [[nodiscard]] Result : public Result<void> {
 public:
     Result(T value) : value_(std::move(value)) {}
     Result(Error error) : Result<void>(std::move(error)) {}
-    T &value() & { return Result<void>::value(), *value_; }
-    const T &value() const & { return Result<void>::value(), *value_; }
+    T &value() & { return Result<void>::value(), value_.value(); }
+    const T &value() const & { return Result<void>::value(), value_.value(); }
     T &&value() && { return std::move(value()); }
 
 private:

@@ -16,6 +16,8 @@ pub enum List {
     Modality(usize),
     /// The blended gradient.
     Blended,
+    /// Any of a tensor that has none: its length and its dtype are checked all the same.
+    Absent,
 }
 
 impl fmt::Display for List {
@@ -25,6 +27,7 @@ impl fmt::Display for List {
             List::Valid => write!(f, "validation gradient"),
             List::Modality(k) => write!(f, "gradient of modality {k}"),
             List::Blended => write!(f, "blended gradient"),
+            List::Absent => write!(f, "each absent list"),
         }
     }
 }

@@ -99,7 +99,7 @@ impl Table {
                 Some((list, _)) => list,
                 // A tensor of slices that are all absent has no length or dtype that could be another.
                 None if tensor.slices => continue,
-                None => List::Blended,
+                None => List::Absent,
             };
             if tensor.len() != record.len {
                 return Err(Error::Length { tensor: index, list, expected: record.len, got: tensor.len() });
@@ -246,15 +246,15 @@ fn check_shapes(modalities: usize, tensors: &[TensorGrads<'_>]) -> Result<()> {
             }
         }
         if grads.lists().next().is_none() && grads.len() > isize::MAX as u64 / grads.dtype().bytes() {
-            return Err(Error::OutOfRange { tensor, list: List::Blended, address: 0, len: grads.len() });
+            return Err(Error::OutOfRange { tensor, list: List::Absent, address: 0, len: grads.len() });
         }
     }
     Ok(())
 }
 
-/// More bytes than any list of tensors needs. Allocators exist that end the process where they cannot have it, so a wrong
-/// number is better told before they are asked.
-const MAX_BYTES: u64 = 1 << 38;
+/// More bytes than a plan needs for anything: at 512 bytes for each 65,536 elements, the CPU's partial sums, some 5e11
+/// elements. A wrong length is better told before memory is asked for, which systems promise without having it.
+const MAX_BYTES: u64 = 1 << 32;
 
 /// An empty vector with room for `len` items, or a typed error.
 pub(crate) fn reserved<T>(len: u64) -> Result<Vec<T>> {

@@ -189,9 +189,9 @@ fn plans(place: Place) -> Outcome {
     assert_eq!(bits(&tensors[0].train), bits(&before[0].train));
     // A tensor without any list has a length and a dtype all the same.
     let mut unlisted = own.plan(&[raw(4, DType::F32, 0, 0, &[0, 0], 0)])?;
-    let length = Error::Length { tensor: 0, list: List::Blended, expected: 4, got: 3 };
-    refused(unlisted.update(&[raw(3, DType::F32, 0, 0, &[0, 0], 0)], STREAM()), &length, "expected 4");
-    let dtype = Error::MixedDTypes { tensor: 0, list: List::Blended, expected: "f32", got: "bf16" };
+    let length = Error::Length { tensor: 0, list: List::Absent, expected: 4, got: 3 };
+    refused(unlisted.update(&[raw(3, DType::F32, 0, 0, &[0, 0], 0)], STREAM()), &length, "each absent list has 3");
+    let dtype = Error::MixedDTypes { tensor: 0, list: List::Absent, expected: "f32", got: "bf16" };
     refused(unlisted.update(&[raw(4, DType::BF16, 0, 0, &[0, 0], 0)], STREAM()), &dtype, "bf16");
     unlisted.update(&[raw(4, DType::F32, 0, 0, &[0, 0], 0)], STREAM())?;
     let huge = raw(1 << 60, DType::F32, 0, 0, &[0, 0], 0);
