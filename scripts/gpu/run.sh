@@ -152,6 +152,9 @@ tests() {
     return "$code"
 }
 
+# A test of the C ABI, which ends by saying how much it did.
+c_test() { limited "$1" --device 0 --thin 10 && reason=$(tail -n 1 "$log"); }
+
 # Lists of more than 2^31 numbers: 4.3 GB on the device, and as much on the host.
 lengths() {
     local free host need=6000
@@ -195,6 +198,9 @@ step machine 60 machine
 # Capture and replay of graphs have a program of their own, and so a line of their own: tests-graph.
 for name in "${programs[@]}"; do
     step "tests-$name" 120 tests "$name" --
+done
+for program in "$here"/c/*; do
+    step "c-${program##*/}" 60 c_test "$program"
 done
 step golden-bits 60 tests "${programs[@]}" -- golden
 if [[ -z $quick ]]; then
