@@ -241,7 +241,9 @@ static void child(gradblend_blender *blender, gradblend_plan *plan, const work *
         gradblend_plan_destroy(made);
         gradblend_blender_destroy(own);
     }
-    _exit(0);
+    /* To exit would have leak checkers look for what the parent's threads hold, which are not here. */
+    execl("/bin/sh", "sh", "-c", ":", (char *)NULL);
+    CHECK(!"no /bin/sh");
 }
 
 static void forked(void)
