@@ -20,7 +20,7 @@
  * Handles.   A blender or plan that was destroyed is refused like NULL. A handle is a number: do not look behind it. One
  *            that is never destroyed stays known to the library, so leak checkers do not report it.
  * Numbers.   The caller's floating-point environment (rounding, flushing to zero, traps) has no effect and stays as it
- *            is, on x86-64 and AArch64; elsewhere it must be the default one.
+ *            is, on x86-64 and, but for the flags of exceptions, on AArch64; elsewhere it must be the default one.
  * Ownership. gradients, streams and everything else that is passed in stay the caller's. Arrays and structs are read
  *            before a call returns and may go away then; the gradients that a tensor names must stay where they are
  *            until the plan is updated or destroyed and the work before that is done.
@@ -64,7 +64,7 @@ enum {
                                          the few KB that any call but a run call may need, the process ends */
     GRADBLEND_CUDA = 7,               /* the CUDA driver failed: a launch, a copy, or work put on the stream before */
     GRADBLEND_CORRUPT_STATE = 8,      /* a saved state is foreign, truncated, altered, or of an unknown version */
-    GRADBLEND_INTERNAL = 9            /* a bug of this library; what it happened to refuses all calls but _destroy */
+    GRADBLEND_INTERNAL = 9            /* a bug of this library; what it was changing refuses all calls but _destroy */
 };
 
 enum { GRADBLEND_F32 = 0, GRADBLEND_F16 = 1, GRADBLEND_BF16 = 2 }; /* gradblend_tensor.dtype */
@@ -310,8 +310,8 @@ typedef struct {
 /*
  * Fills `tensor` from arrays of any framework that speaks DLPack, without a copy. Each must be on `device` (GRADBLEND_CPU
  * also takes CUDA's pinned and managed memory, a CUDA ordinal too), float32, float16 or bfloat16, and contiguous in
- * row-major order; all of one tensor have the same number of elements and one dtype; the byte offset is honoured. NULL
- * is absent. `addresses` has room for K = `modalities` addresses, the caller's memory, which `tensor->modalities` will
+ * row-major order; all of one tensor have the same number of elements and one dtype; the byte offset is honoured. Absent
+ * is a record of two NULLs, or NULL in the place of `train`, `valid` or `blended`. `addresses` has room for K = `modalities` addresses, the caller's memory, which `tensor->modalities` will
  * point to. The arrays stay the caller's: no deleter is called, and they must live as long as what they describe is
  * planned. An array of no elements gives an empty tensor without addresses. No stream, any thread.
  * Errors: INVALID_ARGUMENT; the message names the list. All arrays absent is one: there is no length then.

@@ -16,7 +16,7 @@ use std::ffi::{c_char, c_void};
 use std::ptr::without_provenance_mut;
 
 use argument::{array, check, record};
-use handle::{Handles, read, write};
+use handle::Handles;
 use record::{gradblend_config, gradblend_dlpack, gradblend_report, gradblend_tensor};
 use status::{Fault, Outcome, Status, call};
 
@@ -50,18 +50,12 @@ static PLANS: Handles<Planned> = Handles::new(0xd, "plan");
 
 /// Runs a body on the blender behind a handle, alone.
 fn with(blender: *mut gradblend_blender, body: impl FnOnce(&mut Blender) -> Outcome) -> Status {
-    call(|| {
-        let blender = BLENDERS.get(blender.addr())?;
-        body(&mut *write(&blender)?)
-    })
+    call(|| BLENDERS.write(blender.addr(), body))
 }
 
 /// Runs a body on the blender behind a handle, beside others that read it.
 fn with_shared(blender: *const gradblend_blender, body: impl FnOnce(&Blender) -> Outcome) -> Status {
-    call(|| {
-        let blender = BLENDERS.get(blender.addr())?;
-        body(&*read(&blender)?)
-    })
+    call(|| BLENDERS.read(blender.addr(), body))
 }
 
 #[unsafe(no_mangle)]
@@ -165,7 +159,7 @@ unsafe extern "C" fn gradblend_blender_create(
 #[unsafe(no_mangle)]
 extern "C" fn gradblend_blender_destroy(blender: *mut gradblend_blender) {
     call(|| {
-        drop(BLENDERS.remove(blender.addr()));
+        BLENDERS.destroy(blender.addr());
         Ok(())
     });
 }
@@ -199,9 +193,8 @@ unsafe extern "C" fn gradblend_plan_update(
     count: u64,
     stream: *mut c_void,
 ) -> Status {
-    call(|| {
-        let planned = PLANS.get(plan.addr())?;
-        let Planned { plan, modalities, tensors: room } = &mut *write(&planned)?;
+    let update = |planned: &mut Planned| {
+        let Planned { plan, modalities, tensors: room } = planned;
         // Before it goes to `room`, which has place for so many.
         let expected = plan.tensors();
         if count != expected as u64 {
@@ -212,13 +205,14 @@ unsafe extern "C" fn gradblend_plan_update(
             record::tensors(array("tensors", tensors, count)?, *modalities, room)?;
             Ok(plan.update(room, Stream::from_raw(stream))?)
         }
-    })
+    };
+    call(|| PLANS.write(plan.addr(), update))
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn gradblend_plan_destroy(plan: *mut gradblend_plan) {
     call(|| {
-        drop(PLANS.remove(plan.addr()));
+        PLANS.destroy(plan.addr());
         Ok(())
     });
 }
@@ -231,10 +225,9 @@ unsafe extern "C" fn gradblend_pass(
     stream: *mut c_void,
 ) -> Status {
     with(blender, |blender| {
-        let planned = PLANS.get(plan.addr())?;
         // SAFETY: as the header asks.
         let stream = unsafe { Stream::from_raw(stream) };
-        Ok(blender.pass(&read(&planned)?.plan, Pass::from_bits_retain(what), stream)?)
+        PLANS.read(plan.addr(), |planned| Ok(blender.pass(&planned.plan, Pass::from_bits_retain(what), stream)?))
     })
 }
 

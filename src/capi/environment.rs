@@ -33,7 +33,7 @@ impl Environment {
 
 impl Drop for Environment {
     fn drop(&mut self) {
-        // With the exceptions that were raised before, and without those of the call.
+        // With the exceptions that were raised before, and without those of the call; AArch64 has these elsewhere.
         write(self.callers);
     }
 }

@@ -3,7 +3,7 @@
 //! its parent made: the threads and the device that it needs stayed behind.
 
 use std::process::id;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use super::status::{Fault, Outcome};
 use crate::error::Error;
@@ -40,8 +40,8 @@ struct Named<T> {
     value: Shared<T>,
 }
 
-/// One thread at a time may change it, even where the caller forgot to see to that.
-pub(super) type Shared<T> = Arc<RwLock<T>>;
+/// One thread at a time may change it, even where the caller forgot to see to that; `None` once it is destroyed.
+type Shared<T> = Arc<RwLock<Option<T>>>;
 
 impl<T> Handles<T> {
     /// Handles of a kind from 1 to 15.
@@ -63,12 +63,33 @@ impl<T> Handles<T> {
                 places.places.len() - 1
             }
         };
-        places.places[place].named = Some(Named { process: id(), value: Arc::new(RwLock::new(value)) });
+        places.places[place].named = Some(Named { process: id(), value: Arc::new(RwLock::new(Some(value))) });
         Ok((places.places[place].generation << PLACE_BITS | place) << KIND_BITS | self.kind)
     }
 
+    /// Calls `body` with what `handle` names, beside others that read it.
+    pub(super) fn read<R>(&self, handle: usize, body: impl FnOnce(&T) -> Outcome<R>) -> Outcome<R> {
+        let shared = self.get(handle)?;
+        let value = shared.read().map_err(|_| panicked())?;
+        body(value.as_ref().ok_or_else(|| self.unknown(handle))?)
+    }
+
+    /// Calls `body` with what `handle` names, alone. A body that panics leaves what can only be destroyed.
+    pub(super) fn write<R>(&self, handle: usize, body: impl FnOnce(&mut T) -> Outcome<R>) -> Outcome<R> {
+        let shared = self.get(handle)?;
+        let mut value = shared.write().map_err(|_| panicked())?;
+        body(value.as_mut().ok_or_else(|| self.unknown(handle))?)
+    }
+
+    /// Drops what `handle` names, if it names something, once no call runs on it; calls that wait for it are refused.
+    pub(super) fn destroy(&self, handle: usize) {
+        // Outside of the lock on all places: dropping may wait, and other calls must not.
+        let value = self.remove(handle).map(|shared| shared.write().unwrap_or_else(PoisonError::into_inner).take());
+        drop(value);
+    }
+
     /// What `handle` names.
-    pub(super) fn get(&self, handle: usize) -> Outcome<Shared<T>> {
+    fn get(&self, handle: usize) -> Outcome<Shared<T>> {
         let places = self.places.read().unwrap_or_else(PoisonError::into_inner);
         let place = self.place(handle).and_then(|(place, generation)| {
             places.places.get(place).filter(|place| place.generation == generation)?.named.as_ref()
@@ -82,9 +103,9 @@ impl<T> Handles<T> {
         Ok(value.clone())
     }
 
-    /// Forgets what `handle` names, and gives it to the caller, who drops it: that may wait, and other calls must not.
-    /// What the parent of a forked process made stays where it is: dropping it would wait for threads that are not there.
-    pub(super) fn remove(&self, handle: usize) -> Option<Shared<T>> {
+    /// Forgets what `handle` names, and gives it to the caller. What the parent of a forked process made stays where it
+    /// is: dropping it would wait for threads that are not there.
+    fn remove(&self, handle: usize) -> Option<Shared<T>> {
         let (place, generation) = self.place(handle)?;
         let mut guard = self.places.write().unwrap_or_else(PoisonError::into_inner);
         let places = &mut *guard;
@@ -113,16 +134,6 @@ impl<T> Handles<T> {
             _ => format!("{} {handle:#x} is destroyed, or never was one", self.name),
         })
     }
-}
-
-/// To read what a handle names, beside others that do.
-pub(super) fn read<T>(shared: &Shared<T>) -> Outcome<RwLockReadGuard<'_, T>> {
-    shared.read().map_err(|_| panicked())
-}
-
-/// To change it.
-pub(super) fn write<T>(shared: &Shared<T>) -> Outcome<RwLockWriteGuard<'_, T>> {
-    shared.write().map_err(|_| panicked())
 }
 
 fn panicked() -> Fault {

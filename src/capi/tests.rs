@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::mem::{offset_of, size_of};
 use std::process::{Command, Stdio};
-use std::sync::PoisonError;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::*;
 use crate::blender::Cadence;
@@ -320,26 +322,55 @@ fn cut_message() {
     }
 }
 
+/// Who destroys waits for the call that runs; one that waits too runs before that ends, or is refused.
+#[test]
+fn destroyed_while_it_runs() -> Outcome {
+    let numbers: Handles<u32> = Handles::new(3, "number");
+    let handle = numbers.insert(1)?;
+    let (running, ended, destroyed) = (Barrier::new(2), AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            numbers.write(handle, |_| {
+                running.wait();
+                std::thread::sleep(Duration::from_millis(50));
+                ended.store(true, Ordering::SeqCst);
+                Ok(())
+            })
+        });
+        running.wait();
+        let late = scope.spawn(|| numbers.write(handle, |_| Ok(destroyed.load(Ordering::SeqCst))));
+        numbers.destroy(handle);
+        destroyed.store(true, Ordering::SeqCst);
+        assert!(ended.load(Ordering::SeqCst));
+        assert!(!matches!(late.join(), Ok(Ok(true)) | Err(_)));
+    });
+    Ok(())
+}
+
 /// A handle names one value for ever, and nothing after it.
 #[test]
 fn handles() -> Outcome {
     let numbers: Handles<u32> = Handles::new(3, "number");
     let other: Handles<u32> = Handles::new(5, "other");
-    let value = |handle| Ok::<u32, Fault>(*read(&numbers.get(handle)?)?);
+    let value = |handle| numbers.read(handle, |number| Ok(*number));
     let (first, second) = (numbers.insert(1)?, numbers.insert(2)?);
     assert_eq!((value(first)?, value(second)?), (1, 2));
-    assert!(other.get(first).is_err() && other.remove(first).is_none());
-    let removed = numbers.remove(first).map(|value| *value.read().unwrap_or_else(PoisonError::into_inner));
-    assert_eq!(removed, Some(1));
+    other.destroy(first);
+    assert!(other.read(first, |_| Ok(())).is_err() && value(first)? == 1);
+    assert_eq!(numbers.write(first, |number| Ok(std::mem::replace(number, 7)))?, 1);
+    assert_eq!(value(first)?, 7);
+    numbers.destroy(first);
     for _ in 0..1000 {
         let third = numbers.insert(3)?;
-        assert!(third != first && value(third)? == 3);
-        assert!(numbers.get(first).is_err() && numbers.remove(first).is_none());
-        drop(numbers.remove(third));
+        numbers.destroy(first);
+        assert!(third != first && value(third)? == 3 && value(first).is_err());
+        numbers.destroy(third);
     }
     assert_eq!(value(second)?, 2);
     for foreign in [0, 3, usize::MAX, first ^ 8, second + 1] {
-        assert!(numbers.get(foreign).is_err() && numbers.remove(foreign).is_none(), "{foreign:#x}");
+        numbers.destroy(foreign);
+        assert!(value(foreign).is_err(), "{foreign:#x}");
     }
+    assert_eq!(value(second)?, 2);
     Ok(())
 }
