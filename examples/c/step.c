@@ -3,8 +3,8 @@
  * step. On the CPU by default; with --device N on a CUDA device, whose memory is taken from the driver.
  *
  *     cargo rustc --release --features capi --crate-type cdylib
- *     cc -std=c11 -Iinclude examples/c/step.c -Ltarget/release -lgradblend -ldl -lm -o target/step
- *     LD_LIBRARY_PATH=target/release target/step [--device N]
+ *     cc -std=c11 -Iinclude examples/c/step.c -Ltarget/release -lgradblend -ldl -lm -o target/c_step
+ *     LD_LIBRARY_PATH=target/release target/c_step [--device N]
  */
 #include <gradblend.h>
 
@@ -130,7 +130,7 @@ int main(int argc, char **argv) {
     long number = argc == 3 && strcmp(argv[1], "--device") == 0 ? strtol(argv[2], &end, 10) : -1;
     if (argc != 1 && (end == NULL || end == argv[2] || *end != '\0' || number < 0 || number > INT32_MAX)) {
         int help = argc == 2 && strcmp(argv[1], "--help") == 0;
-        fprintf(help ? stdout : stderr, "usage: %s [--device N]   (N: a CUDA device, from 0; the CPU otherwise)\n", argv[0]);
+        fprintf(help ? stdout : stderr, "usage: %s [--device N]   (a CUDA device, from 0; else the CPU)\n", argv[0]);
         return help ? 0 : 2;
     }
     if (argc != 1) device = (int32_t)number;

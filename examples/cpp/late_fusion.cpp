@@ -1,8 +1,8 @@
 // Gradient-Blending of a late-fusion network on real data, in C++ and without a framework.
 //
 //     cargo rustc --release --features capi --crate-type cdylib
-//     c++ -std=c++17 -O3 -Iinclude examples/cpp/late_fusion.cpp -Ltarget/release -lgradblend -ldl -o target/late_fusion
-//     LD_LIBRARY_PATH=target/release target/late_fusion [--help]
+//     c++ -std=c++17 -O3 -Iinclude examples/cpp/late_fusion.cpp -Ltarget/release -lgradblend -ldl -o target/cpp_late_fusion
+//     LD_LIBRARY_PATH=target/release target/cpp_late_fusion [--help]
 //
 // Each handwritten digit gets noise and is seen in two views: "top", the 32 pixels of its upper half, and "bottom", the
 // 8 column sums and 4 row sums of its lower half.
@@ -573,7 +573,12 @@ int main(int count, char **arguments) {
         std::uint64_t seeds = 8;
         for (int i = 1; i < count; i++) {
             const std::string name = arguments[i];
-            const auto value = [&] { return ++i < count ? std::string(arguments[i]) : (fail(name + " needs a value"), std::string()); };
+            const auto value = [&] {
+                if (++i == count) {
+                    fail(name + " needs a value");
+                }
+                return std::string(arguments[i]);
+            };
             const auto number = [&](unsigned long from) {
                 const std::string text = value();
                 const bool digits = text.find_first_not_of("0123456789") == std::string::npos;
