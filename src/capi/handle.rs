@@ -2,7 +2,11 @@
 //! ever, so a call after `_destroy` is an error instead of undefined behaviour. So is a call in a forked process on what
 //! its parent made: the threads and the device that it needs stayed behind.
 
-use std::process::id;
+#[cfg(unix)]
+use std::ffi::c_int;
+#[cfg(unix)]
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::status::{Fault, Outcome};
@@ -35,13 +39,42 @@ struct Place<T> {
 
 #[derive(Debug)]
 struct Named<T> {
-    /// Of the process that made it.
-    process: u32,
+    /// [`FORKS`] of the process that made it.
+    forks: u32,
     value: Shared<T>,
 }
 
 /// One thread at a time may change it, even where the caller forgot to see to that; `None` once it is destroyed.
 type Shared<T> = Arc<RwLock<Option<T>>>;
+
+/// How many forks lie between this process and the first that made something. Counted by the system, because to ask for
+/// the process's number costs as much as the rest of a call.
+static FORKS: AtomicU32 = AtomicU32::new(0);
+
+fn forks() -> u32 {
+    FORKS.load(Ordering::Relaxed)
+}
+
+/// From now on forks are counted. Says whether they are: the system may have no room for that.
+#[cfg(unix)]
+fn count_forks() -> bool {
+    type Handler = Option<extern "C" fn()>;
+    unsafe extern "C" {
+        fn pthread_atfork(prepare: Handler, parent: Handler, child: Handler) -> c_int;
+    }
+    extern "C" fn forked() {
+        FORKS.fetch_add(1, Ordering::Relaxed);
+    }
+    static COUNTED: OnceLock<bool> = OnceLock::new();
+    // SAFETY: handlers may be NULL, and the one that is there does what a forked process may do.
+    *COUNTED.get_or_init(|| unsafe { pthread_atfork(None, None, Some(forked)) } == 0)
+}
+
+/// Nothing forks.
+#[cfg(not(unix))]
+fn count_forks() -> bool {
+    true
+}
 
 impl<T> Handles<T> {
     /// Handles of a kind from 1 to 15.
@@ -54,6 +87,9 @@ impl<T> Handles<T> {
         let mut guard = self.places.write().unwrap_or_else(PoisonError::into_inner);
         let places = &mut *guard;
         let full = || Error::OutOfMemory { what: "handles", bytes: size_of::<Place<T>>() as u64 };
+        if !count_forks() {
+            return Err(full().into());
+        }
         let place = match places.free.pop() {
             Some(place) => place,
             None if places.places.len() >> PLACE_BITS != 0 => return Err(full().into()),
@@ -63,7 +99,7 @@ impl<T> Handles<T> {
                 places.places.len() - 1
             }
         };
-        places.places[place].named = Some(Named { process: id(), value: Arc::new(RwLock::new(Some(value))) });
+        places.places[place].named = Some(Named { forks: forks(), value: Arc::new(RwLock::new(Some(value))) });
         Ok((places.places[place].generation << PLACE_BITS | place) << KIND_BITS | self.kind)
     }
 
@@ -94,11 +130,10 @@ impl<T> Handles<T> {
         let place = self.place(handle).and_then(|(place, generation)| {
             places.places.get(place).filter(|place| place.generation == generation)?.named.as_ref()
         });
-        let Named { process, value } = place.ok_or_else(|| self.unknown(handle))?;
-        if *process != id() {
+        let Named { forks: made, value } = place.ok_or_else(|| self.unknown(handle))?;
+        if *made != forks() {
             let name = self.name;
-            let message = format!("{name} {handle:#x} was made by process {process}, from which this one was forked");
-            return Err(Fault::Argument(message));
+            return Err(Fault::Argument(format!("{name} {handle:#x} was made before this process was forked")));
         }
         Ok(value.clone())
     }
@@ -110,7 +145,7 @@ impl<T> Handles<T> {
         let mut guard = self.places.write().unwrap_or_else(PoisonError::into_inner);
         let places = &mut *guard;
         let entry = places.places.get_mut(place).filter(|place| place.generation == generation)?;
-        if entry.named.as_ref()?.process != id() {
+        if entry.named.as_ref()?.forks != forks() {
             return None;
         }
         let value = entry.named.take()?.value;
