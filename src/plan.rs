@@ -267,3 +267,16 @@ pub(crate) fn reserved<T>(len: u64) -> Result<Vec<T>> {
     items.try_reserve_exact(len).map_err(|_| out_of_memory())?;
     Ok(items)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A wrong length is told before memory is asked for that a system may promise and not have.
+    #[test]
+    fn more_than_a_plan_needs() {
+        let refused = Error::OutOfMemory { what: "the plan", bytes: (1 << 32) + 512 };
+        assert_eq!(reserved::<[u8; 512]>((1 << 23) + 1), Err(refused));
+        assert_eq!(reserved::<[u8; 512]>(1), Ok(Vec::new()));
+    }
+}
