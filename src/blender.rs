@@ -86,10 +86,10 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// How many tensors it was made for.
+    /// How many tensors it was made for, and with how many modalities each.
     #[cfg(feature = "capi")]
-    pub(crate) fn tensors(&self) -> usize {
-        self.table.tensors.len()
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        (self.table.tensors.len(), self.table.modalities)
     }
 
     /// Gives the gradients back. The plan cannot run until it is updated.

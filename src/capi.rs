@@ -40,7 +40,6 @@ struct gradblend_plan([u8; 0]);
 #[derive(Debug)]
 struct Planned {
     plan: Plan<'static>,
-    modalities: u32,
     /// Room for as many tensors as it has, so that an update allocates nothing.
     tensors: Vec<TensorGrads<'static>>,
 }
@@ -173,13 +172,13 @@ unsafe extern "C" fn gradblend_plan_create(
 ) -> Status {
     with_shared(blender, |blender| {
         check("where to put the plan", plan)?;
-        let modalities = blender.config().modalities;
+        let modalities = blender.config().modalities as usize;
         // SAFETY: as the header asks.
         let list = unsafe { array("tensors", tensors, count) }?;
         let mut tensors = reserved(count)?;
         // SAFETY: as above; what the lists must keep is asked for by the header too.
         unsafe { record::tensors(list, modalities, &mut tensors) }?;
-        let handle = PLANS.insert(Planned { plan: blender.plan(&tensors)?, modalities, tensors })?;
+        let handle = PLANS.insert(Planned { plan: blender.plan(&tensors)?, tensors })?;
         // SAFETY: as above.
         unsafe { plan.write(without_provenance_mut(handle)) };
         Ok(())
@@ -194,15 +193,15 @@ unsafe extern "C" fn gradblend_plan_update(
     stream: *mut c_void,
 ) -> Status {
     let update = |planned: &mut Planned| {
-        let Planned { plan, modalities, tensors: room } = planned;
+        let Planned { plan, tensors: room } = planned;
         // Before it goes to `room`, which has place for so many.
-        let expected = plan.tensors();
+        let (expected, modalities) = plan.shape();
         if count != expected as u64 {
             return Err(Error::PlanTensors { expected, got: usize::try_from(count).unwrap_or(usize::MAX) }.into());
         }
         // SAFETY: as the header asks.
         unsafe {
-            record::tensors(array("tensors", tensors, count)?, *modalities, room)?;
+            record::tensors(array("tensors", tensors, count)?, modalities, room)?;
             Ok(plan.update(room, Stream::from_raw(stream))?)
         }
     };

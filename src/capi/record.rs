@@ -120,11 +120,10 @@ impl gradblend_config {
 
 /// The device with this number.
 pub(super) fn device(number: i32) -> Outcome<Device> {
-    match number {
-        CPU => Ok(Device::cpu()),
-        0.. => Ok(Device::cuda(number)?),
-        _ => Err(unknown_device(number)),
-    }
+    Ok(match ordinal(number)? {
+        None => Device::cpu(),
+        Some(ordinal) => Device::cuda(ordinal)?,
+    })
 }
 
 /// The ordinal of the device with this number, which need not be there; `None` for the CPU.
@@ -132,12 +131,11 @@ pub(super) fn ordinal(number: i32) -> Outcome<Option<i32>> {
     match number {
         CPU => Ok(None),
         0.. => Ok(Some(number)),
-        _ => Err(unknown_device(number)),
+        _ => {
+            let expected = "expected -1 for the CPU or the ordinal of a CUDA device";
+            Err(Fault::Argument(format!("device is {number}, {expected}")))
+        }
     }
-}
-
-fn unknown_device(number: i32) -> Fault {
-    Fault::Argument(format!("device is {number}, expected -1 for the CPU or the ordinal of a CUDA device"))
 }
 
 /// Puts the tensors of a list into `to`, which has room for them.
@@ -146,7 +144,7 @@ fn unknown_device(number: i32) -> Fault {
 /// Each tensor's `modalities` is NULL or that of K addresses; and the promises of [`TensorGrads::from_raw`].
 pub(super) unsafe fn tensors(
     tensors: &[gradblend_tensor],
-    modalities: u32,
+    modalities: usize,
     to: &mut Vec<TensorGrads<'static>>,
 ) -> Outcome {
     to.clear();
@@ -155,7 +153,7 @@ pub(super) unsafe fn tensors(
         let dtype = dtype.map_err(|error| Fault::Argument(format!("tensor {index}: {error}")))?;
         // SAFETY: the caller's promises.
         to.push(unsafe {
-            let v = array(format_args!("tensor {index}: modalities"), tensor.modalities, u64::from(modalities))?;
+            let v = array(format_args!("tensor {index}: modalities"), tensor.modalities, modalities as u64)?;
             TensorGrads::from_raw(tensor.len, dtype, tensor.train, tensor.valid, v, tensor.blended)
         });
     }
