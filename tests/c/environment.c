@@ -66,12 +66,10 @@ static void compute(void (*disturb)(void), results *out)
     const void *addresses[K] = {v[0], v[1]};
     gradblend_tensor tensor = {.len = LEN, .dtype = GRADBLEND_F32, .train = t, .valid = g, .modalities = addresses,
                                .blended = blended};
-    gradblend_config config;
-    gradblend_blender *blender;
+    gradblend_config config = config_of(K);
     gradblend_plan *plan;
-    OK(gradblend_config_default(K, &config));
     config.threads = 2;
-    OK(gradblend_blender_create(GRADBLEND_CPU, &config, &blender));
+    gradblend_blender *blender = blender_of(&config);
     OK(gradblend_plan_create(blender, &tensor, 1, &plan));
     fenv_t callers;
     CHECK(fegetenv(&callers) == 0);

@@ -44,6 +44,14 @@ static inline void list_make(list *list, int32_t dtype, uint64_t len, uint32_t o
     memset(list->memory, GUARD, offset * size);
 }
 
+static inline void list_free(list *list)
+{
+    if (list->memory) {
+        memory_free(list->memory);
+        free(list->exact);
+    }
+}
+
 static inline void list_check_guard(const list *list, int32_t dtype)
 {
     for (size_t i = 0; list->memory && i < list->offset * DTYPES[dtype].bytes; i++) {
@@ -189,10 +197,7 @@ static inline void problem_drop(problem *problem, uint64_t index, uint32_t which
         if ((int)which - MODALITY == grads->over) {
             grads->over = -1;
         }
-        if (list->memory) {
-            memory_free(list->memory);
-            free(list->exact);
-        }
+        list_free(list);
         memset(list, 0, sizeof *list);
     }
     problem_bind(problem, index);
@@ -205,10 +210,7 @@ static inline void problem_free(problem *problem)
         grads *grads = &problem->grads[index];
         for (uint32_t which = 0; which < LISTS; which++) {
             list_check_guard(&grads->lists[which], problem->tensors[index].dtype);
-            if (grads->lists[which].memory) {
-                memory_free(grads->lists[which].memory);
-                free(grads->lists[which].exact);
-            }
+            list_free(&grads->lists[which]);
         }
         free(grads->before);
     }

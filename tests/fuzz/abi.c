@@ -7,11 +7,8 @@
  * A small model knows which calls must be refused and which must not. After each call the status is one of the header's
  * and never INTERNAL, an error has a message, and what a blender knows is finite.
  *
- * With libFuzzer it is a target (tests/fuzz/run). With GRADBLEND_FUZZ_MAIN it has a main of its own:
- *     abi FILE...               runs inputs
- *     abi --seconds N [SEED]    makes inputs at random
+ * A target for libFuzzer: tests/fuzz/run builds and runs it.
  */
-#include <inttypes.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -836,55 +833,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     free(arena);
     return 0;
 }
-
-#ifdef GRADBLEND_FUZZ_MAIN
-#include <time.h>
-
-/* SplitMix64 (Steele, Lea, Flood 2014). */
-static uint64_t random_next(uint64_t *state)
-{
-    uint64_t z = *state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
-static void run_file(const char *name)
-{
-    FILE *file = fopen(name, "rb");
-    if (!file) {
-        perror(name);
-        exit(2);
-    }
-    static uint8_t bytes[1 << 16];
-    LLVMFuzzerTestOneInput(bytes, fread(bytes, 1, sizeof bytes, file));
-    fclose(file);
-}
-
-int main(int count, char **args)
-{
-    if (count < 3 || strcmp(args[1], "--seconds") != 0) {
-        for (int i = 1; i < count; i++) {
-            run_file(args[i]);
-        }
-        printf("abi: %d inputs\n", count - 1);
-        return 0;
-    }
-    uint64_t seed = count > 3 ? strtoull(args[3], NULL, 10) : 1, runs = 0;
-    time_t end = time(NULL) + strtol(args[2], NULL, 10);
-    for (; runs == 0 || time(NULL) < end; runs++) {
-        uint64_t state = seed + runs;
-        uint8_t bytes[1024];
-        size_t size = 16 + random_next(&state) % (sizeof bytes - 16);
-        for (size_t i = 0; i < size; i++) {
-            bytes[i] = (uint8_t)random_next(&state);
-        }
-        /* The first is a blender, else few calls get past their first argument. */
-        memset(bytes, 0, 2);
-        bytes[2] = 3;
-        LLVMFuzzerTestOneInput(bytes, size);
-    }
-    printf("abi: %" PRIu64 " random inputs from seed %" PRIu64 "\n", runs, seed);
-    return 0;
-}
-#endif
