@@ -124,16 +124,21 @@ static double noise(void) {
     return (double)((z ^ z >> 31) >> 11) / 4503599627370496.0 - 1.0;
 }
 
+/* The number of a CUDA device, or -1 for a text that is none. */
+static int32_t ordinal(const char *text) {
+    char *end;
+    long number = strtol(text, &end, 10);
+    return end != text && *end == '\0' && number >= 0 && number <= INT32_MAX ? (int32_t)number : -1;
+}
+
 int main(int argc, char **argv) {
-    int32_t device = GRADBLEND_CPU;
-    char *end = NULL;
-    long number = argc == 3 && strcmp(argv[1], "--device") == 0 ? strtol(argv[2], &end, 10) : -1;
-    if (argc != 1 && (end == NULL || end == argv[2] || *end != '\0' || number < 0 || number > INT32_MAX)) {
+    int asked = argc == 3 && strcmp(argv[1], "--device") == 0;
+    int32_t device = asked ? ordinal(argv[2]) : GRADBLEND_CPU;
+    if (asked ? device < 0 : argc != 1) {
         int help = argc == 2 && strcmp(argv[1], "--help") == 0;
         fprintf(help ? stdout : stderr, "usage: %s [--device N]   (a CUDA device, from 0; else the CPU)\n", argv[0]);
         return help ? 0 : 2;
     }
-    if (argc != 1) device = (int32_t)number;
     if (gradblend_version() >> 8 != GRADBLEND_VERSION >> 8) {
         fprintf(stderr, "library %#x is not of this header's version %#x\n", gradblend_version(), GRADBLEND_VERSION);
         return 1;
