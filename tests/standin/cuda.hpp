@@ -187,6 +187,11 @@ inline unsigned atomicAdd(unsigned *at, unsigned value) {
     *at = old + value;
     return old;
 }
+inline double atomicAdd(double *at, double value) {
+    const double old = *at;
+    *at = old + value;
+    return old;
+}
 inline unsigned atomicOr(unsigned *at, unsigned value) {
     const unsigned old = *at;
     *at = old | value;

@@ -20,6 +20,19 @@ void observe(Launch);
 void reweight(Launch);
 void reset(Launch);
 void set_weights(Launch, Weights);
+
+// Of benches/kernels/naive.cu.
+#define NAIVE(dtype) \
+    void difference_##dtype(uint64_t, uint64_t, uint64_t, uint64_t); \
+    void scale_##dtype(float, uint64_t, uint64_t, uint64_t); \
+    void axpy_##dtype(float, uint64_t, uint64_t, uint64_t); \
+    void product_##dtype(uint64_t, uint64_t, uint64_t, uint64_t); \
+    void total_##dtype(uint64_t, uint64_t, uint64_t, uint64_t);
+NAIVE(f32)
+NAIVE(f16)
+NAIVE(bf16)
+#undef NAIVE
+void read_units(uint64_t, uint64_t, uint64_t);
 }
 
 namespace standin {
@@ -37,13 +50,12 @@ struct Bind<KERNEL> {
 };
 
 const Kernel KERNELS[] = {
-    {"dot", Bind<dot>::bind},
-    {"blend", Bind<blend>::bind},
-    {"dot_blend", Bind<dot_blend>::bind},
-    {"observe", Bind<observe>::bind},
-    {"reweight", Bind<reweight>::bind},
-    {"reset", Bind<reset>::bind},
-    {"set_weights", Bind<set_weights>::bind},
+#define X(kernel) {#kernel, Bind<kernel>::bind},
+#define NAIVE(dtype) X(difference_##dtype) X(scale_##dtype) X(axpy_##dtype) X(product_##dtype) X(total_##dtype)
+    X(dot) X(blend) X(dot_blend) X(observe) X(reweight) X(reset) X(set_weights)
+    NAIVE(f32) NAIVE(f16) NAIVE(bf16) X(read_units)
+#undef NAIVE
+#undef X
 };
 
 // ---- Results and memory ----
@@ -127,7 +139,7 @@ T *on_host(T *address, size_t bytes) {
 }
 
 void copy_later(void *to, const void *from, size_t bytes, Stream &stream) {
-    submit(stream, [=] { memcpy(to, from, bytes); });
+    submit(stream, {COPY_NODE, [=] { memcpy(to, from, bytes); }});
     count("copies");
 }
 
@@ -349,10 +361,19 @@ EXPORT int cuLaunchKernel(Function *handle, unsigned blocks, unsigned blocks_y, 
         demand(blocks >= 1 && threads >= 1 && threads <= 1024 && shared == 0, CUDA_ERROR_INVALID_VALUE);
         demand(parameters != nullptr && extra == nullptr, CUDA_ERROR_INVALID_VALUE);
         const Kernel &kernel = *function.kernel;
-        submit(the_stream(stream), [=, name = kernel.name, body = kernel.bind(parameters)] {
+        const auto launch = [=, name = kernel.name, body = kernel.bind(parameters)] {
             count("blocks", blocks);
             run(name, body, blocks, threads);
-        });
+        };
+        submit(the_stream(stream), {KERNEL_NODE, launch});
+        count("launches");
+    });
+}
+
+// A launch of what another library takes for a kernel. Its code must stay loaded.
+EXPORT int standin_launch(void *stream, const Work *work) {
+    return call(__func__, CONTEXT, [&] {
+        submit(the_stream(stream), {KERNEL_NODE, *work});
         count("launches");
     });
 }
@@ -382,7 +403,8 @@ EXPORT int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *
         }
         // Ordinary host memory is read during the call.
         const char *first = static_cast<const char *>(from);
-        submit(stream, [=, staged = std::vector<char>(first, first + bytes)] { memcpy(to, staged.data(), bytes); });
+        auto copy = [=, staged = std::vector<char>(first, first + bytes)] { memcpy(to, staged.data(), bytes); };
+        submit(stream, {COPY_NODE, std::move(copy)});
         count("copies");
     });
 }
@@ -396,7 +418,7 @@ ANSWER(cuMemcpyHtoD_v2, CONTEXT, (void *to, const void *from, size_t bytes),
 ANSWER(cuMemcpyDtoH_v2, CONTEXT, (void *to, const void *from, size_t bytes),
        copy_now(on_host(to, bytes), on_device(from, bytes), bytes))
 ANSWER(cuMemsetD8Async, CONTEXT, (void *to, unsigned char value, size_t bytes, void *stream),
-       (on_device(to, bytes), submit(the_stream(stream), [=] { memset(to, value, bytes); })))
+       (on_device(to, bytes), submit(the_stream(stream), {MEMSET_NODE, [=] { memset(to, value, bytes); }})))
 
 EXPORT int cuPointerGetAttribute(void *data, int attribute, void *address) {
     return call(__func__, CONTEXT, [&] {

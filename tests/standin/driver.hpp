@@ -59,6 +59,14 @@ enum : int { RESULTS(X) };
 
 using Work = std::function<void()>;
 
+// What a node of a graph is, in the driver's numbers.
+enum : int { KERNEL_NODE = 0, COPY_NODE = 1, MEMSET_NODE = 2, WAIT_NODE = 6, RECORD_NODE = 7 };
+
+struct Node {
+    int type;
+    Work work;
+};
+
 enum : int { GLOBAL = 0, THREAD_LOCAL = 1, RELAXED = 2 };
 
 struct Context {
@@ -70,7 +78,7 @@ struct Capture {
     int mode;
     std::thread::id thread;
     bool invalid = false;
-    std::vector<Work> nodes;
+    std::vector<Node> nodes;
 };
 
 // Operations are numbered in the order of the calls, across all streams.
@@ -117,7 +125,7 @@ struct Function {
 
 struct Graph {
     Context *context;
-    std::vector<Work> nodes;
+    std::vector<Node> nodes;
 };
 
 struct Allocation {
@@ -233,7 +241,7 @@ int call(const char *function, Needs needs, Body body) {
 // The default streams come into being when they are first asked for.
 Stream &the_stream(void *handle);
 // Queues work, or makes it a node of the graph that the stream captures.
-void submit(Stream &stream, Work work, uint64_t after = 0);
+void submit(Stream &stream, Node node, uint64_t after = 0);
 // Runs what is queued, up to an operation.
 void drain(Stream &stream, uint64_t last);
 // Runs all that is queued in a context.

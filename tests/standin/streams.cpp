@@ -117,15 +117,15 @@ void drain_all(const Context *context) {
     }
 }
 
-void submit(Stream &stream, Work work, uint64_t after) {
+void submit(Stream &stream, Node node, uint64_t after) {
     demand(stream.context == current.back(), CUDA_ERROR_INVALID_HANDLE);
     refuse_if_implied(stream);
     if (stream.capture == nullptr) {
-        stream.queue.push_back({++driver.issued, after, std::move(work)});
+        stream.queue.push_back({++driver.issued, after, std::move(node.work)});
         return;
     }
     demand(!stream.capture->invalid, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
-    stream.capture->nodes.push_back(std::move(work));
+    stream.capture->nodes.push_back(std::move(node));
 }
 
 void refuse_during(const std::function<bool(const Stream &)> &during, int code) {
@@ -206,7 +206,7 @@ EXPORT int cuEventRecord(Event *handle, void *stream_handle) {
         Stream &stream = the_stream(stream_handle);
         demand(stream.context == event.context, CUDA_ERROR_INVALID_HANDLE);
         if (stream.capture == nullptr) {
-            submit(stream, [time = event.time] { *time = std::chrono::steady_clock::now(); });
+            submit(stream, {RECORD_NODE, [time = event.time] { *time = std::chrono::steady_clock::now(); }});
             event.number = driver.issued;
         } else {
             demand(!stream.capture->invalid, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
@@ -226,7 +226,7 @@ EXPORT int cuStreamWaitEvent(void *stream_handle, Event *handle, unsigned) {
         }
         refuse_during([&](const Stream &other) { return &other == &stream; }, CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
         demand(event.capture == nullptr, CUDA_ERROR_NOT_SUPPORTED);
-        submit(stream, [] {}, event.number);
+        submit(stream, {WAIT_NODE, [] {}}, event.number);
     });
 }
 
@@ -305,12 +305,25 @@ EXPORT int cuGraphGetNodes(Graph *handle, void **nodes, size_t *number) {
     });
 }
 
+EXPORT int cuGraphNodeGetType(const Node *handle, int *type) {
+    return call(__func__, CONTEXT, [&] {
+        for (const Graph &graph : driver.graphs) {
+            for (const Node &node : graph.nodes) {
+                if (&node == handle) {
+                    return give(type, node.type);
+                }
+            }
+        }
+        refuse(CUDA_ERROR_INVALID_VALUE);
+    });
+}
+
 ANSWER(cuGraphInstantiateWithFlags, CONTEXT, (Graph **executable, Graph *graph, unsigned long long),
        give_new(executable, driver.executables, the(driver.graphs, graph)))
 
 EXPORT int cuGraphLaunch(Graph *executable, void *stream) {
     return call(__func__, CONTEXT, [&] {
-        for (const Work &node : the(driver.executables, executable).nodes) {
+        for (const Node &node : the(driver.executables, executable).nodes) {
             submit(the_stream(stream), node);
         }
         count("graph_launches");
