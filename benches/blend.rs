@@ -1,13 +1,8 @@
-//! `blend` against plain reading of the same bytes, the naive way, and ndarray.
+//! `blend` against the limit, the naive way, and whatever else does it.
 #![allow(clippy::expect_used, clippy::panic)] // a benchmark that cannot run has nobody to hand an error to
 
-mod common;
+mod harness;
 
-use common::{Operation, run};
-
-fn blend(criterion: &mut criterion::Criterion) {
-    run(criterion, Operation::Blend);
+fn main() {
+    harness::run(harness::Operation::Blend);
 }
-
-criterion::criterion_group!(benches, blend);
-criterion::criterion_main!(benches);

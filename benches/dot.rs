@@ -1,13 +1,8 @@
-//! `dot` against plain reading of the same bytes, the naive way, and ndarray.
+//! `dot` against the limit, the naive way, and whatever else does it.
 #![allow(clippy::expect_used, clippy::panic)] // a benchmark that cannot run has nobody to hand an error to
 
-mod common;
+mod harness;
 
-use common::{Operation, run};
-
-fn dot(criterion: &mut criterion::Criterion) {
-    run(criterion, Operation::Dot);
+fn main() {
+    harness::run(harness::Operation::Dot);
 }
-
-criterion::criterion_group!(benches, dot);
-criterion::criterion_main!(benches);

@@ -1,13 +1,8 @@
-//! `step` against plain reading of the same bytes, the naive way, and ndarray.
+//! `step` against the limit, the naive way, and whatever else does it.
 #![allow(clippy::expect_used, clippy::panic)] // a benchmark that cannot run has nobody to hand an error to
 
-mod common;
+mod harness;
 
-use common::{Operation, run};
-
-fn step(criterion: &mut criterion::Criterion) {
-    run(criterion, Operation::Step);
+fn main() {
+    harness::run(harness::Operation::Step);
 }
-
-criterion::criterion_group!(benches, step);
-criterion::criterion_main!(benches);

@@ -12,13 +12,15 @@ use std::process::Command;
 /// Compute capabilities that get machine code: A100, RTX 30, RTX 40, H100 and H200, B200, RTX 50.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 /// What is compiled, and what it includes.
-const SOURCES: [&str; 2] = ["pass", "reweight"];
+const SOURCES: [&str; 2] = ["kernels/pass.cu", "kernels/reweight.cu"];
+/// For the benchmarks alone.
+const NAIVE: &str = "benches/kernels/naive.cu";
 const INCLUDED: [&str; 5] = ["common.cuh", "observe.cuh", "solve.cuh", "defines.rs", "build.rs"];
 
 /// Compiles, or ends the build with what is missing.
 pub(crate) fn build() {
-    for name in SOURCES {
-        println!("cargo:rerun-if-changed=kernels/{name}.cu");
+    for source in sources() {
+        println!("cargo:rerun-if-changed={source}");
     }
     for name in INCLUDED {
         println!("cargo:rerun-if-changed=kernels/{name}");
@@ -39,8 +41,8 @@ fn compile() -> Result<(), String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set; is this run by cargo?")?);
     if env::var_os("DOCS_RS").is_some() {
         // Documentation is built where no toolkit is; nothing runs there.
-        for name in SOURCES {
-            write(&out.join(format!("{name}.fatbin")), &[])?;
+        for source in sources() {
+            write(&image(&out, source), &[])?;
         }
         return tell("none", &[]);
     }
@@ -52,20 +54,29 @@ fn compile() -> Result<(), String> {
     let known: Vec<u32> = known.lines().filter_map(|line| line.trim().strip_prefix("compute_")?.parse().ok()).collect();
     let architectures = architectures(&known, &version)?;
     let threads = env::var("NUM_JOBS").unwrap_or_else(|_| "1".into());
-    for name in SOURCES {
+    for source in sources() {
         let mut command = Command::new(&nvcc);
         command.args(["-std=c++17", "-O3", "-fatbin", "-fmad=false", "--threads", &threads]);
         for architecture in &architectures {
             command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
         }
         command.arg(format!("-gencode=arch=compute_{0},code=compute_{0}", architectures[0]));
-        command.args(defines::defines()).arg(format!("kernels/{name}.cu"));
-        let said = run(command.arg("-o").arg(out.join(format!("{name}.fatbin"))))?;
+        command.args(defines::defines()).arg("-Ikernels").arg(source);
+        let said = run(command.arg("-o").arg(image(&out, source)))?;
         for line in said.lines().filter(|line| line.contains("warning")) {
             println!("cargo:warning={line}");
         }
     }
     tell(&version, &architectures)
+}
+
+fn sources() -> impl Iterator<Item = &'static str> {
+    SOURCES.into_iter().chain(env::var_os("CARGO_FEATURE_BENCH_CUDA").map(|_| NAIVE))
+}
+
+/// Where a source's image goes.
+fn image(out: &Path, source: &str) -> PathBuf {
+    out.join(Path::new(source).with_extension("fatbin").file_name().unwrap_or_default())
 }
 
 /// Hands what was built to the crate, for its error messages.

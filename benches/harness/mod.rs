@@ -1,21 +1,27 @@
-//! What the three benchmarks share: cases, and a table of the contenders timed in turns.
-//!
-//! `cargo bench` runs everything, `GRADBLEND_BENCH=quick cargo bench` a few large cases, `cargo bench -- K4/bf16` what
-//! the filter names. `GRADBLEND_BENCH=table` leaves out criterion's own sampling.
+//! What the three benchmarks share: cases, inputs, contenders, the oracle that checks each of them first, and turns.
 
 mod cases;
-mod contenders;
+mod cpu;
+#[cfg(feature = "bench-cuda")]
+mod cuda;
+mod heap;
 mod lists;
+mod naive;
+mod oracle;
+mod record;
 
-use std::hint::black_box;
+use std::error::Error;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
+use clap::{Parser, ValueEnum};
 use gradblend::{DType, bf16, f16};
 
 use cases::Case;
-use contenders::{Contender, Contenders};
-use lists::Real;
+use lists::Lists;
+use naive::Naive;
+use oracle::{Bound, Errors, Sums};
+use record::{Log, Machine};
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +51,7 @@ impl Operation {
         self != Operation::Dot
     }
 
-    /// Lists that must be moved once for K modalities.
+    /// Lists that take part where none is absent.
     fn lists(self, modalities: usize) -> usize {
         modalities + if self.dots() { 2 } else { 0 } + usize::from(self.blends())
     }
@@ -54,7 +60,7 @@ impl Operation {
 /// Which part of the work is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Extent {
-    /// Run as a test: tiny sizes, once.
+    /// Every contender once, on tiny inputs.
     Test,
     /// A few large cases.
     Quick,
@@ -62,131 +68,337 @@ pub(crate) enum Extent {
     Full,
 }
 
-impl Extent {
-    fn now() -> Self {
-        // `cargo bench` passes `--bench`; `cargo test` does not, and `cargo bench -- --test` passes both.
-        let is = |flag: &str| std::env::args().any(|arg| arg == flag);
-        if !is("--bench") || is("--test") {
-            return Extent::Test;
+/// Measures an operation of gradblend beside whatever else does it. Every result is checked first.
+#[derive(Parser)]
+struct Options {
+    /// Only cases whose name has this in it, such as `ResNet-50` or `K4/bf16`
+    filter: Option<String>,
+    /// Check every contender once on tiny inputs; times of these mean nothing
+    #[arg(long)]
+    test: bool,
+    /// A few large cases
+    #[arg(long)]
+    quick: bool,
+    /// Where to run; everywhere there is, by default
+    #[arg(long)]
+    device: Option<Device>,
+    /// Where to append raw results; target/benches/DATE-DEVICE.jsonl by default
+    #[arg(long, value_name = "FILE", requires = "device")]
+    results: Option<PathBuf>,
+    /// Start no case after so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    budget: Option<u64>,
+    /// Given by `cargo bench`; without it this is a test
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Device {
+    Cpu,
+    Cuda,
+}
+
+/// What a contender is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// No program that moves these bytes can be faster.
+    Limit,
+    Ours,
+    Peer,
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Role::Limit => "limit",
+            Role::Ours => "ours",
+            Role::Peer => "peer",
         }
-        if std::env::var("GRADBLEND_BENCH").is_ok_and(|v| v.contains("quick")) { Extent::Quick } else { Extent::Full }
     }
 }
 
-/// Measures all cases of an operation.
-pub(crate) fn run(criterion: &mut Criterion, operation: Operation) {
-    let extent = Extent::now();
-    let mut rows = Vec::new();
-    for case in cases::cases(operation, extent) {
-        rows.extend(match case.dtype {
-            DType::F32 => measure::<f32>(criterion, operation, extent, &case),
-            DType::F16 => measure::<f16>(criterion, operation, extent, &case),
-            DType::BF16 => measure::<bf16>(criterion, operation, extent, &case),
-        });
+/// A way of doing an operation on inputs `I`.
+pub(crate) trait Way<I> {
+    /// Does it once, on one set of the inputs. On a device that means putting the work on its stream.
+    fn run(&mut self, inputs: &mut I, set: usize);
+
+    /// Makes it ready for the other sets, once its memory was measured on the first.
+    fn ready(&mut self, _inputs: &mut I) -> Result<(), String> {
+        Ok(())
     }
-    if !rows.is_empty() {
-        print(operation, &rows);
+
+    /// The sums, once `run` was called for the first time and is done. None if it has none.
+    fn sums(&mut self, _inputs: &mut I) -> Option<Sums> {
+        None
     }
 }
 
-/// One line of the table.
-struct Row {
-    name: String,
-    bytes: u64,
-    /// Bytes a second of plain reading, the faster of two ways.
-    read: f64,
-    /// Bytes of the floor a second.
-    ours: f64,
-    /// Time of each over ours.
-    over_ours: [Option<f64>; 3],
+/// A way that is ready, or why it cannot be, such as that there is not enough memory.
+type Made<I> = Result<Box<dyn Way<I>>, String>;
+
+/// Who may be timed.
+pub(crate) struct Contender<I> {
+    pub(crate) name: &'static str,
+    pub(crate) role: Role,
+    /// None if it has no result to check.
+    pub(crate) bound: Option<Bound>,
+    pub(crate) make: fn(&mut I) -> Made<I>,
 }
 
-fn measure<T: Real>(criterion: &mut Criterion, operation: Operation, extent: Extent, case: &Case) -> Option<Row> {
-    let bytes = case.bytes(operation);
-    // Made when the first benchmark that passes the filter wants it.
-    let mut ready: Option<Contenders<T>> = None;
-    let tables_only = std::env::var("GRADBLEND_BENCH").is_ok_and(|v| v.contains("table"));
-    if tables_only && extent != Extent::Test {
-        ready = Some(Contenders::checked(operation, case));
-    } else {
-        let mut group = criterion.benchmark_group(operation.name());
-        group.throughput(Throughput::Bytes(bytes)).sampling_mode(SamplingMode::Flat).sample_size(10);
-        group.warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(400)).nresamples(5_000);
-        for contender in Contender::ALL {
-            let always = matches!(contender, Contender::Ours | Contender::Read);
-            if !contender.takes(case.dtype) || !(always || case.thorough) {
+/// Where contenders run.
+pub(crate) trait Place<T: Naive> {
+    /// The inputs of a case, where they are worked on.
+    type Inputs;
+    const ROUNDS: usize;
+    /// A turn is at least so long.
+    const TURN: Duration;
+
+    fn machine(&self) -> Machine;
+    /// Threads that work on a case.
+    fn threads(&self, case: &Case) -> usize;
+    /// Bytes that are left for a case, of those whose lists are made on the host, too.
+    fn free(&self) -> u64;
+    /// Puts the lists there, in so many sets at the most.
+    fn load(
+        &self,
+        operation: Operation,
+        case: &Case,
+        lists: Lists<T>,
+        weights: Vec<f32>,
+        most: usize,
+    ) -> Result<Self::Inputs, String>;
+    fn contenders(&self, operation: Operation, case: &Case) -> Vec<Contender<Self::Inputs>>;
+    fn sets(&self, inputs: &Self::Inputs) -> usize;
+    /// The lists on the host, with the blended gradient that was written to the first set, or before it is.
+    fn lists<'a>(&self, inputs: &'a mut Self::Inputs) -> &'a Lists<T>;
+    /// Puts a number into the blended gradient that no way leaves there.
+    fn poison(&self, inputs: &mut Self::Inputs);
+    /// Makes a way and runs it once on the first set; also says by how many bytes memory grew meanwhile, at the most.
+    fn prepare(&self, contender: &Contender<Self::Inputs>, inputs: &mut Self::Inputs) -> (Made<Self::Inputs>, u64);
+    /// Seconds of a run, of so many in a row.
+    fn seconds(&self, way: &mut dyn Way<Self::Inputs>, inputs: &mut Self::Inputs, repeats: usize) -> f64;
+    /// Seconds that a call takes of the host, where that is another matter, taken so many times at the most.
+    fn host(&self, way: &mut dyn Way<Self::Inputs>, inputs: &mut Self::Inputs, most: usize) -> Option<Vec<f64>>;
+    /// Launches and allocations of a run, as far as they can be known.
+    fn counts(&self, way: &mut dyn Way<Self::Inputs>, inputs: &mut Self::Inputs) -> [Option<u64>; 2];
+}
+
+/// What was found out about a contender.
+pub(crate) struct Measured {
+    name: &'static str,
+    role: Role,
+    errors: Errors,
+    extra_bytes: u64,
+    launches: Option<u64>,
+    allocations: Option<u64>,
+    host: Option<Vec<f64>>,
+    sets: usize,
+    repeats: usize,
+    seconds: Vec<f64>,
+}
+
+/// Measures an operation, as the command line says.
+///
+/// # Panics
+/// If a contender's result is wrong, or a device fails: nobody is there to hand an error to.
+pub(crate) fn run(operation: Operation) {
+    let options = Options::parse();
+    if let Err(error) = run_with(operation, &options) {
+        eprintln!("Error: {error}");
+        std::process::exit(1);
+    }
+}
+
+fn run_with(operation: Operation, options: &Options) -> Result<(), Box<dyn Error>> {
+    if options.device != Some(Device::Cuda) {
+        everywhere(operation, options, &cpu::Cpu)?;
+    }
+    if options.device == Some(Device::Cpu) {
+        return Ok(());
+    }
+    #[cfg(feature = "bench-cuda")]
+    {
+        match cuda::Cuda::find() {
+            Ok(cuda) => return everywhere(operation, options, &cuda),
+            Err(reason) => println!("skipped: no CUDA device: {reason}"),
+        }
+        if std::env::var("GRADBLEND_REQUIRE_CUDA").is_ok_and(|value| value == "1") {
+            return Err("GRADBLEND_REQUIRE_CUDA is 1, and there is no CUDA device".into());
+        }
+    }
+    if options.device == Some(Device::Cuda) {
+        return Err("no CUDA device; is this built with --features bench-cuda?".into());
+    }
+    Ok(())
+}
+
+/// Measures all cases at a place.
+fn everywhere<P>(operation: Operation, options: &Options, place: &P) -> Result<(), Box<dyn Error>>
+where
+    P: Place<f32> + Place<f16> + Place<bf16>,
+{
+    let extent = match (options.test || !options.bench, options.quick) {
+        (true, _) => Extent::Test,
+        (false, true) => Extent::Quick,
+        (false, false) => Extent::Full,
+    };
+    let machine = Place::<f32>::machine(place);
+    println!("{} on {}", operation.name(), machine.name);
+    let mut log = match (extent, &options.results) {
+        (Extent::Test, None) => Log::none(operation),
+        (_, path) => Log::open(path.as_deref(), operation, &machine)?,
+    };
+    let began = Instant::now();
+    let wanted = |case: &Case| options.filter.as_ref().is_none_or(|filter| case.to_string().contains(filter));
+    let on_gpu = machine.device == "cuda";
+    // One thread or all is a question of the CPU.
+    let cases = cases::cases(extent).into_iter().filter(|case| wanted(case) && !(on_gpu && case.threads == 1));
+    for case in cases {
+        if options.budget.is_some_and(|budget| began.elapsed() >= Duration::from_secs(budget)) {
+            log.skipped(&case, None, "out of time")?;
+            continue;
+        }
+        match case.dtype {
+            DType::F32 => measure::<f32, P>(operation, extent, &case, place, &mut log)?,
+            DType::F16 => measure::<f16, P>(operation, extent, &case, place, &mut log)?,
+            DType::BF16 => measure::<bf16, P>(operation, extent, &case, place, &mut log)?,
+        }
+    }
+    if let Some(path) = log.path() {
+        println!("raw results: {}", path.display());
+    }
+    Ok(())
+}
+
+/// Checks all contenders on a case, then times them in turns.
+fn measure<T: Naive, P: Place<T>>(
+    operation: Operation,
+    extent: Extent,
+    case: &Case,
+    place: &P,
+    log: &mut Log,
+) -> Result<(), Box<dyn Error>> {
+    let (needed, free) = (case.memory(operation), place.free());
+    if needed > free {
+        let reason = format!("needs {:.1} GB, of which {:.1} GB are free", needed as f64 / 1e9, free as f64 / 1e9);
+        return Ok(log.skipped(case, None, &reason)?);
+    }
+    let weights: Vec<f32> = (0..case.modalities).map(|k| 0.125 + k as f32 / 16.0).collect();
+    let lists = Lists::<T>::new(case, operation);
+    let exact = oracle::exact(&lists);
+    let sets = if extent == Extent::Test { 2 } else { MOST_SETS };
+    let mut inputs = match place.load(operation, case, lists, weights.clone(), sets) {
+        Ok(inputs) => inputs,
+        Err(reason) => return Ok(log.skipped(case, None, &reason)?),
+    };
+    let mut ready = Vec::new();
+    for contender in place.contenders(operation, case) {
+        place.poison(&mut inputs);
+        let (made, extra_bytes) = place.prepare(&contender, &mut inputs);
+        let mut way = match made {
+            Ok(way) => way,
+            Err(reason) => {
+                log.skipped(case, Some(contender.name), &reason)?;
                 continue;
             }
-            group.bench_function(BenchmarkId::new(contender.name(), &case.name), |bencher| {
-                let ready = ready.get_or_insert_with(|| Contenders::checked(operation, case));
-                bencher.iter(|| black_box(ready.run(contender)));
-            });
+        };
+        let mut errors = Errors::default();
+        if let Some(bound) = contender.bound {
+            let got = if operation.dots() { way.sums(&mut inputs) } else { None };
+            match oracle::check(place.lists(&mut inputs), &weights, &exact, got.as_ref(), bound) {
+                Ok(found) => errors = found,
+                // Somebody else's mistake is worth knowing, and no reason to measure nothing.
+                Err(wrong) if contender.role == Role::Peer && extent != Extent::Test => {
+                    log.skipped(case, Some(contender.name), &format!("wrong: {wrong}"))?;
+                    continue;
+                }
+                Err(wrong) => return Err(format!("{case}, {}: {wrong}", contender.name).into()),
+            }
         }
-        group.finish();
+        if let Err(reason) = way.ready(&mut inputs) {
+            log.skipped(case, Some(contender.name), &reason)?;
+            continue;
+        }
+        let (name, role, sets) = (contender.name, contender.role, place.sets(&inputs));
+        let [launches, allocations] = place.counts(way.as_mut(), &mut inputs);
+        let (host, repeats, seconds) = (None, 1, Vec::new());
+        let measured =
+            Measured { name, role, errors, extra_bytes, launches, allocations, host, sets, repeats, seconds };
+        ready.push((way, measured));
     }
-    let mut ready = ready.filter(|_| extent != Extent::Test)?;
-    Some(in_turns(&mut ready, case, bytes))
+    if extent == Extent::Test {
+        let checked = ready.iter().filter(|(_, m)| m.role != Role::Limit);
+        println!("{case}: right: {}", checked.map(|(_, m)| m.name).collect::<Vec<_>>().join("; "));
+    }
+    in_turns(place, &mut inputs, &mut ready, extent);
+    log.case(case, place.threads(case), &weights, &exact)?;
+    for (_, measured) in &ready {
+        log.time(case, measured)?;
+    }
+    if extent != Extent::Test {
+        let measured: Vec<&Measured> = ready.iter().map(|(_, measured)| measured).collect();
+        print(case, case.bytes(operation), &measured);
+    }
+    Ok(())
 }
 
-/// Times the contenders one after another, again and again, so that whatever else the machine does hits all of them.
-fn in_turns<T: Real>(ready: &mut Contenders<T>, case: &Case, bytes: u64) -> Row {
-    const ROUNDS: usize = 9;
-    let takers: Vec<Contender> = Contender::ALL.into_iter().filter(|c| c.takes(case.dtype)).collect();
-    // Small cases are repeated until a turn is long enough for the clock.
-    let repeats = (32_000_000 / bytes).clamp(1, 2_000);
-    let mut times = vec![Vec::new(); takers.len()];
-    for round in 0..ROUNDS {
-        for (contender, times) in takers.iter().zip(&mut times) {
-            // The slow ones need fewer turns for a ratio that is far from 1.
-            if round % 3 != 0 && matches!(contender, Contender::Naive | Contender::Ndarray) {
-                continue;
-            }
-            if repeats > 1 {
-                black_box(ready.run(*contender));
-            }
-            let start = Instant::now();
-            for _ in 0..repeats {
-                black_box(ready.run(*contender));
-            }
-            times.push(start.elapsed().as_secs_f64() / repeats as f64);
+type Ready<I> = (Box<dyn Way<I>>, Measured);
+
+/// Times contenders one after another, again and again, so that whatever else the machine does hits all of them. In a
+/// test, once, to see that it can be done.
+fn in_turns<T: Naive, P: Place<T>>(place: &P, inputs: &mut P::Inputs, ready: &mut [Ready<P::Inputs>], extent: Extent) {
+    /// A peer's run that takes so many seconds gets fewer turns: whoever is that slow is told apart by three.
+    const SLOW: f64 = 0.4;
+    let (turn, most) = if extent == Extent::Test { (0.0, 1) } else { (P::TURN.as_secs_f64(), P::ROUNDS) };
+    let mut rounds = Vec::new();
+    for (way, measured) in ready.iter_mut() {
+        // Warm by now; a short look tells how many make a turn.
+        let mut repeats = 1;
+        let mut seconds = place.seconds(way.as_mut(), inputs, repeats);
+        while seconds * (repeats as f64) < turn / 4.0 && repeats < MOST_REPEATS {
+            repeats *= 4;
+            seconds = place.seconds(way.as_mut(), inputs, repeats);
         }
+        measured.repeats = ((turn / seconds).ceil() as usize).clamp(1, MOST_REPEATS);
+        rounds.push(if seconds > SLOW && measured.role == Role::Peer { most.min(3) } else { most });
+        measured.host = place.host(way.as_mut(), inputs, most);
     }
-    let time = |wanted: Contender| takers.iter().position(|c| *c == wanted).map(|at| median(times[at].clone()));
-    let [read, abreast] = [Contender::Read, Contender::Abreast].map(|c| time(c).unwrap_or(f64::NAN));
-    let floor = if abreast < read { Contender::Abreast } else { Contender::Read };
-    let rate = |contender| time(contender).map_or(f64::NAN, |time| bytes as f64 / time);
-    // Ours against reading: the median over rounds of the two turns next to each other.
-    let turns = |wanted: Contender| takers.iter().position(|c| *c == wanted).map_or(&[][..], |at| &times[at]);
-    let share = turns(floor).iter().zip(turns(Contender::Ours)).map(|(read, ours)| read / ours).collect();
-    let over = |contender| Some(time(contender)? / time(Contender::Ours)?);
-    Row {
-        name: case.name.clone(),
-        bytes,
-        read: rate(floor),
-        ours: rate(Contender::Ours),
-        over_ours: [Some(median(share)), over(Contender::Naive), over(Contender::Ndarray)],
+    for round in 0..most {
+        for ((way, measured), _) in ready.iter_mut().zip(&rounds).filter(|(_, rounds)| round < **rounds) {
+            measured.seconds.push(place.seconds(way.as_mut(), inputs, measured.repeats));
+        }
     }
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// Runs in a turn, at the most.
+const MOST_REPEATS: usize = 1 << 16;
+
+/// Sets of inputs, at the most. Where these are small enough to stay in a GPU's cache, a launch takes longer than reading them.
+const MOST_SETS: usize = 256;
+
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-fn print(operation: Operation, rows: &[Row]) {
-    println!(
-        "\n{}: floor = the faster of two plain reads of the same bytes, same threads; medians of turns in one run",
-        operation.name()
+/// One line; the report has all there is.
+fn print(case: &Case, bytes: u64, measured: &[&Measured]) {
+    let time = |role: Role| measured.iter().filter(move |m| m.role == role).map(|m| median(&m.seconds));
+    let limit = time(Role::Limit).fold(f64::INFINITY, f64::min);
+    let ours = time(Role::Ours).next().unwrap_or(f64::NAN);
+    let rate = |seconds: f64| bytes as f64 / seconds / 1e9;
+    let mut line = format!(
+        "{:<32} {:>9.6} GB, limit {:>7.2} GB/s, gradblend {:>7.2} GB/s, share {:.2}",
+        case.to_string(),
+        bytes as f64 / 1e9,
+        rate(limit),
+        rate(ours),
+        limit / ours
     );
-    println!(
-        "{:<34} {:>9} {:>11} {:>10} {:>9} {:>8} {:>10}",
-        "case", "GB", "floor GB/s", "ours GB/s", "of floor", "x naive", "x ndarray"
-    );
-    for row in rows {
-        let [share, naive, ndarray] =
-            row.over_ours.map(|ratio| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}")));
-        let (gb, read, ours) = (row.bytes as f64 / 1e9, row.read / 1e9, row.ours / 1e9);
-        println!("{:<34} {gb:>9.5} {read:>11.2} {ours:>10.2} {share:>9} {naive:>8} {ndarray:>10}", row.name);
+    for m in measured.iter().filter(|m| m.role == Role::Peer) {
+        line.push_str(&format!("; {:.1}x {}", median(&m.seconds) / ours, m.name));
     }
-    println!();
+    println!("{line}");
 }

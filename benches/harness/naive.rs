@@ -1,43 +1,38 @@
-//! Random gradients, and what the naive way does with them.
+//! What the naive way is made of: a kernel for each step of the arithmetic, in plain Rust and by ndarray.
 
-use std::ops::Range;
-
-use gradblend::{Element, bf16, f16};
+use gradblend::{bf16, f16};
 use half::slice::HalfFloatSliceExt;
 use ndarray::{ArrayView1, ArrayViewMut1, azip};
-use rayon::prelude::*;
 
-use super::contenders::Kernels;
+use super::lists::Real;
 
 /// Elements that are converted together: they stay in the first-level cache.
 const BLOCK: usize = 1024;
 
-/// An element with the four kernels that a user writes first.
-pub(crate) trait Real: Element {
-    /// Half the distance from 1 to the next number.
-    const EPSILON: f64;
+/// The four kernels that a user writes first.
+pub(crate) struct Kernels<T> {
+    /// out = t - g
+    pub(crate) difference: fn(&[T], &[T], &mut [T]),
+    pub(crate) dot: fn(&[T], &[T]) -> f32,
+    /// out = w v
+    pub(crate) scale: fn(f32, &[T], &mut [T]),
+    /// out += w v
+    pub(crate) axpy: fn(f32, &[T], &mut [T]),
+}
+
+/// An element that the kernels take.
+pub(crate) trait Naive: Real {
     /// The kernels in plain Rust.
     const PLAIN: Kernels<Self>;
     /// The kernels of ndarray, which has them for f32.
     const NDARRAY: Option<Kernels<Self>>;
-    fn from_f32(x: f32) -> Self;
-    fn to_f64(self) -> f64;
 }
 
-impl Real for f32 {
-    const EPSILON: f64 = 1.0 / (1u64 << 24) as f64;
+impl Naive for f32 {
     const PLAIN: Kernels<f32> =
         Kernels { difference: plain::difference, dot: plain::dot, scale: plain::scale, axpy: plain::axpy };
     const NDARRAY: Option<Kernels<f32>> =
         Some(Kernels { difference: nd::difference, dot: nd::dot, scale: nd::scale, axpy: nd::axpy });
-
-    fn from_f32(x: f32) -> Self {
-        x
-    }
-
-    fn to_f64(self) -> f64 {
-        f64::from(self)
-    }
 }
 
 /// Plain Rust on f32.
@@ -77,21 +72,12 @@ mod plain {
 
 /// 16-bit elements: converted by `half` in blocks (with F16C where the processor has it, which is several times
 /// faster than element by element), then the kernels of f32.
-macro_rules! real_16 {
-    ($name:ident, $element:ty, $bits:literal) => {
-        impl Real for $element {
-            const EPSILON: f64 = 1.0 / (1u64 << $bits) as f64;
+macro_rules! naive_16 {
+    ($name:ident, $element:ty) => {
+        impl Naive for $element {
             const PLAIN: Kernels<Self> =
                 Kernels { difference: $name::difference, dot: $name::dot, scale: $name::scale, axpy: $name::axpy };
             const NDARRAY: Option<Kernels<Self>> = None;
-
-            fn from_f32(x: f32) -> Self {
-                <$element>::from_f32(x)
-            }
-
-            fn to_f64(self) -> f64 {
-                <$element>::to_f64(self)
-            }
         }
 
         mod $name {
@@ -142,8 +128,8 @@ macro_rules! real_16 {
         }
     };
 }
-real_16!(half_f16, f16, 11);
-real_16!(half_bf16, bf16, 8);
+naive_16!(half_f16, f16);
+naive_16!(half_bf16, bf16);
 
 /// The same kernels by ndarray.
 mod nd {
@@ -164,44 +150,4 @@ mod nd {
     pub(super) fn axpy(w: f32, v: &[f32], out: &mut [f32]) {
         ArrayViewMut1::from(out).scaled_add(w, &ArrayView1::from(v));
     }
-}
-
-/// The gradients of a list of tensors. A list is one allocation, its tensors at multiples of 64 bytes.
-pub(crate) struct Lists<T> {
-    /// Where each tensor is in every list.
-    pub(crate) tensors: Vec<Range<usize>>,
-    pub(crate) train: Vec<T>,
-    pub(crate) valid: Vec<T>,
-    pub(crate) modalities: Vec<Vec<T>>,
-    pub(crate) blended: Vec<T>,
-}
-
-impl<T: Real> Lists<T> {
-    pub(crate) fn random(lens: &[usize], modalities: usize) -> Self {
-        let mut end = 0;
-        let tensors = lens.iter().map(|len| {
-            let start = usize::next_multiple_of(end, 64 / size_of::<T>());
-            end = start + len;
-            start..end
-        });
-        let tensors = tensors.collect();
-        Lists {
-            tensors,
-            train: random(end, 0),
-            valid: random(end, 1),
-            modalities: (0..modalities).map(|k| random(end, 2 + k as u64)).collect(),
-            blended: random(end, 99),
-        }
-    }
-}
-
-/// `len` numbers in [-1, 1): splitmix64 of the index, so that threads can share the work.
-fn random<T: Real>(len: usize, list: u64) -> Vec<T> {
-    let number = |index: usize| {
-        let mut x = ((list << 40) + index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        T::from_f32(((x >> 40) as i32 - (1 << 23)) as f32 / (1 << 23) as f32)
-    };
-    (0..len).into_par_iter().map(number).collect()
 }

@@ -1,0 +1,124 @@
+//! The inputs of a case. benches/README.md says how each number is made, for other programs to make the same.
+
+use std::ops::Range;
+
+use gradblend::{Element, bf16, f16};
+use rayon::prelude::*;
+
+use super::Operation;
+use super::cases::{Case, Tensor};
+
+/// Bytes that tensors are aligned to, as frameworks do it.
+const ALIGNMENT: usize = 256;
+/// Elements that one thread makes at a time.
+const PIECE: usize = 1 << 16;
+
+/// An element.
+pub(crate) trait Real: Element + PartialEq {
+    /// Half the distance from 1 to the next number.
+    const EPSILON: f64;
+    fn from_f32(x: f32) -> Self;
+    fn to_f64(self) -> f64;
+}
+
+impl Real for f32 {
+    const EPSILON: f64 = 1.0 / (1u64 << 24) as f64;
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+    fn to_f64(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+macro_rules! real_16 {
+    ($element:ty, $bits:literal) => {
+        impl Real for $element {
+            const EPSILON: f64 = 1.0 / (1u64 << $bits) as f64;
+            fn from_f32(x: f32) -> Self {
+                <$element>::from_f32(x)
+            }
+            fn to_f64(self) -> f64 {
+                <$element>::to_f64(self)
+            }
+        }
+    };
+}
+real_16!(f16, 11);
+real_16!(bf16, 8);
+
+/// The gradients of a list of tensors. A list is one piece of memory; what is between its tensors, or absent, is zero.
+pub(crate) struct Lists<T> {
+    pub(crate) tensors: Vec<(Tensor, Range<usize>)>,
+    /// Elements of each list, gaps included.
+    pub(crate) len: usize,
+    /// Empty where the operation does not read them.
+    pub(crate) train: Vec<T>,
+    pub(crate) valid: Vec<T>,
+    pub(crate) modalities: Vec<Vec<T>>,
+    /// Empty where the operation does not write it.
+    pub(crate) blended: Vec<T>,
+}
+
+impl<T: Real> Lists<T> {
+    pub(crate) fn new(case: &Case, operation: Operation) -> Self {
+        let mut end = 0;
+        let tensors = case.tensors().into_iter().map(|tensor| {
+            let start = usize::next_multiple_of(end, ALIGNMENT / size_of::<T>()) + usize::from(case.misaligned);
+            end = start + tensor.len;
+            (tensor, start..end)
+        });
+        let mut lists = Lists::<T> {
+            tensors: tensors.collect(),
+            len: 0,
+            train: Vec::new(),
+            valid: Vec::new(),
+            modalities: Vec::new(),
+            blended: Vec::new(),
+        };
+        lists.len = end.next_multiple_of(ALIGNMENT / size_of::<T>());
+        if operation.dots() {
+            lists.valid = lists.random(1, |tensor| tensor.fused);
+            lists.train = lists.random(0, |tensor| tensor.fused);
+            if case.near {
+                let pairs = lists.train.par_iter_mut().zip(&lists.valid);
+                pairs.for_each(|(t, g)| *t = T::from_f32(g.to_f64() as f32 + t.to_f64() as f32 / 64.0));
+            }
+        }
+        lists.modalities =
+            (0..case.modalities).map(|k| lists.random(2 + k as u64, |tensor| tensor.present(k))).collect();
+        if operation.blends() {
+            lists.blended = vec![T::from_f32(0.0); lists.len];
+        }
+        lists
+    }
+
+    fn random(&self, list: u64, there: impl Fn(&Tensor) -> bool) -> Vec<T> {
+        let mut memory = vec![T::from_f32(0.0); self.len];
+        let mut first = 0;
+        for (tensor, range) in &self.tensors {
+            if there(tensor) {
+                memory[range.clone()].par_chunks_mut(PIECE).enumerate().for_each(|(piece, out)| {
+                    let start = first + (piece * PIECE) as u64;
+                    out.iter_mut().zip(start..).for_each(|(x, index)| *x = T::from_f32(number(list, index)));
+                });
+            }
+            first += tensor.len as u64;
+        }
+        memory
+    }
+
+    /// All lists of the operation: t, g, the v_k, and the blended one.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Vec<T>> {
+        let lists = [&self.train, &self.valid].into_iter().chain(&self.modalities).chain([&self.blended]);
+        lists.filter(|list| !list.is_empty())
+    }
+}
+
+/// A number in [-1, 1) that depends on list and element alone: splitmix64 (Steele, Lea, Flood 2014).
+fn number(list: u64, index: u64) -> f32 {
+    let mut x = ((list << 40) + index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((x >> 40) as i32 - (1 << 23)) as f32 / (1 << 23) as f32
+}
