@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Runs what scripts/gpu-bundle put into this folder, on a machine with a CUDA GPU.
 #
-#     ./run.sh [--quick] [--bench] [--budget SECONDS]
+#     ./run.sh [--quick | --bench | --bench-only] [--budget SECONDS]
 #
 #   --quick           only the machine and the tests
-#   --bench           benchmarks at the end, as far as there is time for them; they run on the CPU so far
+#   --bench           a few benchmarks at the end, as far as there is time for them
+#   --bench-only      the machine, and all benchmarks that there is time for; raw results in benches.jsonl
 #   --budget SECONDS  for everything together, 570 by default; what does not fit is skipped
 #
 # Each step writes a log into ./results-<UTC time>/, or into $OUT. A failed step does not keep the others from running.
@@ -14,12 +15,13 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-quick='' bench='' budget=570
+quick='' bench='' only='' budget=570
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$here/run.sh"; }
 while (($#)); do
     case $1 in
         --quick) quick=1 ;;
         --bench) bench=1 ;;
+        --bench-only) bench=1 only=1 ;;
         --budget) budget=${2:-} && shift ;;
         --help | -h) usage && exit ;;
         *) usage >&2 && exit 2 ;;
@@ -183,27 +185,60 @@ sanitize() {
     tests dot blend step graph -- "${sanitized[@]}"
 }
 
-bench() { CRITERION_HOME=$results/criterion GRADBLEND_BENCH=quick,table limited "$1" --bench; }
+# Each contender of a benchmark once, compared with f64.
+check() { limited "$here/benches/$1" --test --device cuda && reason="$(grep -c ': right: ' "$log") cases right"; }
+
+# bench NAME SECONDS: an operation's benchmarks, added to the raw results.
+bench() {
+    local extent=()
+    [[ -n $only ]] || extent=(--quick)
+    limited "$here/benches/$1" --bench --device cuda "${extent[@]}" --results "$results/benches.jsonl" --budget "$2"
+}
+
+# peers SECONDS: the same by PyTorch, where it is.
+peers() {
+    local python extent=()
+    python=$(command -v python3) || { reason="no python3" && return $skip; }
+    "$python" -c 'import torch; print(torch.__version__)' ||
+        { reason="python3 has no torch" && return $skip; }
+    [[ -s $results/benches.jsonl ]] || { reason="no results to compare with" && return $skip; }
+    [[ -n $only ]] || extent=(--quick)
+    limited "$python" "$here/peers/pytorch.py" --device cuda "${extent[@]}" --results "$results/benches.jsonl" \
+        --library "$here/shared/libgradblend.so" --budget "$1"
+}
 
 assemble || { echo "run.sh: cannot put the programs together in $here; is it writable?" >&2 && exit 1; }
 gpu=${CUDA_VISIBLE_DEVICES:-0} gpu=${gpu%%,*}
 threads=4 prefix=()
 mapfile -t programs < <(cd "$here/tests" && printf '%s\n' *)
+mapfile -t operations < <(cd "$here/benches" && printf '%s\n' *)
+# What raw results say they are of.
+GRADBLEND_COMMIT=$(manifest commit)
+export GRADBLEND_COMMIT
+# cuBLAS, where a toolkit or PyTorch has it and the linker does not know.
+for folder in /usr/local/cuda/lib64 "$(python3 -c 'import nvidia.cu13, os; print(os.path.join(list(nvidia.cu13.__path__)[0], "lib"))' 2> /dev/null)"; do
+    [[ ! -e $folder/libcublas.so.13 && ! -e $folder/libcublas.so ]] || export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$folder
+done
 # Each kernel once or twice: dtypes, runs of small tensors, lists beyond one block, and every operation in a graph.
 sanitized=(cuda::f32s::step_is cuda::bf16s::step_is cuda::f16s::in_place cuda::bf16s::runs_of_small_tensors
     cuda::f32s::splitting replays_do)
 
 echo "results in $results"
 step machine 60 machine
-# Capture and replay of graphs have a program of their own, and so a line of their own: tests-graph.
-for name in "${programs[@]}"; do
-    step "tests-$name" 120 tests "$name" --
+if [[ -z $only ]]; then
+    # Capture and replay of graphs have a program of their own, and so a line of their own: tests-graph.
+    for name in "${programs[@]}"; do
+        step "tests-$name" 120 tests "$name" --
+    done
+    for program in "$here"/c/*; do
+        step "c-${program##*/}" 60 c_test "$program"
+    done
+    step golden-bits 60 tests "${programs[@]}" -- golden
+fi
+for name in "${operations[@]}"; do
+    step "bench-$name-right" 60 check "$name"
 done
-for program in "$here"/c/*; do
-    step "c-${program##*/}" 60 c_test "$program"
-done
-step golden-bits 60 tests "${programs[@]}" -- golden
-if [[ -z $quick ]]; then
+if [[ -z $quick && -z $only ]]; then
     step example-cuda_step 60 limited "$here/examples/cuda_step"
     step example-c_step 60 limited "$here/examples/c_step" --device 0
     step example-cpp_late_fusion 60 limited "$here/examples/cpp_late_fusion" --quick --device 0 --data "$here/digits.csv"
@@ -211,11 +246,16 @@ if [[ -z $quick ]]; then
     for tool in memcheck racecheck initcheck synccheck; do
         step "sanitizer-$tool" 90 sanitize "$tool"
     done
-    if [[ -n $bench ]]; then
-        for name in "$here"/benches/*; do
-            step "bench-$(basename "$name")" 120 bench "$name"
-        done
-    fi
+fi
+if [[ -n $bench && -z $quick ]]; then
+    # An equal part of what is left for each, and for PyTorch; what one does not use is the others'.
+    parts=$((${#operations[@]} + 1))
+    for name in "${operations[@]}"; do
+        share=$(((budget - SECONDS - 10) / parts))
+        step "bench-$name" $((share + 30)) bench "$name" "$share"
+        parts=$((parts - 1))
+    done
+    step bench-pytorch $((budget - SECONDS)) peers $((budget - SECONDS - 30))
 fi
 
 {
