@@ -103,7 +103,7 @@ impl Cpu {
             dot,
             blend,
             accumulate,
-            past_cache: table.floor_bytes(dot, blend, accumulate) >= PAST_CACHE,
+            past_cache: blend && table.floor_bytes(dot, blend, accumulate) >= PAST_CACHE,
         };
         let run = self.run;
         let next = AtomicUsize::new(0);

@@ -129,7 +129,7 @@ impl<T: Naive> Place<T> for Cuda {
         let memory = Memory::new(sets * bytes, "the gradients")?;
         for set in 0..sets {
             for (place, list) in lists.all().enumerate() {
-                memory.write(set * bytes + (place * size_of_val(list.as_slice())) as u64, list);
+                memory.write(set * bytes + (place * size_of_val(list)) as u64, list);
             }
         }
         Ok(Inputs { device: self.0.clone(), operation, weights, lists, memory, sets: sets as usize, next: 0 })

@@ -1,6 +1,7 @@
 //! The inputs of a case. benches/README.md says how each number is made, for other programs to make the same.
 
-use std::ops::Range;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut, Range};
 
 use gradblend::{Element, bf16, f16};
 use rayon::prelude::*;
@@ -47,17 +48,52 @@ macro_rules! real_16 {
 real_16!(f16, 11);
 real_16!(bf16, 8);
 
+/// A list's memory, aligned as frameworks align it.
+pub(crate) struct Memory<T> {
+    units: Vec<Unit>,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+#[derive(Clone, Copy)]
+#[repr(align(256))]
+struct Unit(#[allow(dead_code, reason = "read as elements")] [u8; ALIGNMENT]);
+
+impl<T: Real> Memory<T> {
+    /// So many zeros.
+    fn zeros(len: usize) -> Self {
+        let units = (len * size_of::<T>()).div_ceil(ALIGNMENT);
+        Memory { units: vec![Unit([0; ALIGNMENT]); units], len, element: PhantomData }
+    }
+}
+
+impl<T: Real> Deref for Memory<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: there is room for `len` elements, and any bytes are one.
+        unsafe { std::slice::from_raw_parts(self.units.as_ptr().cast(), self.len) }
+    }
+}
+
+impl<T: Real> DerefMut for Memory<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.units.as_mut_ptr().cast(), self.len) }
+    }
+}
+
 /// The gradients of a list of tensors. A list is one piece of memory; what is between its tensors, or absent, is zero.
 pub(crate) struct Lists<T> {
     pub(crate) tensors: Vec<(Tensor, Range<usize>)>,
     /// Elements of each list, gaps included.
     pub(crate) len: usize,
     /// Empty where the operation does not read them.
-    pub(crate) train: Vec<T>,
-    pub(crate) valid: Vec<T>,
-    pub(crate) modalities: Vec<Vec<T>>,
+    pub(crate) train: Memory<T>,
+    pub(crate) valid: Memory<T>,
+    pub(crate) modalities: Vec<Memory<T>>,
     /// Empty where the operation does not write it.
-    pub(crate) blended: Vec<T>,
+    pub(crate) blended: Memory<T>,
 }
 
 impl<T: Real> Lists<T> {
@@ -71,30 +107,30 @@ impl<T: Real> Lists<T> {
         let mut lists = Lists::<T> {
             tensors: tensors.collect(),
             len: 0,
-            train: Vec::new(),
-            valid: Vec::new(),
+            train: Memory::zeros(0),
+            valid: Memory::zeros(0),
             modalities: Vec::new(),
-            blended: Vec::new(),
+            blended: Memory::zeros(0),
         };
         lists.len = end.next_multiple_of(ALIGNMENT / size_of::<T>());
         if operation.dots() {
             lists.valid = lists.random(1, |tensor| tensor.fused);
             lists.train = lists.random(0, |tensor| tensor.fused);
             if case.near {
-                let pairs = lists.train.par_iter_mut().zip(&lists.valid);
+                let pairs = lists.train.par_iter_mut().zip(lists.valid.par_iter());
                 pairs.for_each(|(t, g)| *t = T::from_f32(g.to_f64() as f32 + t.to_f64() as f32 / 64.0));
             }
         }
         lists.modalities =
             (0..case.modalities).map(|k| lists.random(2 + k as u64, |tensor| tensor.present(k))).collect();
         if operation.blends() {
-            lists.blended = vec![T::from_f32(0.0); lists.len];
+            lists.blended = Memory::zeros(lists.len);
         }
         lists
     }
 
-    fn random(&self, list: u64, there: impl Fn(&Tensor) -> bool) -> Vec<T> {
-        let mut memory = vec![T::from_f32(0.0); self.len];
+    fn random(&self, list: u64, there: impl Fn(&Tensor) -> bool) -> Memory<T> {
+        let mut memory = Memory::<T>::zeros(self.len);
         let mut first = 0;
         for (tensor, range) in &self.tensors {
             if there(tensor) {
@@ -109,9 +145,9 @@ impl<T: Real> Lists<T> {
     }
 
     /// All lists of the operation: t, g, the v_k, and the blended one.
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Vec<T>> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = &[T]> {
         let lists = [&self.train, &self.valid].into_iter().chain(&self.modalities).chain([&self.blended]);
-        lists.filter(|list| !list.is_empty())
+        lists.map(|list| &**list).filter(|list| !list.is_empty())
     }
 }
 

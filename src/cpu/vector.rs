@@ -10,6 +10,9 @@ use crate::grad::Element;
 /// Lanes of a vector.
 pub(super) const LANES: usize = 8;
 
+/// Bytes that stores past the cache must be aligned to.
+pub(super) const PAST_ALIGNMENT: u64 = 16;
+
 /// An instruction set.
 ///
 /// # Safety
@@ -30,7 +33,7 @@ pub(super) trait Isa: Copy {
     unsafe fn load_f32(from: *const f32) -> Self::Lanes;
     unsafe fn load_f16(from: *const f16) -> Self::Lanes;
     unsafe fn load_bf16(from: *const bf16) -> Self::Lanes;
-    /// Writes 8 elements, rounded to nearest, ties to even. `PAST` the cache: `to` must be aligned to the 8 elements.
+    /// Writes 8 elements, rounded to nearest, ties to even. `PAST` the cache: `to` must be aligned to [`PAST_ALIGNMENT`].
     unsafe fn store_f32<const PAST: bool>(to: *mut f32, a: Self::Lanes);
     unsafe fn store_f16<const PAST: bool>(to: *mut f16, a: Self::Lanes);
     unsafe fn store_bf16<const PAST: bool>(to: *mut bf16, a: Self::Lanes);
@@ -217,7 +220,15 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn store_f32<const PAST: bool>(to: *mut f32, a: __m256) {
-            unsafe { if PAST { _mm256_stream_ps(to, a) } else { _mm256_storeu_ps(to, a) } }
+            unsafe {
+                if PAST {
+                    // In halves, as allocators align to 16 bytes and no more.
+                    _mm_stream_ps(to, _mm256_castps256_ps128(a));
+                    _mm_stream_ps(to.add(4), _mm256_extractf128_ps::<1>(a));
+                } else {
+                    _mm256_storeu_ps(to, a);
+                }
+            }
         }
         #[inline(always)]
         unsafe fn store_f16<const PAST: bool>(to: *mut f16, a: __m256) {
