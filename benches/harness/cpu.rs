@@ -261,6 +261,8 @@ struct Separately<T: 'static> {
     kernels: &'static Kernels<T>,
     /// Room for t - g of the largest tensor, used again for each: kinder than allocating it.
     difference: Vec<T>,
+    /// Nothing is shared out, so a pool's threads would only have to be woken.
+    alone: bool,
     sums: Sums,
 }
 
@@ -268,12 +270,13 @@ impl<T: Real> Separately<T> {
     fn new(inputs: &Inputs<T>, kernels: &'static Kernels<T>) -> Result<Self, String> {
         let dots = inputs.operation.dots();
         let longest = inputs.lists.tensors.iter().map(|(tensor, _)| tensor.len).max().unwrap_or(0);
+        let alone = inputs.threads == 1 || longest <= PIECE;
         let longest = if dots { longest } else { 0 };
         let needed = (longest * size_of::<T>()) as u64;
         if needed > free() {
             return Err(format!("needs {:.1} GB for t - g", needed as f64 / 1e9));
         }
-        Ok(Separately { kernels, difference: vec![T::from_f32(1.0); longest], sums: Sums::default() })
+        Ok(Separately { kernels, difference: vec![T::from_f32(1.0); longest], alone, sums: Sums::default() })
     }
 }
 
@@ -308,7 +311,7 @@ impl<T: Real> Way<Inputs<T>> for Separately<T> {
             }
             sums
         };
-        self.sums = black_box(if threads == 1 { all() } else { pool.install(all) });
+        self.sums = black_box(if self.alone { all() } else { pool.install(all) });
     }
 
     fn sums(&mut self, _: &mut Inputs<T>) -> Option<Sums> {
@@ -346,6 +349,8 @@ const READ_PIECE: usize = 1 << 22;
 /// Plain reading of the bytes of the floor: what a pass writes is read, too.
 struct Read {
     pieces: Vec<Piece>,
+    /// By one thread: so few bytes that to wake another takes longer.
+    alone: bool,
     /// Four places at a time, with a prefetch. Beyond the cache it is up to a fifth faster.
     abreast: bool,
 }
@@ -373,7 +378,8 @@ impl Read {
                 pieces.push(Piece(std::ptr::slice_from_raw_parts(piece.as_ptr().cast(), bytes)));
             }
         }
-        Read { pieces, abreast }
+        const FEW: usize = 1 << 20;
+        Read { pieces, alone: inputs.threads == 1 || floor <= FEW, abreast }
     }
 }
 
@@ -383,7 +389,7 @@ impl<T: Real> Way<Inputs<T>> for Read {
         // SAFETY: a piece of the lists, which are alive and not written to meanwhile.
         let sum = |piece: &Piece| read(unsafe { &*piece.0 }, abreast);
         let pieces = &self.pieces;
-        black_box(if inputs.threads == 1 {
+        black_box(if self.alone {
             pieces.iter().map(sum).fold(0, u64::wrapping_add)
         } else {
             inputs.pool.install(|| pieces.par_iter().map(sum).reduce(|| 0, u64::wrapping_add))
