@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs what scripts/gpu-bundle put into this folder, on a machine with a CUDA GPU.
 #
-#     ./run.sh [--quick | --bench | --bench-only] [--budget SECONDS]
+#     ./run.sh [--quick | --bench | --bench-only [--operation NAME]] [--budget SECONDS]
 #
 #   --quick           only the machine and the tests
 #   --bench           a few benchmarks at the end, as far as there is time for them
 #   --bench-only      the machine, and all benchmarks that there is time for; raw results in benches.jsonl
+#   --operation NAME  of dot, blend and step only this one, and PyTorch's part in it
 #   --budget SECONDS  for everything together, 570 by default; what does not fit is skipped
 #
 # Each step writes a log into ./results-<UTC time>/, or into $OUT. A failed step does not keep the others from running.
@@ -15,13 +16,14 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-quick='' bench='' only='' budget=570
+quick='' bench='' only='' operation='' budget=570
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$here/run.sh"; }
 while (($#)); do
     case $1 in
         --quick) quick=1 ;;
         --bench) bench=1 ;;
         --bench-only) bench=1 only=1 ;;
+        --operation) operation=${2:-} && shift ;;
         --budget) budget=${2:-} && shift ;;
         --help | -h) usage && exit ;;
         *) usage >&2 && exit 2 ;;
@@ -212,6 +214,10 @@ gpu=${CUDA_VISIBLE_DEVICES:-0} gpu=${gpu%%,*}
 threads=4 prefix=()
 mapfile -t programs < <(cd "$here/tests" && printf '%s\n' *)
 mapfile -t operations < <(cd "$here/benches" && printf '%s\n' *)
+if [[ -n $operation ]]; then
+    [[ -e $here/benches/$operation ]] || { echo "run.sh: --operation takes one of: ${operations[*]}" >&2 && exit 2; }
+    operations=("$operation")
+fi
 # What raw results say they are of.
 GRADBLEND_COMMIT=$(manifest commit)
 export GRADBLEND_COMMIT
