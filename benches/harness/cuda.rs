@@ -10,12 +10,13 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::cases::Case;
-use super::cpu;
+use super::heap;
 use super::lists::Lists;
 use super::naive::Naive;
 use super::oracle::Bound;
+use super::ours::{BOUND, Which};
 use super::record::Machine;
-use super::{Contender, Made, Operation, Place, Role, Way};
+use super::{Contender, Made, Measured, Operation, Place, Role, Way};
 
 use device::{Device, Memory};
 
@@ -27,19 +28,12 @@ pub(crate) struct Inputs<T> {
     device: Rc<Device>,
     operation: Operation,
     weights: Vec<f32>,
+    /// Of the floor.
+    bytes: u64,
     lists: Lists<T>,
     memory: Memory,
     sets: usize,
     next: usize,
-}
-
-/// A list of a set.
-#[derive(Clone, Copy)]
-enum Which {
-    Train,
-    Valid,
-    Modality(usize),
-    Blended,
 }
 
 impl<T: Naive> Inputs<T> {
@@ -50,15 +44,6 @@ impl<T: Naive> Inputs<T> {
     /// Bytes of a set.
     fn set_bytes(&self) -> u64 {
         self.list_bytes() * self.operation.lists(self.weights.len()) as u64
-    }
-
-    /// Bytes of the floor.
-    fn floor_bytes(&self) -> u64 {
-        let lists = |(tensor, range): &(super::cases::Tensor, _)| -> u64 {
-            let range: &std::ops::Range<usize> = range;
-            range.len() as u64 * tensor.lists(self.operation)
-        };
-        self.lists.tensors.iter().map(lists).sum::<u64>() * size_of::<T>() as u64
     }
 
     /// Address of the first element of a set's list.
@@ -76,11 +61,6 @@ impl<T: Naive> Inputs<T> {
     /// Address of a tensor's first element in it.
     fn at(&self, set: usize, which: Which, tensor: usize) -> u64 {
         self.list(set, which) + (self.lists.tensors[tensor].1.start * size_of::<T>()) as u64
-    }
-
-    /// Offset of the first set's blended gradient.
-    fn blended(&self) -> u64 {
-        self.list(0, Which::Blended) - self.memory.address
     }
 
     /// Elements of the longest tensor that adds to the sums.
@@ -112,32 +92,33 @@ impl<T: Naive> Place<T> for Cuda {
     }
 
     fn free(&self) -> u64 {
-        self.0.free().min(cpu::free())
+        self.0.free().min(heap::free())
     }
 
     fn load(
         &self,
         operation: Operation,
-        _: &Case,
+        case: &Case,
         lists: Lists<T>,
         weights: Vec<f32>,
         most: usize,
     ) -> Result<Inputs<T>, String> {
         let bytes = (lists.len * size_of::<T>() * operation.lists(weights.len())) as u64;
-        // So many that the cache has lost a set before its turn comes again.
-        let sets = (2 * self.0.cache).div_ceil(bytes.max(1)).clamp(1, most as u64);
+        // So many that the cache has long lost a set before its turn comes again.
+        let sets = (4 * self.0.cache).div_ceil(bytes.max(1)).clamp(1, most as u64);
         let memory = Memory::new(sets * bytes, "the gradients")?;
         for set in 0..sets {
             for (place, list) in lists.all().enumerate() {
                 memory.write(set * bytes + (place * size_of_val(list)) as u64, list);
             }
         }
-        Ok(Inputs { device: self.0.clone(), operation, weights, lists, memory, sets: sets as usize, next: 0 })
+        let (device, bytes) = (self.0.clone(), case.bytes(operation));
+        Ok(Inputs { device, operation, weights, bytes, lists, memory, sets: sets as usize, next: 0 })
     }
 
     fn contenders(&self, operation: Operation, case: &Case) -> Vec<Contender<Inputs<T>>> {
         let limit = |name, make| Contender { name, role: Role::Limit, bound: None, make };
-        let ours = |name, make| Contender { name, role: Role::Ours, bound: Some(cpu::OURS), make };
+        let ours = |name, make| Contender { name, role: Role::Ours, bound: Some(BOUND), make };
         let peer = |name, bound, make| Contender { name, role: Role::Peer, bound: Some(bound), make };
         let several = case.modalities as f64 + 1.0;
         let naive = Bound { sums: 1.0 / 8192.0, roundings: 1.0, cancels: false, blend: several };
@@ -173,27 +154,38 @@ impl<T: Naive> Place<T> for Cuda {
     fn lists<'a>(&self, inputs: &'a mut Inputs<T>) -> &'a Lists<T> {
         if inputs.operation.blends() {
             inputs.device.wait();
-            let at = inputs.blended();
+            let at = inputs.list(0, Which::Blended) - inputs.memory.address;
             inputs.memory.read(at, &mut inputs.lists.blended);
         }
         &inputs.lists
     }
 
     fn poison(&self, inputs: &mut Inputs<T>) {
+        // In f16 this is 7.3, in f32 and bf16 51,015: more than any blend of numbers below 1.
+        const BYTE: u8 = 0x47;
         if inputs.operation.blends() {
-            inputs.device.wait();
-            inputs.lists.blended.fill(T::from_f32(7.0));
-            inputs.memory.write(inputs.blended(), &inputs.lists.blended);
+            // SAFETY: a list of the first set.
+            unsafe { inputs.device.fill(inputs.list(0, Which::Blended), BYTE, inputs.list_bytes()) };
         }
     }
 
     fn prepare(&self, contender: &Contender<Inputs<T>>, inputs: &mut Inputs<T>) -> (Made<Inputs<T>>, u64) {
-        let before = self.0.free();
-        let mut made = (contender.make)(inputs);
-        if let Ok(way) = &mut made {
-            way.run(inputs, 0);
-            self.0.wait();
+        // A panic is how a way says that the device or a library refused a call, which ends this contender alone.
+        let mut make = || {
+            let made = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| -> Made<Inputs<T>> {
+                let mut way = (contender.make)(inputs)?;
+                way.run(inputs, 0);
+                self.0.wait();
+                Ok(way)
+            }));
+            made.unwrap_or_else(|panic| Err(panic.downcast_ref::<String>().map_or("a call failed", |text| text).into()))
+        };
+        // The first time, code is loaded, which is nobody's memory.
+        if let Err(reason) = make() {
+            return (Err(reason), 0);
         }
+        let before = self.0.free();
+        let made = make();
         // Nothing gives memory back before it is dropped, so this is the peak.
         (made, before.saturating_sub(self.0.free()))
     }
@@ -208,8 +200,21 @@ impl<T: Naive> Place<T> for Cuda {
         all / repeats as f64
     }
 
-    fn host(&self, way: &mut dyn Way<Inputs<T>>, inputs: &mut Inputs<T>, most: usize) -> Option<Vec<f64>> {
-        let mut calls = |repeats: usize| {
+    fn host(
+        &self,
+        measured: &Measured,
+        way: &mut dyn Way<Inputs<T>>,
+        inputs: &mut Inputs<T>,
+        most: usize,
+    ) -> Option<Vec<f64>> {
+        // Beyond these, a call waits for room in the stream's queue, which takes about a thousand.
+        const QUEUE: u64 = 500;
+        let launches = measured.launches.unwrap_or(u64::MAX);
+        if launches > QUEUE {
+            return None;
+        }
+        let repeats = if most == 1 { 1 } else { (QUEUE / launches.max(1)).clamp(1, 16) as usize };
+        let mut calls = || {
             self.0.wait();
             let start = Instant::now();
             for _ in 0..repeats {
@@ -218,23 +223,15 @@ impl<T: Naive> Place<T> for Cuda {
             }
             start.elapsed().as_secs_f64() / repeats as f64
         };
-        let first = calls(1);
-        let (rounds, repeats) = match first {
-            _ if most == 1 => (1, 1),
-            // So few that no call waits for room in the stream's queue.
-            ..1e-3 => (most, 16),
-            ..0.1 => (most.min(5), 1),
-            _ => (1, 1),
-        };
-        let seconds = (0..rounds).map(|_| calls(repeats)).collect();
+        let seconds = (0..most).map(|_| calls()).collect();
         self.0.wait();
         Some(seconds)
     }
 
-    fn counts(&self, way: &mut dyn Way<Inputs<T>>, inputs: &mut Inputs<T>) -> [Option<u64>; 2] {
-        // A graph of a million nodes takes gigabytes of the host.
+    fn counts(&self, role: Role, way: &mut dyn Way<Inputs<T>>, inputs: &mut Inputs<T>) -> [Option<u64>; 2] {
+        // A graph of a million nodes takes gigabytes of the host. Ours has one, whatever the list.
         const MOST: usize = 2_000;
-        if inputs.lists.tensors.len() > MOST {
+        if role == Role::Peer && inputs.lists.tensors.len() > MOST {
             return [None; 2];
         }
         let graph = self.0.capture(|| way.run(inputs, 0));

@@ -1,4 +1,4 @@
-//! Counts what the program asks of the heap.
+//! The host's memory: what the program asks of the heap, counted, and what is left.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -42,15 +42,19 @@ pub(crate) fn calls() -> u64 {
     CALLS.load(Ordering::Relaxed)
 }
 
-/// Bytes in use.
-pub(crate) fn live() -> u64 {
-    LIVE.load(Ordering::Relaxed)
-}
-
 /// Does something; returns how many bytes more than at its start were in use at the peak.
 pub(crate) fn peak<R>(work: impl FnOnce() -> R) -> (R, u64) {
-    let before = live();
+    let before = LIVE.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
     let result = work();
     (result, PEAK.load(Ordering::Relaxed) - before)
+}
+
+/// Bytes that the system can give, where it says so.
+pub(crate) fn free() -> u64 {
+    let about = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = about.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kilobytes = line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok());
+    // Some is left to the contenders.
+    kilobytes.map_or(u64::MAX, |kilobytes| kilobytes * 1024 / 10 * 9)
 }

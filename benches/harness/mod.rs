@@ -8,6 +8,7 @@ mod heap;
 mod lists;
 mod naive;
 mod oracle;
+mod ours;
 mod record;
 
 use std::error::Error;
@@ -102,7 +103,7 @@ enum Device {
 /// What a contender is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// No program that moves these bytes can be faster.
+    /// Moves the bytes and does nothing else, the fastest way that was found.
     Limit,
     Ours,
     Peer,
@@ -179,9 +180,15 @@ pub(crate) trait Place<T: Naive> {
     /// Seconds of a run, of so many in a row.
     fn seconds(&self, way: &mut dyn Way<Self::Inputs>, inputs: &mut Self::Inputs, repeats: usize) -> f64;
     /// Seconds that a call takes of the host, where that is another matter, taken so many times at the most.
-    fn host(&self, way: &mut dyn Way<Self::Inputs>, inputs: &mut Self::Inputs, most: usize) -> Option<Vec<f64>>;
+    fn host(
+        &self,
+        measured: &Measured,
+        way: &mut dyn Way<Self::Inputs>,
+        inputs: &mut Self::Inputs,
+        most: usize,
+    ) -> Option<Vec<f64>>;
     /// Launches and allocations of a run, as far as they can be known.
-    fn counts(&self, way: &mut dyn Way<Self::Inputs>, inputs: &mut Self::Inputs) -> [Option<u64>; 2];
+    fn counts(&self, role: Role, way: &mut dyn Way<Self::Inputs>, inputs: &mut Self::Inputs) -> [Option<u64>; 2];
 }
 
 /// What was found out about a contender.
@@ -294,7 +301,9 @@ fn measure<T: Naive, P: Place<T>>(
     };
     let mut ready = Vec::new();
     for contender in place.contenders(operation, case) {
-        place.poison(&mut inputs);
+        if contender.bound.is_some() {
+            place.poison(&mut inputs);
+        }
         let (made, extra_bytes) = place.prepare(&contender, &mut inputs);
         let mut way = match made {
             Ok(way) => way,
@@ -321,7 +330,7 @@ fn measure<T: Naive, P: Place<T>>(
             continue;
         }
         let (name, role, sets) = (contender.name, contender.role, place.sets(&inputs));
-        let [launches, allocations] = place.counts(way.as_mut(), &mut inputs);
+        let [launches, allocations] = place.counts(role, way.as_mut(), &mut inputs);
         let (host, repeats, seconds) = (None, 1, Vec::new());
         let measured =
             Measured { name, role, errors, extra_bytes, launches, allocations, host, sets, repeats, seconds };
@@ -362,11 +371,16 @@ fn in_turns<T: Naive, P: Place<T>>(place: &P, inputs: &mut P::Inputs, ready: &mu
         }
         measured.repeats = ((turn / seconds).ceil() as usize).clamp(1, MOST_REPEATS);
         rounds.push(if seconds > SLOW && measured.role == Role::Peer { most.min(3) } else { most });
-        measured.host = place.host(way.as_mut(), inputs, most);
+        measured.host = place.host(measured, way.as_mut(), inputs, most);
     }
     for round in 0..most {
-        for ((way, measured), _) in ready.iter_mut().zip(&rounds).filter(|(_, rounds)| round < **rounds) {
-            measured.seconds.push(place.seconds(way.as_mut(), inputs, measured.repeats));
+        // Each round begins with another, so that none always follows the same one.
+        for turn in 0..ready.len() {
+            let at = (round + turn) % ready.len();
+            if round < rounds[at] {
+                let (way, measured) = &mut ready[at];
+                measured.seconds.push(place.seconds(way.as_mut(), inputs, measured.repeats));
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from base import Way
-from check import check
+from check import Wrong, check
 from inputs import Inputs, Layout
 from ours import Gradblend
 from place import Skip
@@ -89,6 +89,14 @@ def contenders_of(case, layout, place, inputs, results):
             contender = prepared(kind, case, layout, place, inputs)
         except Skip as why:
             results.skipped(case, kind.name, why)
+            continue
+        except (Wrong, RuntimeError) as why:
+            # Somebody else's mistake is worth knowing, and no reason to measure nothing.
+            if kind.role != "peer":
+                raise
+            wrong = "wrong: " if isinstance(why, Wrong) else ""
+            results.skipped(case, kind.name, wrong + first_line(why))
+            print(f"{case['operation']:6}{case['case']:32}{kind.name:18}{wrong}{first_line(why)}", flush=True)
             continue
         choose_repeats(contender, place, inputs)
         contenders.append(contender)

@@ -5,11 +5,12 @@ import math
 import os
 import pathlib
 import platform
+import re
 import time
 
 import torch
 
-KERNEL_NODE = 0  # CU_GRAPH_NODE_TYPE_KERNEL
+MOST_SETS = 256
 
 
 class Skip(Exception):
@@ -20,6 +21,7 @@ class Place:
     """What both have in common."""
 
     sets = 1  # of inputs, used in turn
+    deadline = math.inf  # of time.monotonic(), for all cases
     workspace = None  # memory for all gradients of a case in one piece, kept from one operation to the next
 
     def require(self, needed):
@@ -110,14 +112,17 @@ class Gpu(Place):
         """Name of the GPU, and version of its driver."""
         version = c.c_int()
         self.driver.cuDriverGetVersion(c.byref(version))
-        return torch.cuda.get_device_name(0), f"{version.value // 1000}.{version.value % 1000 // 10}"
+        driver = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+        about = pathlib.Path("/proc/driver/nvidia/version")
+        numbers = re.search(r"\b\d+\.\d+(\.\d+)?\b", about.read_text()) if about.exists() else None
+        return torch.cuda.get_device_name(0), f"{numbers.group()}, {driver}" if numbers else driver
 
     def use_threads(self, count):
         pass
 
     def sets_for(self, bytes_of_case):
         """So many that none is found in the second-level cache when its turn comes."""
-        return min(max(math.ceil(2 * self.cache / bytes_of_case), 1), 64)
+        return min(max(math.ceil(4 * self.cache / bytes_of_case), 1), MOST_SETS)
 
     def free(self):
         free, _ = torch.cuda.mem_get_info()
@@ -167,7 +172,7 @@ class Gpu(Place):
         return extra + way.shared_bytes
 
     def launches(self, way, x):
-        """Kernels in a CUDA graph captured of a run; None where it cannot be captured."""
+        """Nodes of a CUDA graph captured of a run; None where it cannot be captured."""
         # A graph has memory of its own.
         if len(way.layout.lengths) > 1000 or 2 * way.extra(way.case, way.layout) > self.free():
             return None
@@ -175,26 +180,11 @@ class Gpu(Place):
             graph = torch.cuda.CUDAGraph(keep_graph=True)
             with torch.cuda.graph(graph):
                 result = way.run(x)
-            kernels = self.kernels(c.c_void_p(graph.raw_cuda_graph()))
+            count = c.c_size_t()  # PyTorch does not say, but the driver does
+            refused = self.driver.cuGraphGetNodes(c.c_void_p(graph.raw_cuda_graph()), None, c.byref(count))
             del result  # not before the graph is read
-            return kernels
+            return None if refused else count.value
         except (RuntimeError, TypeError, AttributeError):  # the last two: an older PyTorch
             return None
         finally:
             torch.cuda.synchronize()
-
-    def kernels(self, graph):
-        """PyTorch does not say, but the driver does."""
-        count = c.c_size_t()
-        if self.driver.cuGraphGetNodes(graph, None, c.byref(count)):
-            return None
-        nodes = (c.c_void_p * count.value)()
-        if self.driver.cuGraphGetNodes(graph, nodes, c.byref(count)):
-            return None
-
-        kernels = 0
-        kind = c.c_int()
-        for node in nodes:
-            if self.driver.cuGraphNodeGetType(c.c_void_p(node), c.byref(kind)) == 0:
-                kernels += kind.value == KERNEL_NODE
-        return kernels

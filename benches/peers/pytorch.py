@@ -124,12 +124,12 @@ def measure_all(options, place):
         cases = quick(cases)
     if not cases:
         sys.exit(f"{options.results} has no such cases")
-    start = time.monotonic()
+    place.deadline = time.monotonic() + options.budget
     with options.results.open("a") as file:
         results = Results(file)
         results.write(run_line(options.device, place, commit))
         for operations in cases:
-            if time.monotonic() - start < options.budget:
+            if time.monotonic() < place.deadline:
                 run_case(place, operations, results)
                 continue
             for case in operations:

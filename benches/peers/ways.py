@@ -5,6 +5,7 @@ dimension, with None where a gradient is absent; layout.present[i] are the modal
 """
 
 import signal
+import time
 
 import torch
 
@@ -18,8 +19,8 @@ try:
 except Exception as error:  # not only ImportError: it may not fit this PyTorch
     NO_TORCHJD = f"TorchJD: {error}"
 
-COMPILATION = 180  # seconds that it may take
-TOO_LONG = f"to compile takes more than {COMPILATION} s"
+COMPILATION = 180  # seconds that it may take, if the budget has as many
+TOO_LONG = "to compile takes too long"
 
 
 def pick(tensors, indices):
@@ -35,7 +36,7 @@ class Copy(Way):
     def prepare(self):
         half = self.case["bytes"] // 2
         memory = torch.empty(self.place.sets, 2, half, dtype=torch.uint8, device=self.place.device)
-        self.pairs = list(memory.fill_(1))  # written to, so that the pages exist
+        self.pairs = list(memory.random_())  # written to, so that the pages exist
         self.turn = 0
 
     @staticmethod
@@ -152,6 +153,9 @@ class Compile(Way):
             raise Skip(TOO_LONG)
         if len(self.layout.lengths) > 1000:
             raise Skip("not tried for more than 1000 tensors")
+        self.seconds = int(min(COMPILATION, self.place.deadline - time.monotonic()))
+        if self.seconds < 10:
+            raise Skip("no time left to compile")
         torch._dynamo.reset()  # else a new case counts as a recompilation, and after a few of them nothing is compiled
         self.compiled = torch.compile(obvious, dynamic=False, fullgraph=True)
 
@@ -166,7 +170,7 @@ class Compile(Way):
             raise Skip(TOO_LONG)
 
         signal.signal(signal.SIGALRM, too_long)
-        signal.alarm(COMPILATION)
+        signal.alarm(self.seconds)
         try:
             return self.run(x)
         except Exception as error:

@@ -8,7 +8,7 @@ use crate::table::{Table, bytes, digits, plus_minus, share, short, times};
 pub(crate) fn page(stem: &str, figures: &Figures, plots: &[Plot]) -> String {
     let mut page = format!("# {stem}\n\n{}\n", head(&figures.runs));
     page += &format!(
-        "The *limit* is the fastest way to move the bytes alone; GB/s are those bytes over the median time; *share* is \
+        "The *limit* moves the bytes and does nothing else, the faster of the ways tried; GB/s are those bytes over the median time; *share* is \
          the limit's\ntime over gradblend's, compared turn by turn, the median; `x NAME` is how many times gradblend's \
          time NAME takes, medians\nof one run. ± is half the interquartile range of the times, in percent of the \
          median.{}\n\n",

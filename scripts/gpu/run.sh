@@ -201,7 +201,7 @@ bench() {
 peers() {
     local python extent=()
     python=$(command -v python3) || { reason="no python3" && return $skip; }
-    "$python" -c 'import torch; print(torch.__version__)' ||
+    limited "$python" -c 'import torch; print(torch.__version__)' ||
         { reason="python3 has no torch" && return $skip; }
     [[ -s $results/benches.jsonl ]] || { reason="no results to compare with" && return $skip; }
     [[ -n $only ]] || extent=(--quick)
@@ -258,10 +258,13 @@ if [[ -n $bench && -z $quick ]]; then
     parts=$((${#operations[@]} + 1))
     for name in "${operations[@]}"; do
         share=$(((budget - SECONDS - 10) / parts))
+        ((share > 0)) || share=0
         step "bench-$name" $((share + 30)) bench "$name" "$share"
         parts=$((parts - 1))
     done
-    step bench-pytorch $((budget - SECONDS)) peers $((budget - SECONDS - 30))
+    share=$((budget - SECONDS - 30))
+    ((share > 0)) || share=0
+    step bench-pytorch $((budget - SECONDS)) peers "$share"
 fi
 
 {

@@ -137,9 +137,9 @@ unsafe fn blocks<I: Isa, T: Load, const DOT: bool, const BLEND: bool>(work: &Wor
     let mut blend = [0.0_f32; BLOCK];
     // In place, the block was just read and is in the cache anyway.
     let past = work.past_cache && !work.accumulate && !addresses.contains(&record.blended);
-    // Then the sum is whole before it leaves its register, and the processor has something to compute between stores:
-    // on an EPYC of 2 cores, where stores past the cache came in bursts of a block, `step` had a share of 0.70 of reading
-    // in f32, and so has 0.93 to 1.04. (1 GB and more, K = 4; bf16 0.55 to 0.78 before, 0.73 to 0.98 after.)
+    // Then the sum is whole before it leaves its register, and the processor has something to compute between stores past
+    // the cache, which must be aligned. In bursts of a block, an EPYC of 2 cores takes them at 0.70 of plain reading, and
+    // so at 0.95 (`cargo bench --bench step -- 1e8/K4/f32`).
     let aligned = record.blended.is_multiple_of(PAST_ALIGNMENT);
     let straight = BLEND && (1..=TILE).contains(&present) && !work.accumulate && (aligned || !past);
     let (start, len) = (chunk.start as usize, chunk.len as usize);

@@ -10,7 +10,11 @@ use gradblend::{DType, Stream};
 use super::super::record::Machine;
 
 /// Machine code of benches/kernels/naive.cu.
-const NAIVE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/naive.fatbin"));
+static NAIVE: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/naive.fatbin")));
+
+/// The driver reads numbers in it, where they are.
+#[repr(C, align(16))]
+struct Image<Bytes: ?Sized>(Bytes);
 
 /// Threads of a block of these kernels.
 const BLOCK: u64 = 256;
@@ -47,7 +51,7 @@ impl Device {
             start: event::create(timed).expect("an event"),
             end: event::create(timed).expect("an event"),
             // SAFETY: an image that nvcc made.
-            module: unsafe { result::module::load_data(NAIVE.as_ptr().cast()) }.expect("the naive kernels"),
+            module: unsafe { result::module::load_data(NAIVE.0.as_ptr().cast()) }.expect("the naive kernels"),
             name: result::device::get_name(device).expect("its name"),
             driver,
             cache: attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE),
@@ -59,10 +63,18 @@ impl Device {
         Machine {
             device: "cuda",
             name: self.name.clone(),
-            driver: Some(format!("{}.{}", self.driver / 1000, self.driver % 1000 / 10)),
+            driver: Some(self.driver()),
             cache_bytes: Some(self.cache),
             software,
         }
+    }
+
+    /// The driver's own version, where the system tells, and that of CUDA.
+    fn driver(&self) -> String {
+        let cuda = format!("CUDA {}.{}", self.driver / 1000, self.driver % 1000 / 10);
+        let about = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+        let number = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
+        about.split_whitespace().find(number).map_or(cuda.clone(), |version| format!("{version}, {cuda}"))
     }
 
     /// The stream as this crate takes it.
@@ -152,9 +164,9 @@ impl Device {
 
     /// # Safety
     /// So many bytes are there, and nothing else uses them before this is done.
-    pub(super) unsafe fn clear(&self, address: u64, bytes: u64) {
+    pub(super) unsafe fn fill(&self, address: u64, byte: u8, bytes: u64) {
         // SAFETY: as the caller's.
-        unsafe { result::memset_d8_async(address, 0, bytes as usize, self.stream) }.expect("zeros");
+        unsafe { result::memset_d8_async(address, byte, bytes as usize, self.stream) }.expect("memory to be filled");
     }
 }
 
@@ -214,7 +226,7 @@ impl Drop for Memory {
 pub(super) struct Graph(sys::CUgraph);
 
 impl Graph {
-    /// How many kernels it launches, and how much memory it allocates, in calls.
+    /// How many launches, copies and fills it has, and how many allocations.
     pub(super) fn counts(&self) -> [u64; 2] {
         let mut number = 0;
         // SAFETY: alive; a place for the number.
@@ -228,12 +240,8 @@ impl Graph {
             unsafe { sys::cuGraphNodeGetType(node, &mut kind) }.result().expect("the type of a node");
             kind
         });
-        let kinds: Vec<_> = kinds.collect();
-        let count = |wanted| kinds.iter().filter(|kind| **kind == wanted).count() as u64;
-        [
-            count(sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL),
-            count(sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEM_ALLOC),
-        ]
+        let allocations = kinds.filter(|kind| *kind == sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEM_ALLOC).count();
+        [(number - allocations) as u64, allocations as u64]
     }
 
     pub(super) fn ready(self) -> ReadyGraph {

@@ -5,19 +5,22 @@ use cudarc::driver::sys;
 use super::super::Way;
 use super::super::naive::Naive;
 use super::Inputs;
-use super::device::{Device, Memory, parameter};
+use super::device::{Memory, parameter};
 
 /// A copy of half of the bytes, which reads them and writes as many.
 pub(super) struct Copy {
     /// As many places to copy to as there are sets.
     to: Memory,
     half: u64,
+    /// From one place to the next, which is aligned as well as the first.
+    step: u64,
 }
 
 impl Copy {
     pub(super) fn new<T: Naive>(inputs: &Inputs<T>) -> Result<Self, String> {
-        let half = inputs.floor_bytes() / 2;
-        Ok(Copy { to: Memory::new(half * inputs.sets as u64, "a copy")?, half })
+        let half = inputs.bytes / 2;
+        let step = half.next_multiple_of(256);
+        Ok(Copy { to: Memory::new(step * inputs.sets as u64, "a copy")?, half, step })
     }
 }
 
@@ -25,7 +28,7 @@ impl<T: Naive> Way<Inputs<T>> for Copy {
     fn run(&mut self, inputs: &mut Inputs<T>, set: usize) {
         let from = inputs.memory.address + set as u64 * inputs.set_bytes();
         // SAFETY: the floor is at most a set's bytes, and there is room for half of it.
-        unsafe { inputs.device.copy(from, self.to.address + set as u64 * self.half, self.half) };
+        unsafe { inputs.device.copy(from, self.to.address + set as u64 * self.step, self.half) };
     }
 }
 
@@ -39,7 +42,7 @@ pub(super) struct Read {
 impl Read {
     pub(super) fn new<T: Naive>(inputs: &Inputs<T>) -> Result<Self, String> {
         let kernel = inputs.device.kernel("read_units", None);
-        Ok(Read { kernel, units: inputs.floor_bytes() / 16, sink: Memory::new(4, "a number")? })
+        Ok(Read { kernel, units: inputs.bytes / 16, sink: Memory::new(4, "a number")? })
     }
 }
 
@@ -47,7 +50,7 @@ impl<T: Naive> Way<Inputs<T>> for Read {
     fn run(&mut self, inputs: &mut Inputs<T>, set: usize) {
         let from = inputs.memory.address + set as u64 * inputs.set_bytes();
         let mut parameters = [parameter(&from), parameter(&self.units), parameter(&self.sink.address)];
-        let blocks = inputs.device.resident_blocks(self.units).min(Device::blocks(self.units));
+        let blocks = inputs.device.resident_blocks(self.units);
         // SAFETY: address, units, sink; the floor is at most a set's bytes.
         unsafe { inputs.device.launch(self.kernel, blocks, &mut parameters) };
     }

@@ -5,8 +5,9 @@ use cudarc::driver::sys;
 use super::super::Way;
 use super::super::naive::Naive;
 use super::super::oracle::Sums;
+use super::super::ours::Which;
+use super::Inputs;
 use super::device::{Device, Memory, parameter};
-use super::{Inputs, Which};
 
 pub(super) struct Kernels {
     difference: sys::CUfunction,
@@ -38,7 +39,7 @@ impl<T: Naive> Way<Inputs<T>> for Kernels {
         let device = &inputs.device;
         let (modalities, buffer) = (inputs.weights.len(), self.buffer.address);
         // SAFETY: 2K sums.
-        unsafe { device.clear(self.sums.address, 2 * 8 * modalities as u64) };
+        unsafe { device.fill(self.sums.address, 0, 2 * 8 * modalities as u64) };
         for (index, (tensor, range)) in inputs.lists.tensors.iter().enumerate() {
             let (len, blocks) = (range.len() as u64, Device::blocks(range.len() as u64));
             let at = |which| inputs.at(set, which, index);

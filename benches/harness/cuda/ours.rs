@@ -1,13 +1,13 @@
 //! This crate: its calls, and graphs of them.
 
-use gradblend::{Blender, Plan, TensorGrads};
+use gradblend::{Blender, Device, Plan, TensorGrads};
 
-use super::super::cpu::{self, Which as Of};
 use super::super::naive::Naive;
 use super::super::oracle::Sums;
+use super::super::ours;
 use super::super::{Operation, Way};
+use super::Inputs;
 use super::device::ReadyGraph;
-use super::{Inputs, Which};
 
 /// The calls.
 pub(super) struct Calls {
@@ -21,8 +21,8 @@ pub(super) struct Calls {
 impl Calls {
     /// Ready for the first set.
     pub(super) fn new<T: Naive>(inputs: &Inputs<T>, apart: bool) -> Result<Self, String> {
-        let device = gradblend::Device::cuda(0).map_err(|error| error.to_string())?;
-        let blender = cpu::blender(&device, cpu::config(inputs.weights.len()), &inputs.weights)?;
+        let device = Device::cuda(0).map_err(|error| error.to_string())?;
+        let blender = ours::blender(&device, ours::config(inputs.weights.len()), &inputs.weights)?;
         // Its weights were put on the default stream, which ours does not wait for.
         inputs.device.wait_for_all();
         let mut calls = Calls { operation: inputs.operation, apart, blender, plans: Vec::new() };
@@ -35,17 +35,9 @@ impl Calls {
         let set = self.plans.len();
         let grads: Vec<TensorGrads<'static>> = (inputs.lists.tensors.iter().enumerate())
             .map(|(index, (tensor, _))| {
-                let at = |of: Of| {
-                    let which = match of {
-                        Of::Train => Which::Train,
-                        Of::Valid => Which::Valid,
-                        Of::Modality(k) => Which::Modality(k),
-                        Of::Blended => Which::Blended,
-                    };
-                    std::ptr::without_provenance(inputs.at(set, which, index) as usize)
-                };
+                let at = |which| std::ptr::without_provenance(inputs.at(set, which, index) as usize);
                 // SAFETY: the inputs outlive every way; what writes to them is on the same stream.
-                unsafe { cpu::grads::<T>(inputs.operation, tensor, inputs.weights.len(), at) }
+                unsafe { ours::grads::<T>(inputs.operation, tensor, inputs.weights.len(), at) }
             })
             .collect();
         self.plans.push(self.blender.plan(&grads).map_err(|error| error.to_string())?);
@@ -56,7 +48,7 @@ impl Calls {
 impl<T: Naive> Way<Inputs<T>> for Calls {
     fn run(&mut self, inputs: &mut Inputs<T>, set: usize) {
         let stream = inputs.device.borrowed();
-        cpu::call(self.operation, self.apart, &mut self.blender, &self.plans[set], stream).expect("the operation");
+        ours::call(self.operation, self.apart, &mut self.blender, &self.plans[set], stream).expect("the operation");
     }
 
     fn ready(&mut self, inputs: &mut Inputs<T>) -> Result<(), String> {
@@ -68,7 +60,7 @@ impl<T: Naive> Way<Inputs<T>> for Calls {
 
     fn sums(&mut self, inputs: &mut Inputs<T>) -> Option<Sums> {
         if self.operation == Operation::Step {
-            return Some(cpu::observed(&mut self.blender, inputs.device.borrowed()));
+            return Some(ours::observed(&mut self.blender, inputs.device.borrowed()));
         }
         let modalities = inputs.weights.len();
         let mut pending = vec![0.0_f64; 2 * modalities];

@@ -5,11 +5,12 @@ use std::ffi::c_void;
 use cudarc::cublas::{result, sys};
 use gradblend::DType;
 
+use super::super::Way;
 use super::super::naive::Naive;
 use super::super::oracle::Sums;
-use super::super::{Operation, Way};
+use super::super::ours::Which;
+use super::Inputs;
 use super::device::{Device, Memory, parameter};
-use super::{Inputs, Which};
 
 /// cuBLAS's version, where there is one.
 pub(super) fn version() -> Option<String> {
@@ -38,42 +39,29 @@ fn data_type(dtype: DType) -> sys::cudaDataType {
     }
 }
 
-/// A handle that works on the device's stream, with numbers on the device so that no call waits.
+/// A handle that works on the device's stream.
 struct Blas {
     handle: sys::cublasHandle_t,
-    /// In place of one that cuBLAS would allocate, which a capture forbids.
+    /// In place of one of cuBLAS's own, so that it is counted, and so that a graph of the calls has no allocation.
     _workspace: Memory,
-    /// In f32: 1, 0, -1, and the weights.
-    numbers: Memory,
     dtype: DType,
 }
 
-const ONE: usize = 0;
-const ZERO: usize = 1;
-const MINUS_ONE: usize = 2;
-const WEIGHTS: usize = 3;
-
 impl Blas {
-    fn new<T: Naive>(inputs: &Inputs<T>) -> Result<Self, String> {
+    /// `mode`: where the numbers are that calls take or give.
+    fn new<T: Naive>(inputs: &Inputs<T>, mode: sys::cublasPointerMode_t) -> Result<Self, String> {
         // What NVIDIA's documentation recommends for its newer GPUs.
         const WORKSPACE: u64 = 32 << 20;
-        let handle = create()?;
         let workspace = Memory::new(WORKSPACE, "cuBLAS")?;
-        let mode = sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_DEVICE;
+        let blas = Blas { handle: create()?, _workspace: workspace, dtype: T::DTYPE };
         // SAFETY: a live handle; the stream and the workspace outlive it. Setting a stream forgets the workspace.
         unsafe {
-            result::set_stream(handle, inputs.device.stream.cast()).expect("cuBLAS on the stream");
-            sys::cublasSetPointerMode_v2(handle, mode).result().expect("cuBLAS with numbers on the device");
-            let memory = workspace.address as *mut c_void;
-            sys::cublasSetWorkspace_v2(handle, memory, WORKSPACE as usize).result().expect("cuBLAS's workspace");
+            result::set_stream(blas.handle, inputs.device.stream.cast()).expect("cuBLAS on the stream");
+            sys::cublasSetPointerMode_v2(blas.handle, mode).result().expect("cuBLAS's mode for numbers");
+            let memory = blas._workspace.address as *mut c_void;
+            sys::cublasSetWorkspace_v2(blas.handle, memory, WORKSPACE as usize).result().expect("cuBLAS's workspace");
         }
-        let numbers: Vec<f32> = [1.0, 0.0, -1.0].into_iter().chain(inputs.weights.iter().copied()).collect();
-        let numbers = Memory::of(&numbers, "the weights")?;
-        Ok(Blas { handle, _workspace: workspace, numbers, dtype: T::DTYPE })
-    }
-
-    fn number(&self, which: usize) -> *const c_void {
-        (self.numbers.address + 4 * which as u64) as *const c_void
+        Ok(blas)
     }
 
     /// result = <a, b>, rounded to the dtype.
@@ -88,13 +76,13 @@ impl Blas {
         done.result().expect("cublasDotEx");
     }
 
-    /// y += number x
+    /// y += alpha x
     ///
     /// # Safety
-    /// `x` and `y` have `len` elements on the device.
-    unsafe fn axpy(&self, len: u64, number: usize, x: u64, y: u64) {
+    /// `x` and `y` have `len` elements on the device, and `alpha` is an f32 there.
+    unsafe fn axpy(&self, len: u64, alpha: u64, x: u64, y: u64) {
         let (kind, wide, len) = (data_type(self.dtype), sys::cudaDataType::CUDA_R_32F, len as i32);
-        let (alpha, x, y) = (self.number(number), x as *const c_void, y as *mut c_void);
+        let (alpha, x, y) = (alpha as *const c_void, x as *const c_void, y as *mut c_void);
         // SAFETY: as the caller's.
         let done = unsafe { sys::cublasAxpyEx(self.handle, len, alpha, wide, x, kind, 1, y, kind, 1, wide) };
         done.result().expect("cublasAxpyEx");
@@ -111,6 +99,7 @@ impl Blas {
         let [m, n, k] = [m, n, k].map(|size| size as i32);
         let at = |matrix: [u64; 2]| (matrix[0] as *const c_void, matrix[1] as i32);
         let ((a, a_step), (b, b_step), (c, c_step)) = (at(a), at(b), at(c));
+        let (one, zero) = (1.0_f32, 0.0_f32);
         // SAFETY: as the caller's.
         let done = unsafe {
             sys::cublasGemmEx(
@@ -120,14 +109,14 @@ impl Blas {
                 m,
                 n,
                 k,
-                self.number(ONE),
+                (&raw const one).cast(),
                 a,
                 kind,
                 a_step,
                 b,
                 kind,
                 b_step,
-                self.number(ZERO),
+                (&raw const zero).cast(),
                 c.cast_mut(),
                 out,
                 c_step,
@@ -149,6 +138,8 @@ impl Drop for Blas {
 /// The naive way by the calls for vectors. There is none for t - g, so t is copied and g taken off.
 pub(super) struct Vectors {
     blas: Blas,
+    /// In f32: -1, then the weights. On the device, like the results, so that no call waits.
+    numbers: Memory,
     total: cudarc::driver::sys::CUfunction,
     /// Room for t - g of the longest tensor, used again for each.
     buffer: Memory,
@@ -161,13 +152,14 @@ pub(super) struct Vectors {
 impl Vectors {
     pub(super) fn new<T: Naive>(inputs: &Inputs<T>) -> Result<Self, String> {
         let columns = 2 * inputs.weights.len() as u64;
-        let results = Memory::new(inputs.lists.tensors.len() as u64 * columns * size_of::<T>() as u64, "results")?;
+        let bytes = inputs.lists.tensors.len() as u64 * columns * size_of::<T>() as u64;
+        let results = Memory::new(bytes, "results")?;
         // SAFETY: it is that long. What is absent stays zero.
-        unsafe {
-            inputs.device.clear(results.address, inputs.lists.tensors.len() as u64 * columns * size_of::<T>() as u64)
-        };
+        unsafe { inputs.device.fill(results.address, 0, bytes) };
+        let numbers: Vec<f32> = [-1.0].into_iter().chain(inputs.weights.iter().copied()).collect();
         Ok(Vectors {
-            blas: Blas::new(inputs)?,
+            blas: Blas::new(inputs, sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_DEVICE)?,
+            numbers: Memory::of(&numbers, "the weights")?,
             total: inputs.device.kernel("total", Some(T::DTYPE)),
             buffer: Memory::new(inputs.longest() * size_of::<T>() as u64, "t - g")?,
             results,
@@ -189,7 +181,7 @@ impl<T: Naive> Way<Inputs<T>> for Vectors {
                 // SAFETY: all as long as the tensor, and a result for each.
                 unsafe {
                     device.copy(t, buffer, len * size);
-                    blas.axpy(len, MINUS_ONE, g, buffer);
+                    blas.axpy(len, self.numbers.address, g, buffer);
                     for k in present() {
                         let v = at(Which::Modality(k));
                         let result = self.results.address + (index * 2 * modalities + k) as u64 * size;
@@ -202,8 +194,9 @@ impl<T: Naive> Way<Inputs<T>> for Vectors {
                 let out = at(Which::Blended);
                 // SAFETY: all as long as the tensor.
                 unsafe {
-                    device.clear(out, len * size);
-                    present().for_each(|k| blas.axpy(len, WEIGHTS + k, at(Which::Modality(k)), out));
+                    device.fill(out, 0, len * size);
+                    let weight = |k: usize| self.numbers.address + 4 * (1 + k as u64);
+                    present().for_each(|k| blas.axpy(len, weight(k), at(Which::Modality(k)), out));
                 }
             }
         }
@@ -245,10 +238,10 @@ impl Matrices {
         };
         if let Some(memory) = &concatenated {
             // SAFETY: it is that long. What is absent stays zero.
-            unsafe { inputs.device.clear(memory.address, inputs.set_bytes()) };
+            unsafe { inputs.device.fill(memory.address, 0, inputs.set_bytes()) };
         }
         Ok(Matrices {
-            blas: Blas::new(inputs)?,
+            blas: Blas::new(inputs, sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_HOST)?,
             weights: Memory::of(&weights, "the weights")?,
             products: Memory::new(2 * 4 * inputs.weights.len() as u64, "the products")?,
             concatenated,
@@ -304,7 +297,7 @@ impl<T: Naive> Way<Inputs<T>> for Matrices {
                 let (pair, out) = ([list(Which::Train), step], [self.products.address, 2]);
                 self.blas.gemm(true, [2, modalities, len], pair, [v, step], out, DType::F32);
             }
-            if operation != Operation::Dot {
+            if operation.blends() {
                 let (weights, out) = ([self.weights.address, modalities as u64], [list(Which::Blended), step]);
                 self.blas.gemm(false, [len, 1, modalities], [v, step], weights, out, T::DTYPE);
                 if self.concatenated.is_some() {
