@@ -45,7 +45,7 @@ fn section(title: &str, text: &str, table: &Table) -> String {
 
 fn head(runs: &[Run]) -> String {
     let name = runs.first().map_or("", |run| run.name.as_str());
-    let driver = runs.iter().find_map(|run| run.driver.as_ref()).map(|driver| format!(", CUDA driver {driver}"));
+    let driver = runs.iter().find_map(|run| run.driver.as_ref()).map(|driver| format!(", driver {driver}"));
     let cache = runs.iter().find_map(|run| run.cache_bytes).map(|size| bytes(size as f64));
     let cache = cache.map(|size| format!(", second-level cache {size}"));
     let mut head = format!("- Device: {name}{}{}\n", driver.unwrap_or_default(), cache.unwrap_or_default());

@@ -116,7 +116,7 @@ pub(crate) fn caption(runs: &[Run]) -> String {
     };
     let name = runs.first().map(|run| run.name.clone()).unwrap_or_default();
     let driver = runs.iter().find_map(|run| run.driver.as_ref());
-    let driver = driver.map(|driver| format!("CUDA driver {driver}")).unwrap_or_default();
+    let driver = driver.map(|driver| format!("driver {driver}")).unwrap_or_default();
     let date = all(&|run| day(&run.date));
     let commit = all(&|run| short(&run.commit));
     let commit = format!("commit {commit}");
