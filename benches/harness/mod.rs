@@ -307,6 +307,9 @@ fn measure<T: Naive, P: Place<T>>(
         let (made, extra_bytes) = place.prepare(&contender, &mut inputs);
         let mut way = match made {
             Ok(way) => way,
+            Err(reason) if contender.role == Role::Ours => {
+                return Err(format!("{case}, {}: {reason}", contender.name).into());
+            }
             Err(reason) => {
                 log.skipped(case, Some(contender.name), &reason)?;
                 continue;
