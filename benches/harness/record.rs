@@ -137,10 +137,16 @@ impl Log {
     }
 }
 
-/// The commit: as the environment says where there is no repository, such as on another machine.
+/// The commit: as the environment says where there is no repository, such as on another machine. Results that are being
+/// added to change nothing that is measured.
 fn commit() -> String {
-    let given = std::env::var("GRADBLEND_COMMIT").ok();
-    given.or_else(|| output("git", &["describe", "--always", "--dirty"])).unwrap_or_else(|| "unknown".into())
+    if let Ok(given) = std::env::var("GRADBLEND_COMMIT") {
+        return given;
+    }
+    let Some(commit) = output("git", &["describe", "--always"]) else { return "unknown".into() };
+    let unchanged = ["diff", "--quiet", "HEAD", "--", ".", ":!benches/results"];
+    let dirty = Command::new("git").args(unchanged).status().is_ok_and(|status| !status.success());
+    if dirty { commit + "-dirty" } else { commit }
 }
 
 /// The command again, without what cargo puts in front of it and behind.

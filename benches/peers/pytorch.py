@@ -92,12 +92,15 @@ def quick(cases):
 
 
 def git_describe():
-    here = pathlib.Path(__file__).resolve().parent
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit. Results that are being added to change nothing that is measured."""
+    here = pathlib.Path(__file__).resolve().parents[2]
+    unchanged = ["git", "diff", "--quiet", "HEAD", "--", ".", ":!benches/results"]
     try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        described = subprocess.run(["git", "describe", "--always"], cwd=here, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(unchanged, cwd=here).returncode != 0
     except (OSError, subprocess.CalledProcessError):
         return None  # in the bundle of scripts/gpu-bundle, say
+    return described.stdout.strip() + ("-dirty" if dirty else "")
 
 
 def run_line(device, place, commit):

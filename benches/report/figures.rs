@@ -102,6 +102,23 @@ impl Row {
     }
 }
 
+/// Leaves out what the same program has measured again since.
+pub(crate) fn newest(mut sections: Vec<Section>) -> Vec<Section> {
+    let mut measured = BTreeSet::new();
+    for section in sections.iter_mut().rev() {
+        let program = section.run.command.split(' ').next().unwrap_or("").to_owned();
+        let key = |operation: &str, case: &str| (program.clone(), operation.to_owned(), case.to_owned());
+        let new = |operation: &str, case: &str| !measured.contains(&key(operation, case));
+        section.times.retain(|time| new(&time.operation, &time.case));
+        section.skipped.retain(|skipped| new(&skipped.operation, &skipped.case));
+        section.cases.retain(|case| new(&case.operation, &case.case));
+        let now: Vec<_> = section.times.iter().map(|time| key(&time.operation, &time.case)).collect();
+        measured.extend(now);
+    }
+    sections.retain(|section| !section.cases.is_empty() || !section.skipped.is_empty());
+    sections
+}
+
 /// All that is shown of a file.
 pub(crate) struct Figures {
     pub(crate) runs: Vec<Run>,
@@ -128,13 +145,6 @@ impl Figures {
             skipped.extend(all.iter().map(|one| (who(one), one.clone())));
         }
         Figures { runs, rows, skipped }
-    }
-
-    /// Peers' times that another run has before.
-    pub(crate) fn repeated(sections: &[Section]) -> usize {
-        let times = || sections.iter().flat_map(|section| &section.times).filter(|time| time.role == Role::Peer);
-        let names: BTreeSet<_> = times().map(|time| (&time.operation, &time.case, &time.contender)).collect();
-        times().count() - names.len()
     }
 
     /// In the usual order, then by appearance.
@@ -290,6 +300,20 @@ mod tests {
         assert_eq!((over("PyTorch"), over("naive"), over("gradblend")), (Some(10.0), Some(3.0), Some(1.0)));
         assert_eq!(row.limit().map(|(limit, _)| limit.raw.contender.as_str()), Some("read abreast"));
         assert_eq!(row.share().map(|share| share.middle), Some(0.5));
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_measured_again_counts() -> anyhow::Result<()> {
+        let other = RUN.replace("\"x\"", "\"y -a\"");
+        let [first, second, ours] = ["[9]", "[3]", "[1]"].map(|times| time("naive", "peer", times)).map(String::from);
+        let ours = ours.replace("naive", "gradblend").replace("peer", "ours");
+        // The last one says that there was no time for the case.
+        let lines = [RUN, CASE, &first, &other, CASE, &ours, RUN, CASE, &second, RUN, CASE];
+        let sections = newest(parse(&lines.join("\n"), "a.jsonl")?);
+        let times: Vec<usize> = sections.iter().map(|section| section.times.len()).collect();
+        assert_eq!(times, [1, 1, 0]);
+        assert_eq!(sections[1].times[0].times_ns, [Some(3.0)]);
         Ok(())
     }
 

@@ -76,11 +76,7 @@ fn outputs(args: &Args) -> Result<Vec<Output>> {
         let name = file.display().to_string();
         let stem = file.file_stem().and_then(|stem| stem.to_str()).with_context(|| format!("{name}: no name"))?;
         let content = std::fs::read_to_string(file).with_context(|| name.clone())?;
-        let sections = raw::parse(&content, &name)?;
-        let repeated = Figures::repeated(&sections);
-        if repeated > 0 {
-            eprintln!("{name}: {repeated} times are there twice, of several runs: the first counts");
-        }
+        let sections = figures::newest(raw::parse(&content, &name)?);
         let figures = Figures::new(&sections);
         let plots = plots::plots(&figures)?;
         let beside = file.parent().unwrap_or(Path::new(""));
