@@ -209,7 +209,9 @@ impl<T: Naive> Place<T> for Cuda {
     ) -> Option<Vec<f64>> {
         // Beyond these, a call waits for room in the stream's queue, which takes about a thousand.
         const QUEUE: u64 = 500;
-        let launches = measured.launches.unwrap_or(u64::MAX);
+        // A graph's own launch may be refused in a capture, but is one.
+        let unknown = if measured.role == Role::Peer { u64::MAX } else { 1 };
+        let launches = measured.launches.unwrap_or(unknown);
         if launches > QUEUE {
             return None;
         }
