@@ -328,10 +328,7 @@ fn measure<T: Naive, P: Place<T>>(
                 Err(wrong) => return Err(format!("{case}, {}: {wrong}", contender.name).into()),
             }
         }
-        if let Err(reason) = way.ready(&mut inputs) {
-            log.skipped(case, Some(contender.name), &reason)?;
-            continue;
-        }
+        way.ready(&mut inputs).map_err(|reason| format!("{case}, {}: {reason}", contender.name))?;
         let (name, role, sets) = (contender.name, contender.role, place.sets(&inputs));
         let [launches, allocations] = place.counts(role, way.as_mut(), &mut inputs);
         let (host, repeats, seconds) = (None, 1, Vec::new());

@@ -21,6 +21,14 @@ pub(crate) struct Sums {
     pub(crate) unsigned: bool,
 }
 
+impl Sums {
+    /// Of the c_k, and the d_k behind them.
+    pub(crate) fn of(mut both: Vec<f64>) -> Self {
+        let d = both.split_off(both.len() / 2);
+        Sums { c: both, d, unsigned: false }
+    }
+}
+
 /// The sums, and those of the absolute terms.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Exact {

@@ -50,10 +50,8 @@ impl<T: Real> Way<Inputs<T>> for Calls {
         if self.operation == Operation::Step {
             return Some(ours::observed(&mut self.blender, Stream::default()));
         }
-        let modalities = inputs.weights.len();
         // SAFETY: 2K sums that are there for the blender's life, and no call on it runs.
-        let pending = unsafe { std::slice::from_raw_parts(self.blender.pending_sums(), 2 * modalities) };
-        let (c, d) = pending.split_at(modalities);
-        Some(Sums { c: c.to_vec(), d: d.to_vec(), unsigned: false })
+        let pending = unsafe { std::slice::from_raw_parts(self.blender.pending_sums(), 2 * inputs.weights.len()) };
+        Some(Sums::of(pending.to_vec()))
     }
 }

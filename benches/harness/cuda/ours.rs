@@ -62,13 +62,11 @@ impl<T: Naive> Way<Inputs<T>> for Calls {
         if self.operation == Operation::Step {
             return Some(ours::observed(&mut self.blender, inputs.device.borrowed()));
         }
-        let modalities = inputs.weights.len();
-        let mut pending = vec![0.0_f64; 2 * modalities];
+        let mut pending = vec![0.0; 2 * inputs.weights.len()];
         inputs.device.wait();
         // SAFETY: 2K sums that are there for the blender's life, and no call on it runs.
         unsafe { inputs.device.read(self.blender.pending_sums() as u64, &mut pending) };
-        let d = pending.split_off(modalities);
-        Some(Sums { c: pending, d, unsigned: false })
+        Some(Sums::of(pending))
     }
 }
 

@@ -211,10 +211,9 @@ impl<T: Naive> Way<Inputs<T>> for Vectors {
 
     fn sums(&mut self, inputs: &mut Inputs<T>) -> Option<Sums> {
         inputs.device.wait();
-        let mut c = vec![0.0_f64; 2 * inputs.weights.len()];
-        self.sums.read(0, &mut c);
-        let d = c.split_off(inputs.weights.len());
-        Some(Sums { c, d, unsigned: false })
+        let mut sums = vec![0.0; 2 * inputs.weights.len()];
+        self.sums.read(0, &mut sums);
+        Some(Sums::of(sums))
     }
 }
 
