@@ -15,6 +15,8 @@ constexpr uint32_t MAX_MODALITIES = GRADBLEND_MAX_MODALITIES;
 constexpr uint32_t CHUNK = GRADBLEND_CHUNK;
 constexpr uint32_t ALIGNMENT = GRADBLEND_ALIGNMENT;
 constexpr uint32_t THREADS = GRADBLEND_THREADS;
+constexpr uint32_t RESIDENT = GRADBLEND_RESIDENT;
+constexpr uint32_t LOADS = GRADBLEND_LOADS;
 constexpr uint32_t SMALL = GRADBLEND_SMALL;
 constexpr uint32_t WARP = 32;
 constexpr uint32_t WARPS = THREADS / WARP;
@@ -139,43 +141,53 @@ __device__ __forceinline__ void load_if(bool there, uint64_t address, uint64_t s
 
 __device__ __forceinline__ void store(uint64_t address, uint4 unit) { __stcs(at<uint4>(address), unit); }
 
-// A piece of BYTES bytes, shifted into a unit from its high end: after 16 / BYTES pieces the first is lowest.
+// Reads the first `bytes` of a unit in pieces of BYTES, all on their way at once. The rest is zero.
 template <uint32_t BYTES>
-__device__ __forceinline__ void load_piece(uint64_t address, bool there, uint4 &unit) {
+__device__ __forceinline__ uint4 load_pieces(uint64_t address, uint32_t bytes) {
     static_assert(BYTES == 8 || BYTES == 4 || BYTES == 2, "pieces that divide a unit");
+    uint32_t words[4];
     if constexpr (BYTES == 8) {
-        const uint2 piece = there ? __ldcs(at<const uint2>(address)) : make_uint2(0, 0);
-        unit = make_uint4(unit.z, unit.w, piece.x, piece.y);
+#pragma unroll
+        for (uint32_t i = 0; i < 2; ++i) {
+            const uint2 piece = 8 * i < bytes ? __ldcs(at<const uint2>(address) + i) : make_uint2(0, 0);
+            words[2 * i] = piece.x;
+            words[2 * i + 1] = piece.y;
+        }
     } else if constexpr (BYTES == 4) {
-        const uint32_t piece = there ? __ldcs(at<const uint32_t>(address)) : 0;
-        unit = make_uint4(unit.y, unit.z, unit.w, piece);
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) {
+            words[i] = 4 * i < bytes ? __ldcs(at<const uint32_t>(address) + i) : 0;
+        }
     } else {
-        const uint32_t piece = there ? __ldcs(at<const unsigned short>(address)) : 0;
-        unit = make_uint4(unit.x >> 16 | unit.y << 16, unit.y >> 16 | unit.z << 16, unit.z >> 16 | unit.w << 16,
-                          unit.w >> 16 | piece << 16);
+        uint32_t pieces[8];
+#pragma unroll
+        for (uint32_t i = 0; i < 8; ++i) {
+            pieces[i] = 2 * i < bytes ? __ldcs(at<const unsigned short>(address) + i) : 0;
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < 4; ++i) {
+            words[i] = pieces[2 * i] | pieces[2 * i + 1] << 16;
+        }
     }
+    return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The lowest piece of a unit, shifted out of it.
+// Writes the first `bytes` of a unit in pieces of BYTES.
 template <uint32_t BYTES>
-__device__ __forceinline__ void store_piece(uint64_t address, bool there, uint4 &unit) {
+__device__ __forceinline__ void store_pieces(uint64_t address, uint32_t bytes, uint4 unit) {
     static_assert(BYTES == 8 || BYTES == 4 || BYTES == 2, "pieces that divide a unit");
-    if constexpr (BYTES == 8) {
-        if (there) {
-            __stcs(at<uint2>(address), make_uint2(unit.x, unit.y));
+    const uint32_t words[4] = {unit.x, unit.y, unit.z, unit.w};
+#pragma unroll
+    for (uint32_t i = 0; i < 16 / BYTES; ++i) {
+        if (BYTES * i < bytes) {
+            if constexpr (BYTES == 8) {
+                __stcs(at<uint2>(address) + i, make_uint2(words[2 * i], words[2 * i + 1]));
+            } else if constexpr (BYTES == 4) {
+                __stcs(at<uint32_t>(address) + i, words[i]);
+            } else {
+                __stcs(at<unsigned short>(address) + i, static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2)));
+            }
         }
-        unit = make_uint4(unit.z, unit.w, 0, 0);
-    } else if constexpr (BYTES == 4) {
-        if (there) {
-            __stcs(at<uint32_t>(address), unit.x);
-        }
-        unit = make_uint4(unit.y, unit.z, unit.w, 0);
-    } else {
-        if (there) {
-            __stcs(at<unsigned short>(address), static_cast<unsigned short>(unit.x));
-        }
-        unit = make_uint4(unit.x >> 16 | unit.y << 16, unit.y >> 16 | unit.z << 16, unit.z >> 16 | unit.w << 16,
-                          unit.w >> 16);
     }
 }
 

@@ -6,7 +6,9 @@
 mod layout;
 
 use layout::{ACCUMULATE, BLEND, CLAMPED, DOT, HELD, NONFINITE, OBSERVE};
-use layout::{ALIGNMENT, CHUNK, Chunk, Launch, MAX_MODALITIES, SMALL, Span, State, THREADS, TensorRecord, Weights};
+use layout::{
+    ALIGNMENT, CHUNK, Chunk, LOADS, Launch, MAX_MODALITIES, RESIDENT, SMALL, Span, State, THREADS, TensorRecord, Weights,
+};
 use std::mem::{offset_of, size_of};
 
 /// Compiler arguments.
@@ -18,6 +20,8 @@ pub(crate) fn defines() -> Vec<String> {
         ("CHUNK", CHUNK),
         ("ALIGNMENT", ALIGNMENT),
         ("THREADS", THREADS),
+        ("RESIDENT", RESIDENT),
+        ("LOADS", LOADS),
         ("SMALL", SMALL),
     ] {
         define(format!("GRADBLEND_{name}"), value);

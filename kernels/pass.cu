@@ -20,20 +20,11 @@ __device__ __forceinline__ void write(uint64_t list, uint32_t alignment, uint32_
     if (whole && alignment == 16) {
         store(list, unit);
     } else if (whole && alignment == 8) {
-#pragma unroll 1
-        for (uint32_t byte = 0; byte < 16; byte += 8) {
-            store_piece<8>(list + byte, true, unit);
-        }
+        store_pieces<8>(list, 16, unit);
     } else if (T::BYTES == 2 && whole && alignment == 4) {
-#pragma unroll 1
-        for (uint32_t byte = 0; byte < 16; byte += 4) {
-            store_piece<4>(list + byte, true, unit);
-        }
+        store_pieces<4>(list, 16, unit);
     } else {
-#pragma unroll 1
-        for (uint32_t element = 0; element < T::PER_UNIT; ++element) {
-            store_piece<T::BYTES>(list + element * T::BYTES, element < count, unit);
-        }
+        store_pieces<T::BYTES>(list, count * T::BYTES, unit);
     }
 }
 
@@ -45,15 +36,14 @@ __device__ __forceinline__ void add_rest(const Work &work, const float *weights,
     for (uint32_t n = TILE; n < work.present; ++n) {
         const uint64_t list = at<const uint64_t>(work.modalities)[n] + work.offset + byte;
         const float weight = weights[at<const uint32_t>(work.indices)[n]];
-        uint4 unit = {};
+        uint4 unit;
         if (T::BYTES == 4 || (count == T::PER_WORD && work.alignment >= 4)) {
-            load_piece<4>(list, count != 0, unit);
-        } else if constexpr (T::BYTES == 2) {
-            load_piece<2>(list, count > 0, unit);
-            load_piece<2>(list + 2, count > 1, unit);
+            unit = load_pieces<4>(list, count != 0 ? 4 : 0);
+        } else {
+            unit = load_pieces<T::BYTES>(list, count * T::BYTES);
         }
         float x[T::PER_WORD];
-        T::widen(unit.w, x);
+        T::widen(unit.x, x);
 #pragma unroll
         for (uint32_t e = 0; e < T::PER_WORD; ++e) {
             sum[e] = fmaf(weight, x[e], sum[e]);
@@ -77,13 +67,22 @@ __device__ __forceinline__ void swap(float &a, float &b) {
     b = other;
 }
 
+// How many units of each of so many lists make LOADS, or a few more.
+__host__ __device__ constexpr int together(int lists) {
+    int units = 1;
+    while (units * lists < static_cast<int>(LOADS)) {
+        units *= 2;
+    }
+    return units;
+}
+
 // Adds up the products of N modalities of a chunk from `first` on, and writes the blend of all its modalities where
 // `first` is 0. GUARD: of as many of the N as are present.
 template <class T, int N, bool DOTS, bool BLENDS, bool GUARD>
 __device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t k, uint32_t first) {
     constexpr uint32_t E = T::PER_UNIT;
-    // Units of each list that are on their way together: with t and g, 6 to 12 loads a thread.
-    constexpr int TOGETHER = N <= 4 ? 2 : 1;
+    // Units of each list that are on their way together. A power of two, so that even and odd ones take turns.
+    constexpr int TOGETHER = together(DOTS ? 2 + N : N);
     const uint32_t lane = threadIdx.x % WARP;
     const bool dots = DOTS && (!BLENDS || (work.what & DOT));
     const bool blends = BLENDS && (!DOTS || (work.what & BLEND)) && (!GUARD || first == 0);
@@ -127,9 +126,9 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t
             }
         };
         const uint32_t alignment = work.alignment;
+        const uint64_t spare = work.indices & ~15ull;
         const bool whole = count[TOGETHER - 1] == E;
         if (whole && alignment == 16) {
-            const uint64_t spare = work.indices & ~15ull;
             load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
                 if (GUARD) {
                     load_if(there, list, spare, unit);
@@ -138,26 +137,25 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t
                 }
             });
         } else if (whole && alignment == 8) {
-#pragma unroll 1
-            for (uint32_t byte = 0; byte < 16; byte += 8) {
-                load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
-                    load_piece<8>(list + byte, there, unit);
-                });
-            }
+            load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
+                unit = load_pieces<8>(list, there ? 16 : 0);
+            });
         } else if (T::BYTES == 2 && whole && alignment == 4) {
-#pragma unroll 1
-            for (uint32_t byte = 0; byte < 16; byte += 4) {
-                load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
-                    load_piece<4>(list + byte, there, unit);
-                });
-            }
+            load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
+                unit = load_pieces<4>(list, there ? 16 : 0);
+            });
         } else {
-#pragma unroll 1
-            for (uint32_t element = 0; element < E; ++element) {
+            // The end of a chunk, or no better alignment than an element's.
+            if (alignment == 16) {
                 load_lists([=](bool there, uint64_t list, uint32_t elements, uint4 &unit) {
-                    load_piece<T::BYTES>(list + element * T::BYTES, there && element < elements, unit);
+                    load_if(there && elements == E, list, spare, unit);
                 });
             }
+            load_lists([=](bool there, uint64_t list, uint32_t elements, uint4 &unit) {
+                if (alignment != 16 || elements != E) {
+                    unit = load_pieces<T::BYTES>(list, there ? elements * T::BYTES : 0);
+                }
+            });
         }
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
@@ -182,8 +180,8 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t
 #pragma unroll
                         for (uint32_t e = 0; e < T::PER_WORD; ++e) {
                             if (DOTS) {
-                                c[i][n] = fmaf(valid[e], x[e], c[i][n]);
-                                d[i][n] = fmaf(train[e] - valid[e], x[e], d[i][n]);
+                                c[i % 2][n] = fmaf(valid[e], x[e], c[i % 2][n]);
+                                d[i % 2][n] = fmaf(train[e] - valid[e], x[e], d[i % 2][n]);
                             }
                             if (BLENDS) {
                                 sum[e] = fmaf(weight, x[e], sum[e]);
@@ -339,17 +337,17 @@ __device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) dot(const __grid_constant__ Launch launch) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) dot(const __grid_constant__ Launch launch) {
     __shared__ Shared shared;
     pass<true, false>(launch, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) blend(const __grid_constant__ Launch launch) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) blend(const __grid_constant__ Launch launch) {
     __shared__ Shared shared;
     pass<false, true>(launch, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) dot_blend(const __grid_constant__ Launch launch) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) dot_blend(const __grid_constant__ Launch launch) {
     __shared__ Shared shared;
     pass<true, true>(launch, shared);
 }

@@ -22,6 +22,14 @@ pub(crate) const ALIGNMENT: u64 = 16;
 #[cfg(feature = "cuda")]
 pub(crate) const THREADS: u64 = 256;
 
+/// Blocks that a multiprocessor holds: the compiler leaves each thread a share of its registers accordingly.
+#[cfg(feature = "cuda")]
+pub(crate) const RESIDENT: u64 = 2;
+
+/// Loads of [`ALIGNMENT`] bytes that a thread has on their way at once, at the least.
+#[cfg(feature = "cuda")]
+pub(crate) const LOADS: u64 = 8;
+
 /// Longest chunk that a single warp takes.
 ///
 /// A thread keeps two sums, so a warp has 64 of them and a block 512: 8,192 and 65,536 elements are 128 in each.
