@@ -18,6 +18,7 @@ constexpr uint32_t THREADS = GRADBLEND_THREADS;
 constexpr uint32_t RESIDENT = GRADBLEND_RESIDENT;
 constexpr uint32_t LOADS = GRADBLEND_LOADS;
 constexpr uint32_t SMALL = GRADBLEND_SMALL;
+constexpr uint32_t FOLD = GRADBLEND_FOLD;
 constexpr uint32_t WARP = 32;
 constexpr uint32_t WARPS = THREADS / WARP;
 
@@ -31,6 +32,9 @@ struct Chunk {
 struct Span {
     uint64_t first, end;
 };
+struct Progress {
+    uint32_t taken, done;
+};
 struct State {
     double pending[2 * MAX_MODALITIES];
     float weights_f32[MAX_MODALITIES];
@@ -42,7 +46,7 @@ struct State {
     uint32_t flags, nonfinite;
 };
 struct Launch {
-    uint64_t tensors, addresses, indices, chunks, spans, count, partials, state, ticket, scale_address;
+    uint64_t tensors, addresses, indices, chunks, spans, count, partials, state, progress, scale_address;
     double decay, damping;
     float scale;
     uint32_t modalities, what, average, overfitting, negative, cadence, reserved;
@@ -69,6 +73,9 @@ SAME_PLACE(Chunk, len);
 SAME_SIZE(Span);
 SAME_PLACE(Span, first);
 SAME_PLACE(Span, end);
+SAME_SIZE(Progress);
+SAME_PLACE(Progress, taken);
+SAME_PLACE(Progress, done);
 SAME_SIZE(State);
 SAME_PLACE(State, pending);
 SAME_PLACE(State, weights_f32);
@@ -89,7 +96,7 @@ SAME_PLACE(Launch, spans);
 SAME_PLACE(Launch, count);
 SAME_PLACE(Launch, partials);
 SAME_PLACE(Launch, state);
-SAME_PLACE(Launch, ticket);
+SAME_PLACE(Launch, progress);
 SAME_PLACE(Launch, scale_address);
 SAME_PLACE(Launch, decay);
 SAME_PLACE(Launch, damping);

@@ -7,7 +7,8 @@ mod layout;
 
 use layout::{ACCUMULATE, BLEND, CLAMPED, DOT, HELD, NONFINITE, OBSERVE};
 use layout::{
-    ALIGNMENT, CHUNK, Chunk, LOADS, Launch, MAX_MODALITIES, RESIDENT, SMALL, Span, State, THREADS, TensorRecord, Weights,
+    ALIGNMENT, CHUNK, Chunk, FOLD, LOADS, Launch, MAX_MODALITIES, Progress, RESIDENT, SMALL, Span, State, THREADS,
+    TensorRecord, Weights,
 };
 use std::mem::{offset_of, size_of};
 
@@ -23,6 +24,7 @@ pub(crate) fn defines() -> Vec<String> {
         ("RESIDENT", RESIDENT),
         ("LOADS", LOADS),
         ("SMALL", SMALL),
+        ("FOLD", FOLD),
     ] {
         define(format!("GRADBLEND_{name}"), value);
     }
@@ -42,8 +44,9 @@ pub(crate) fn defines() -> Vec<String> {
     record!(TensorRecord: train valid blended len dtype present alignment reserved);
     record!(Chunk: tensor start len);
     record!(Span: first end);
+    record!(Progress: taken done);
     record!(State: pending weights_f32 weights mean second_moment normaliser observed skipped flags nonfinite);
-    record!(Launch: tensors addresses indices chunks spans count partials state ticket scale_address decay damping scale
+    record!(Launch: tensors addresses indices chunks spans count partials state progress scale_address decay damping scale
         modalities what average overfitting negative cadence reserved);
     record!(Weights: values);
     defines

@@ -21,7 +21,7 @@ struct Work {
     volatile uint64_t indices;                 // table: which modalities they are
     volatile uint64_t offset;                  // bytes from the start of each list to the chunk
     volatile float weights[TILE];              // of the tile's modalities
-    volatile uint32_t span, len, alignment, present;
+    volatile uint32_t len, alignment, present;
     volatile uint32_t threads;                 // that share the chunk
     volatile uint32_t what;                    // DOT, BLEND and ACCUMULATE as far as the tensor takes part
 };
@@ -30,33 +30,46 @@ struct Work {
 struct Shared {
     Work work[WARPS];
     float weights[MAX_MODALITIES];
-    double shares[THREADS];  // of each thread, of the partial sums
+    double shares[2 * THREADS];  // of each thread, of two partial sums
     double c[MAX_MODALITIES], d[MAX_MODALITIES];
     double keep, add;
     uint32_t last, entered;
+    volatile uint32_t span, next;  // the one that the block is at, and the one that it has taken after it
     Solver solver;
 };
 
 // Adds up the partial sums of all spans, in an order that depends on K alone, and adds them to the pending sums.
 __device__ __forceinline__ void fold(const Launch &launch, Shared &shared) {
-    const uint32_t products = 2 * launch.modalities, thread = threadIdx.x;
-    const uint32_t shares = THREADS / products, product = thread % products, share = thread / products;
-    const double *partials = at<const double>(launch.partials);
-    double sum = 0.0;
-    if (share < shares) {
-#pragma unroll 8
-        for (uint64_t span = share; span < launch.count; span += shares) {
-            sum += __ldcg(partials + span * products + product);
+    const uint32_t modalities = launch.modalities, products = 2 * modalities, thread = threadIdx.x;
+    // A thread takes two products, of every so many spans.
+    const uint32_t shares = THREADS / modalities, pair = thread % modalities, share = thread / modalities;
+    const double2 *partials = at<const double2>(launch.partials);
+    double2 sum = {0.0, 0.0};
+    for (uint64_t first = share; share < shares && first < launch.count; first += FOLD * shares) {
+        double2 partial[FOLD];
+#pragma unroll
+        for (uint32_t i = 0; i < FOLD; ++i) {
+            const uint64_t span = first + i * shares;
+            partial[i] = span < launch.count ? __ldcg(partials + span * modalities + pair) : make_double2(0.0, 0.0);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < FOLD; ++i) {
+            sum.x += partial[i].x;
+            sum.y += partial[i].y;
         }
     }
-    shared.shares[thread] = sum;
+    shared.shares[2 * thread] = sum.x;
+    shared.shares[2 * thread + 1] = sum.y;
     __syncthreads();
-    if (thread < products) {
+    for (uint32_t product = thread / WARP; product < products; product += WARPS) {
         double total = 0.0;
-        for (uint32_t s = 0; s < shares; ++s) {
-            total += shared.shares[s * products + thread];
+        for (uint32_t s = thread % WARP; s < shares; s += WARP) {
+            total += shared.shares[s * products + product];
         }
-        at<State>(launch.state)->pending[thread] += total;
+        total = warp_sum(total);
+        if (thread % WARP == 0) {
+            at<State>(launch.state)->pending[product] += total;
+        }
     }
     __syncthreads();
 }
@@ -123,18 +136,23 @@ __device__ __forceinline__ void observe(const Launch &launch, Shared &shared) {
 
 // What follows the last span of a pass. The block that is done last sees the partial sums of all.
 __device__ __forceinline__ void finish(const Launch &launch, Shared &shared) {
+    Progress *progress = at<Progress>(launch.progress);
     // Each thread makes its own partial sums visible before the barrier, so the ticket that follows it speaks for all.
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
         // Wraps to zero at the last ticket: ready for the next launch.
-        shared.last = atomicInc(at<uint32_t>(launch.ticket), gridDim.x - 1) == gridDim.x - 1;
+        shared.last = atomicInc(&progress->done, gridDim.x - 1) == gridDim.x - 1;
     }
     __syncthreads();
     if (!shared.last) {
         return;
     }
     __threadfence();
+    if (threadIdx.x == 0) {
+        // So is this: nobody asks for a span any more.
+        progress->taken = 0;
+    }
     if (launch.what & DOT) {
         fold(launch, shared);
     }

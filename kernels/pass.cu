@@ -1,7 +1,8 @@
 // dot, blend, and both at once: one pass that reads each element of each gradient once.
 //
-// A block takes a span after the other, on a grid that does not grow with the work. A span is one chunk that all warps
-// share, or up to WARPS small chunks of which each warp takes one. A chunk is read in units of 16 bytes. Thread i of the
+// A block takes a span after the other, on a grid that does not grow with the work: which ones depends on how fast others
+// are, what comes of them does not. A span is one chunk that all warps share, or up to WARPS small ones of which each warp
+// takes one. A chunk is read in units of 16 bytes. Thread i of the
 // n that share a chunk takes units i, i + n, i + 2n, ... and keeps two sums for each product, one for its even units and
 // one for its odd ones. So the sum that an element enters follows from its place in the chunk and the chunk's length;
 // alignment changes the width of loads and nothing else. At most 128 elements enter a sum: with the rounding of t - g that is 129 roundings
@@ -292,22 +293,32 @@ __device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
     if (BLENDS && thread < k) {
         shared.weights[thread] = at<State>(launch.state)->weights_f32[thread];
     }
+    if (thread == 0) {
+        shared.span = blockIdx.x;
+    }
     __syncthreads();
     // The table of 2^32 spans would be larger than any device's memory.
-    for (uint32_t index = blockIdx.x; index < launch.count; index += gridDim.x) {
+    while (shared.span < launch.count) {
         Work &work = shared.work[thread / WARP];
-        if (thread % WARP == 0) {
-            work.span = index;
+        uint32_t next = 0;
+        if (thread == 0) {
+            // Asked for early: the answer comes while the chunk is looked up.
+            next = gridDim.x + atomicAdd(&at<Progress>(launch.progress)->taken, 1u);
         }
-        const Span span = at<const Span>(launch.spans)[index];
-        // A large chunk is alone in its span, and all warps share it.
-        const bool large = at<const Chunk>(launch.chunks)[span.first].len > SMALL;
-        const uint64_t number = large ? span.first : span.first + thread / WARP;
+        const Span span = at<const Span>(launch.spans)[shared.span];
+        // All warps share a chunk that is alone in its span.
+        const bool alone = span.end - span.first == 1;
+        const uint64_t number = alone ? span.first : span.first + thread / WARP;
         for (uint32_t i = thread % WARP; DOTS && i < 2 * k; i += WARP) {
             work.sums[i] = 0.0;
         }
-        uint32_t dtype;
-        if (number < span.end && look_up<DOTS, BLENDS>(launch, number, large ? THREADS : WARP, dtype, work)) {
+        uint32_t dtype = F32;
+        const bool works =
+            number < span.end && look_up<DOTS, BLENDS>(launch, number, alone ? THREADS : WARP, dtype, work);
+        if (thread == 0) {
+            shared.next = next;
+        }
+        if (works) {
             if (dtype == F32) {
                 take<Float, DOTS, BLENDS>(work, shared.weights, k);
             } else if (dtype == F16) {
@@ -316,25 +327,23 @@ __device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
                 take<Bfloat, DOTS, BLENDS>(work, shared.weights, k);
             }
         }
-        // Kept there too, not in a register.
         __syncwarp();
-        index = work.span;
+        const uint64_t index = shared.span;
         // The next span's work waits until all have done with this one's.
         __syncthreads();
-        if (DOTS) {
-            if (thread < 2 * k) {
-                double sum = 0.0;
-                for (uint32_t warp = 0; warp < WARPS; ++warp) {
-                    sum += shared.work[warp].sums[thread];
-                }
-                at<double>(launch.partials)[static_cast<uint64_t>(index) * 2 * k + thread] = sum;
-            }
-            __syncthreads();
+        if (thread == 0) {
+            shared.span = shared.next;
         }
+        if (DOTS && thread < 2 * k) {
+            double sum = 0.0;
+            for (uint32_t warp = 0; warp < WARPS; ++warp) {
+                sum += shared.work[warp].sums[thread];
+            }
+            at<double>(launch.partials)[index * 2 * k + thread] = sum;
+        }
+        __syncthreads();
     }
-    if (launch.what & (DOT | OBSERVE)) {
-        finish(launch, shared);
-    }
+    finish(launch, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) dot(const __grid_constant__ Launch launch) {

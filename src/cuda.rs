@@ -6,7 +6,7 @@ mod work;
 
 use crate::error::{Error, List, Result};
 use crate::grad::{Grad, Scale, Stream};
-use crate::layout::{BLEND, Chunk, DOT, Launch, MAX_MODALITIES, Span, State, TensorRecord, Weights};
+use crate::layout::{BLEND, Chunk, DOT, Launch, MAX_MODALITIES, Progress, Span, State, TensorRecord, Weights};
 use crate::plan::Table;
 
 use context::{Context, Kernel, refuse_capture, wait};
@@ -20,7 +20,7 @@ pub(crate) fn find(ordinal: i32) -> Result<()> {
 /// A blender's memory on a device, and the kernels.
 #[derive(Debug)]
 pub(crate) struct Cuda {
-    /// The [`State`], then the ticket, a u32.
+    /// The [`State`], then the [`Progress`].
     state: Buffer,
     /// What every launch of this blender is made from.
     terms: Launch,
@@ -34,19 +34,19 @@ pub(crate) struct Scratch {
     terms: Launch,
 }
 
-const TICKET: u64 = size_of::<State>() as u64;
+const PROGRESS: u64 = size_of::<State>() as u64;
 
 impl Cuda {
     /// `terms` has K and how to average, solve and reweight; `state` is where to begin.
     pub(crate) fn new(ordinal: i32, terms: Launch, state: &State) -> Result<Self> {
         let work = Work::new(ordinal)?;
         let _current = work.context.enter_relaxed()?;
-        let buffer = work.allocate(TICKET + 4, "the blender")?;
+        let buffer = work.allocate(PROGRESS + size_of::<Progress>() as u64, "the blender")?;
         let own = work.context.own();
         buffer.write(0, std::slice::from_ref(state), own)?;
-        buffer.write(TICKET, &[0_u32], own)?;
+        buffer.write(PROGRESS, &[Progress::default()], own)?;
         wait(own)?;
-        let terms = Launch { state: buffer.address, ticket: buffer.address + TICKET, ..terms };
+        let terms = Launch { state: buffer.address, progress: buffer.address + PROGRESS, ..terms };
         Ok(Cuda { state: buffer, terms })
     }
 

@@ -9,38 +9,57 @@ pub const MAX_MODALITIES: usize = 32;
 /// Most CPU threads that a blender starts. No machine has more cores: a larger number is a mistake, better told than tried.
 pub(crate) const MAX_CPU_THREADS: u32 = 4096;
 
-/// Elements in a chunk, the unit of work that never crosses a tensor.
-///
-/// 64 Ki elements of f32 in six lists are 1.5 MiB: long enough that its overhead vanishes, short enough that two
-/// threads share a 25-million-element model evenly.
-pub(crate) const CHUNK: u64 = 1 << 16;
-
 /// Bytes of a kernel's widest load, and so the alignment that it takes.
 pub(crate) const ALIGNMENT: u64 = 16;
 
+// ---- Tuning. docs/tuning.md has the reckoning and the measurements behind each number. `CHUNK`, `THREADS` and `SMALL`
+// decide in which order products are added, and so their last bits; the others change no bit. ----
+
+/// Elements in a chunk, the unit of work that never crosses a tensor.
+///
+/// 64 Ki elements of f32 in six lists are 1.5 MiB: long enough that its overhead vanishes, short enough that two
+/// threads share a 25-million-element model evenly. On a GPU: not measured yet.
+pub(crate) const CHUNK: u64 = 1 << 16;
+
+/// Elements that one CPU thread claims at a time, at the least (the last claim of a plan may hold fewer).
+///
+/// A claim (a *span*) is a run of whole chunks with one partial sum of its own, so a thousand tiny tensors cost one
+/// partial and one claim, not a thousand.
+pub(crate) const SPAN: u64 = CHUNK;
+
 /// Threads of a block. Unit u of a block's chunk belongs to thread u mod `THREADS`; that of a warp's chunk to lane u mod 32.
+///
+/// Not measured yet.
 #[cfg(feature = "cuda")]
 pub(crate) const THREADS: u64 = 256;
 
-/// Blocks that a multiprocessor holds: the compiler leaves each thread a share of its registers accordingly.
-#[cfg(feature = "cuda")]
-pub(crate) const RESIDENT: u64 = 2;
-
-/// Loads of [`ALIGNMENT`] bytes that a thread has on their way at once, at the least.
-#[cfg(feature = "cuda")]
-pub(crate) const LOADS: u64 = 8;
-
-/// Longest chunk that a single warp takes.
+/// Longest chunk that a warp takes alone, where a block has several.
 ///
 /// A thread keeps two sums, so a warp has 64 of them and a block 512: 8,192 and 65,536 elements are 128 in each.
 #[cfg(feature = "cuda")]
 pub(crate) const SMALL: u64 = CHUNK / (THREADS / 32);
 
-/// Elements that one thread claims at a time, at the least (the last claim of a plan may hold fewer).
+/// Blocks that a multiprocessor holds: the compiler leaves each thread its share of the registers.
 ///
-/// A claim (a *span*) is a run of whole chunks with one partial sum of its own, so a thousand tiny tensors cost one
-/// partial and one claim, not a thousand.
-pub(crate) const SPAN: u64 = CHUNK;
+/// With 256 threads that is 128 registers, of which a step with 4 modalities needs all. Not measured yet.
+#[cfg(feature = "cuda")]
+#[allow(dead_code, reason = "for the kernels alone")]
+pub(crate) const RESIDENT: u64 = 2;
+
+/// Loads of [`ALIGNMENT`] bytes that a thread has on their way at once, at the least.
+///
+/// 8 of 512 threads are 64 KiB a multiprocessor; CUB's tuning asks for 48 on an H200, the most of any GPU that it names.
+/// Not measured yet.
+#[cfg(feature = "cuda")]
+#[allow(dead_code, reason = "for the kernels alone")]
+pub(crate) const LOADS: u64 = 8;
+
+/// Loads of two partial sums that a thread has on their way at once when the last block adds them all up.
+///
+/// 16 of 256 threads are 64 KiB, as `LOADS` has it: one latency for up to 1,360 spans at K = 3. Not measured yet.
+#[cfg(feature = "cuda")]
+#[allow(dead_code, reason = "for the kernels alone")]
+pub(crate) const FOLD: u64 = 16;
 
 /// Bits of `Pass`.
 pub(crate) const DOT: u32 = 1;
@@ -97,6 +116,17 @@ pub(crate) struct Span {
     pub(crate) end: u64,
 }
 
+/// How far a launch has come; zero between launches.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Progress {
+    /// Spans that blocks have asked for after their first.
+    pub(crate) taken: u32,
+    /// Blocks that are done.
+    pub(crate) done: u32,
+}
+
 /// Everything a blender remembers between calls.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -144,8 +174,8 @@ pub(crate) struct Launch {
     pub(crate) partials: u64,
     /// Of the [`State`].
     pub(crate) state: u64,
-    /// Of a u32 that counts the blocks that are done; zero between launches.
-    pub(crate) ticket: u64,
+    /// Of the [`Progress`].
+    pub(crate) progress: u64,
     /// Of the gradient scale, an f32; 0 where `scale` has it.
     pub(crate) scale_address: u64,
     /// b of an EMA.

@@ -25,6 +25,9 @@
 struct alignas(8) uint2 {
     unsigned x, y;
 };
+struct alignas(16) double2 {
+    double x, y;
+};
 struct uint3 {
     unsigned x, y, z;
 };
@@ -40,6 +43,8 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
+
+inline double2 make_double2(double x, double y) { return {x, y}; }
 
 namespace standin {
 
