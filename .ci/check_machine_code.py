@@ -8,13 +8,12 @@ leaves a compiler the choice of fusing a multiplication with an addition. With c
 """
 
 import re
-import subprocess
 import sys
+from pathlib import Path
 
-# One main loop for each number of modalities that has a body of its own (1, 2, 3, 4, up to 8) and for each dtype.
-MAIN_LOOPS = 5 * 3
-PASSES = ["dot", "blend", "dot_blend"]
-WIDE = re.compile(r"\bLDG\S*\.128\S* R(\d+)")
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from machine_code import MAIN_LOOPS, PASSES, WIDE, Unreadable, instructions, main_loops, resources, run, waits
 
 failures = []
 
@@ -24,65 +23,13 @@ def fail(text):
     print("FAIL", text)
 
 
-def run(*command):
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def resources(text):
-    """(architecture, kernel) -> registers; fails on memory that stands in for registers."""
-    found, arch, kernel = {}, None, None
-    for line in text.splitlines():
-        if match := re.match(r"arch = (sm_\w+)", line.strip()):
-            arch = match[1]
-        elif match := re.match(r"Function (\w+):", line.strip()):
-            kernel = match[1]
-        elif kernel and (match := re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", line)):
-            registers, stack, local = map(int, match.groups())
-            found[arch, kernel] = registers
-            if stack or local:
-                fail(f"{arch} {kernel}: {stack} bytes of stack, {local} of local memory")
-    return found
-
-
-def instructions(text):
-    """(architecture, kernel) -> [(address, instruction)]."""
-    found, arch, listing = {}, None, None
-    for line in text.splitlines():
-        if match := re.match(r"arch = (sm_\w+)", line.strip()):
-            arch = match[1]
-        elif match := re.match(r"Function : (\w+)", line.strip()):
-            listing = found.setdefault((arch, match[1]), [])
-        elif listing is not None and (match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line)):
-            listing.append((int(match[1], 16), match[2].strip()))
-    return found
-
-
-def loops(listing):
-    """Spans of addresses that a branch closes, smallest first."""
-    spans = set()
-    for address, text in listing:
-        if match := re.search(r"\bBRA\S*\s+(?:\S+,\s*)*(0x[0-9a-f]+)", text):
-            target = int(match[1], 16)
-            if target < address:
-                spans.add((target, address))
-    return sorted(spans, key=lambda span: span[1] - span[0])
-
-
-def registers(text):
-    return {int(number) for number in re.findall(r"\bR(\d+)\b", text)}
-
-
 def early_use(loop):
     """The first instruction of a loop that waits for a wide load while others are still to be issued."""
-    left = sum(bool(WIDE.search(text)) for _, text in loop)
-    pending = set()
-    for _, text in loop:
-        operands = text.split(",", 1)[-1] if "," in text else ""
-        if registers(operands) & pending and left:
+    left = sum(bool(WIDE.search(text)) for _, text in loop.instructions)
+    for load, text in waits(loop.instructions):
+        left -= load
+        if not load and left:
             return text
-        if match := WIDE.search(text):
-            pending |= set(range(int(match[1]), int(match[1]) + 4))
-            left -= 1
     return None
 
 
@@ -90,14 +37,17 @@ def check(arch, kernel, listing):
     if any(re.search(r"\b(LDL|STL)\b", text) for _, text in listing):
         fail(f"{arch} {kernel}: reads or writes local memory")
     if kernel in PASSES:
-        spans = loops(listing)
+        try:
+            main = main_loops(listing)
+        except Unreadable as reason:
+            fail(f"{arch} {kernel}: {reason}")
+            return
         wide = [address for address, text in listing if WIDE.search(text)]
-        main = {next((span for span in spans if span[0] <= address <= span[1]), None) for address in wide} - {None}
         if len(main) != MAIN_LOOPS:
             fail(f"{arch} {kernel}: {len(main)} main loops with 128-bit loads, expected {MAIN_LOOPS}")
-        for start, end in sorted(main):
-            if use := early_use([item for item in listing if start <= item[0] <= end]):
-                fail(f"{arch} {kernel}: the loop at {start:#x} waits at `{use}` before all its loads are on their way")
+        for loop in main:
+            if use := early_use(loop):
+                fail(f"{arch} {kernel}: the loop at {loop.address:#x} waits at `{use}` before all its loads are on their way")
         print(f"     {arch} {kernel}: {len(main)} main loops, {len(wide)} loads of 128 bits")
         fences = [address for address, text in listing if text.startswith("MEMBAR") or " MEMBAR" in text]
         tickets = [address for address, text in listing if "ATOMG" in text and ".INC" in text]
@@ -119,8 +69,10 @@ def main():
     seen, read = {}, set()
     for image in images:
         check_ptx(image, run(cuobjdump, "-ptx", image))
-        for (arch, kernel), registers in resources(run(cuobjdump, "--dump-resource-usage", image)).items():
-            seen.setdefault(kernel, {})[arch] = registers
+        for (arch, kernel), used in resources(run(cuobjdump, "--dump-resource-usage", image)).items():
+            seen.setdefault(kernel, {})[arch] = used.registers
+            if used.stack or used.local:
+                fail(f"{arch} {kernel}: {used.stack} bytes of stack, {used.local} of local memory")
         for (arch, kernel), listing in instructions(run(cuobjdump, "-sass", image)).items():
             check(arch, kernel, listing)
             if len(listing) > 20:
