@@ -3,7 +3,7 @@
     check_machine_code.py CUOBJDUMP "80 90 ..." IMAGE...
 
 Fails unless each kernel has code for each of the architectures; on a stack or local memory (spills) in any kernel, on a main loop of the pass kernels that does not load 128 bits at
-a time or that uses one of its loads before all are on their way; on a ticket that is taken without a fence before it; and on PTX that
+a time, or a round of one, or of the fold, that uses one of its loads before all are on their way; on a ticket that is taken without a fence before it; and on PTX that
 leaves a compiler the choice of fusing a multiplication with an addition. With cuobjdump from NVIDIA's toolkit.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-from machine_code import MAIN_LOOPS, PASSES, WIDE, Unreadable, instructions, main_loops, resources, run, waits
+from machine_code import MAIN_LOOPS, PARTIAL, PASSES, WIDE, Graph, Unreadable, instructions, main_loops, resources, run, waits
 
 failures = []
 
@@ -23,10 +23,10 @@ def fail(text):
     print("FAIL", text)
 
 
-def early_use(loop):
-    """The first instruction of a loop that waits for a wide load while others are still to be issued."""
-    left = sum(bool(WIDE.search(text)) for _, text in loop.instructions)
-    for load, text in waits(loop.instructions):
+def early_use(block, wide):
+    """The first instruction of a block that waits for such a load while others are still to be issued."""
+    left = sum(bool(wide.search(text)) for _, text in block)
+    for load, text in waits(block, wide):
         left -= load
         if not load and left:
             return text
@@ -45,9 +45,17 @@ def check(arch, kernel, listing):
         wide = [address for address, text in listing if WIDE.search(text)]
         if len(main) != MAIN_LOOPS:
             fail(f"{arch} {kernel}: {len(main)} main loops with 128-bit loads, expected {MAIN_LOOPS}")
+        # Whole rounds of a loop and its last one have loads of their own, each in one block.
         for loop in main:
-            if use := early_use(loop):
-                fail(f"{arch} {kernel}: the loop at {loop.address:#x} waits at `{use}` before all its loads are on their way")
+            for block in loop.body:
+                if use := early_use(loop.graph.blocks[block], WIDE):
+                    fail(f"{arch} {kernel}: the loop at {loop.address:#x} waits at `{use}` before all its loads are on their way")
+        folds = [block for block in Graph(listing).blocks.values() if any(PARTIAL.search(text) for _, text in block)]
+        if len(folds) != ("dot" in kernel):
+            fail(f"{arch} {kernel}: partial sums are loaded in {len(folds)} blocks, expected them together in one")
+        for block in folds:
+            if use := early_use(block, PARTIAL):
+                fail(f"{arch} {kernel}: the fold waits at `{use}` before all its loads are on their way")
         print(f"     {arch} {kernel}: {len(main)} main loops, {len(wide)} loads of 128 bits")
         fences = [address for address, text in listing if text.startswith("MEMBAR") or " MEMBAR" in text]
         tickets = [address for address, text in listing if "ATOMG" in text and ".INC" in text]

@@ -5,7 +5,9 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 
@@ -46,7 +48,7 @@ struct State {
     uint32_t flags, nonfinite;
 };
 struct Launch {
-    uint64_t tensors, addresses, indices, chunks, spans, count, partials, state, progress, scale_address;
+    uint64_t tensors, addresses, indices, chunks, spans, count, partials, state, progress, zeros, scale_address;
     double decay, damping;
     float scale;
     uint32_t modalities, what, average, overfitting, negative, cadence, reserved;
@@ -97,6 +99,7 @@ SAME_PLACE(Launch, count);
 SAME_PLACE(Launch, partials);
 SAME_PLACE(Launch, state);
 SAME_PLACE(Launch, progress);
+SAME_PLACE(Launch, zeros);
 SAME_PLACE(Launch, scale_address);
 SAME_PLACE(Launch, decay);
 SAME_PLACE(Launch, damping);
@@ -132,17 +135,14 @@ __device__ __forceinline__ T *at(uint64_t address) {
 
 __device__ __forceinline__ uint4 load(uint64_t address) { return __ldcs(at<const uint4>(address)); }
 
-// Reads a unit if it is there; else `unit` holds nothing of use. On a GPU it then reads from `spare`, which all threads
-// share and which is near: of many branches in a row the compiler makes moves that wait for one load before the next is
-// on its way.
-__device__ __forceinline__ void load_if(bool there, uint64_t address, uint64_t spare, uint4 &unit) {
+// A unit if it is there, else zeros. On a GPU they are read from `zeros`, which all threads share and which are near: of
+// many branches in a row the compiler makes moves that wait for one load before the next is on its way.
+__device__ __forceinline__ uint4 load_if(bool there, uint64_t address, uint64_t zeros) {
 #ifdef __CUDACC__
-    unit = load(there ? address : spare);
+    return load(there ? address : zeros);
 #else
-    (void)spare;
-    if (there) {
-        unit = load(address);
-    }
+    (void)zeros;
+    return there ? load(address) : make_uint4(0, 0, 0, 0);
 #endif
 }
 
@@ -201,6 +201,14 @@ __device__ __forceinline__ void store_pieces(uint64_t address, uint32_t bytes, u
 // ---- Dtypes: how many elements a word of 4 bytes has, and what they are as f32. `narrow` rounds to nearest, ties to
 // even. ----
 
+template <class Pair>
+__device__ __forceinline__ uint32_t pair_bits(Pair pair) {
+    uint32_t bits;
+    static_assert(sizeof bits == sizeof pair, "two of 16 bits");
+    memcpy(&bits, &pair, sizeof bits);
+    return bits;
+}
+
 struct Float {
     static constexpr uint32_t BYTES = 4, PER_WORD = 1, PER_UNIT = 4;
     static __device__ __forceinline__ void widen(uint32_t word, float (&x)[PER_WORD]) { x[0] = __uint_as_float(word); }
@@ -214,8 +222,7 @@ struct Half {
         x[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
     }
     static __device__ __forceinline__ uint32_t narrow(const float (&x)[PER_WORD]) {
-        const uint32_t low = __half_as_ushort(__float2half_rn(x[0])), high = __half_as_ushort(__float2half_rn(x[1]));
-        return low | high << 16;
+        return pair_bits(__floats2half2_rn(x[0], x[1]));
     }
 };
 
@@ -226,16 +233,8 @@ struct Bfloat {
         x[0] = __uint_as_float(word << 16);
         x[1] = __uint_as_float(word & 0xffff0000u);
     }
-    // Rounded in the upper half of the word.
-    static __device__ __forceinline__ uint32_t round(float x) {
-        const uint32_t bits = __float_as_uint(x);
-        // Adding 0x7fff, and 1 more where the last bit kept is odd, carries into the upper half exactly when it must be
-        // rounded up. A NaN could carry into infinity, so it is made quiet instead.
-        const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-        return x == x ? rounded : bits | 0x00400000u;
-    }
     static __device__ __forceinline__ uint32_t narrow(const float (&x)[PER_WORD]) {
-        return round(x[0]) >> 16 | (round(x[1]) & 0xffff0000u);
+        return pair_bits(__floats2bfloat162_rn(x[0], x[1]));
     }
 };
 

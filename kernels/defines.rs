@@ -46,7 +46,7 @@ pub(crate) fn defines() -> Vec<String> {
     record!(Span: first end);
     record!(Progress: taken done);
     record!(State: pending weights_f32 weights mean second_moment normaliser observed skipped flags nonfinite);
-    record!(Launch: tensors addresses indices chunks spans count partials state progress scale_address decay damping scale
+    record!(Launch: tensors addresses indices chunks spans count partials state progress zeros scale_address decay damping scale
         modalities what average overfitting negative cadence reserved);
     record!(Weights: values);
     defines

@@ -43,14 +43,15 @@ __device__ __forceinline__ void fold(const Launch &launch, Shared &shared) {
     const uint32_t modalities = launch.modalities, products = 2 * modalities, thread = threadIdx.x;
     // A thread takes two products, of every so many spans.
     const uint32_t shares = THREADS / modalities, pair = thread % modalities, share = thread / modalities;
-    const double2 *partials = at<const double2>(launch.partials);
+    const uint32_t count = static_cast<uint32_t>(launch.count);
     double2 sum = {0.0, 0.0};
-    for (uint64_t first = share; share < shares && first < launch.count; first += FOLD * shares) {
+    for (uint32_t first = share; share < shares && first < count; first += FOLD * shares) {
+        const double2 *from = at<const double2>(launch.partials) + static_cast<uint64_t>(first) * modalities + pair;
         double2 partial[FOLD];
 #pragma unroll
         for (uint32_t i = 0; i < FOLD; ++i) {
-            const uint64_t span = first + i * shares;
-            partial[i] = span < launch.count ? __ldcg(partials + span * modalities + pair) : make_double2(0.0, 0.0);
+            partial[i] = first + i * shares < count ? __ldcg(from) : make_double2(0.0, 0.0);
+            from += shares * modalities;
         }
 #pragma unroll
         for (uint32_t i = 0; i < FOLD; ++i) {
@@ -135,6 +136,7 @@ __device__ __forceinline__ void observe(const Launch &launch, Shared &shared) {
 }
 
 // What follows the last span of a pass. The block that is done last sees the partial sums of all.
+template <bool DOTS>
 __device__ __forceinline__ void finish(const Launch &launch, Shared &shared) {
     Progress *progress = at<Progress>(launch.progress);
     // Each thread makes its own partial sums visible before the barrier, so the ticket that follows it speaks for all.
@@ -153,7 +155,7 @@ __device__ __forceinline__ void finish(const Launch &launch, Shared &shared) {
         // So is this: nobody asks for a span any more.
         progress->taken = 0;
     }
-    if (launch.what & DOT) {
+    if (DOTS) {
         fold(launch, shared);
     }
     if (launch.what & OBSERVE) {

@@ -3,8 +3,8 @@
 // A block takes a span after the other, on a grid that does not grow with the work: which ones depends on how fast others
 // are, what comes of them does not. A span is one chunk that all warps share, or up to WARPS small ones of which each warp
 // takes one. A chunk is read in units of 16 bytes. Thread i of the
-// n that share a chunk takes units i, i + n, i + 2n, ... and keeps two sums for each product, one for its even units and
-// one for its odd ones. So the sum that an element enters follows from its place in the chunk and the chunk's length;
+// n that share a chunk takes units i, i + n, i + 2n, ... and keeps two sums for each product, one for the first halves of
+// its units and one for the second ones. So the sum that an element enters follows from its place in the chunk and the chunk's length;
 // alignment changes the width of loads and nothing else. At most 128 elements enter a sum: with the rounding of t - g that is 129 roundings
 // of 2^-24, half of the 2^-16 that is promised. From there on sums are added in f64: the two of a thread, the lanes of a
 // warp, the warps, and at last the spans, by the block that is done last (observe.cuh).
@@ -62,13 +62,8 @@ __device__ __forceinline__ void clear(const Work &work) {
     }
 }
 
-__device__ __forceinline__ void swap(float &a, float &b) {
-    const float other = a;
-    a = b;
-    b = other;
-}
-
-// How many units of each of so many lists make LOADS, or a few more.
+// How many units of each of so many lists make LOADS, or a few more. A power of two, as a whole chunk's units are, so that
+// no round of it is short.
 __host__ __device__ constexpr int together(int lists) {
     int units = 1;
     while (units * lists < static_cast<int>(LOADS)) {
@@ -80,22 +75,25 @@ __host__ __device__ constexpr int together(int lists) {
 // Adds up the products of N modalities of a chunk from `first` on, and writes the blend of all its modalities where
 // `first` is 0. GUARD: of as many of the N as are present.
 template <class T, int N, bool DOTS, bool BLENDS, bool GUARD>
-__device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t k, uint32_t first) {
+__device__ __forceinline__ void sweep(Work &work, const float *weights, uint64_t zeros, uint32_t k, uint32_t first) {
     constexpr uint32_t E = T::PER_UNIT;
-    // Units of each list that are on their way together. A power of two, so that even and odd ones take turns.
+    // Units of each list that are on their way together.
     constexpr int TOGETHER = together(DOTS ? 2 + N : N);
     const uint32_t lane = threadIdx.x % WARP;
     const bool dots = DOTS && (!BLENDS || (work.what & DOT));
     const bool blends = BLENDS && (!DOTS || (work.what & BLEND)) && (!GUARD || first == 0);
     const bool adds = blends && (work.what & ACCUMULATE);
-    const int here = GUARD ? static_cast<int>(work.present - first) : N;
+    const int left = static_cast<int>(work.present - first), here = GUARD && left < N ? left : N;
     // The lists of the tile before this one are done with.
     __syncwarp();
-    if (lane < N && static_cast<int>(lane) < here) {
+    if (static_cast<int>(lane) < here) {
         work.lists[MODALITY + lane] = at<const uint64_t>(work.modalities)[first + lane] + work.offset;
         if (BLENDS) {
             work.weights[lane] = weights[at<const uint32_t>(work.indices)[first + lane]];
         }
+    } else if (BLENDS && lane < N) {
+        // Times the zeros that are read of an absent modality, this is the number that leaves every sum as it is.
+        work.weights[lane] = -0.0f;
     }
     __syncwarp();
     float c[2][N] = {}, d[2][N] = {};
@@ -127,12 +125,11 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t
             }
         };
         const uint32_t alignment = work.alignment;
-        const uint64_t spare = work.indices & ~15ull;
         const bool whole = count[TOGETHER - 1] == E;
         if (whole && alignment == 16) {
             load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
                 if (GUARD) {
-                    load_if(there, list, spare, unit);
+                    unit = load_if(there, list, zeros);
                 } else if (there) {
                     unit = load(list);
                 }
@@ -149,11 +146,11 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t
             // The end of a chunk, or no better alignment than an element's.
             if (alignment == 16) {
                 load_lists([=](bool there, uint64_t list, uint32_t elements, uint4 &unit) {
-                    load_if(there && elements == E, list, spare, unit);
+                    unit = load_if(there && elements == E, list, zeros);
                 });
             }
             load_lists([=](bool there, uint64_t list, uint32_t elements, uint4 &unit) {
-                if (alignment != 16 || elements != E) {
+                if (alignment != 16 || elements % E != 0) {
                     unit = load_pieces<T::BYTES>(list, there ? elements * T::BYTES : 0);
                 }
             });
@@ -170,23 +167,21 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t
                 float train[T::PER_WORD], valid[T::PER_WORD], sum[T::PER_WORD];
                 T::widen(t_words[word], train);
                 T::widen(g_words[word], valid);
-                T::widen(adds ? b_words[word] : 0, sum);
+                T::widen(b_words[word], sum);
 #pragma unroll
                 for (int n = 0; n < N; ++n) {
-                    if (n < here) {
-                        const uint32_t v_words[4] = {v[i][n].x, v[i][n].y, v[i][n].z, v[i][n].w};
-                        const float weight = BLENDS ? work.weights[n] : 0.0f;
-                        float x[T::PER_WORD];
-                        T::widen(v_words[word], x);
+                    const uint32_t v_words[4] = {v[i][n].x, v[i][n].y, v[i][n].z, v[i][n].w};
+                    const float weight = BLENDS ? work.weights[n] : 0.0f;
+                    float x[T::PER_WORD];
+                    T::widen(v_words[word], x);
 #pragma unroll
-                        for (uint32_t e = 0; e < T::PER_WORD; ++e) {
-                            if (DOTS) {
-                                c[i % 2][n] = fmaf(valid[e], x[e], c[i % 2][n]);
-                                d[i % 2][n] = fmaf(train[e] - valid[e], x[e], d[i % 2][n]);
-                            }
-                            if (BLENDS) {
-                                sum[e] = fmaf(weight, x[e], sum[e]);
-                            }
+                    for (uint32_t e = 0; e < T::PER_WORD; ++e) {
+                        if (DOTS) {
+                            c[word / 2][n] = fmaf(valid[e], x[e], c[word / 2][n]);
+                            d[word / 2][n] = fmaf(train[e] - valid[e], x[e], d[word / 2][n]);
+                        }
+                        if (BLENDS) {
+                            sum[e] = fmaf(weight, x[e], sum[e]);
                         }
                     }
                 }
@@ -199,14 +194,6 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t
             if (blends) {
                 const uint4 unit = make_uint4(words[0], words[1], words[2], words[3]);
                 write<T>(work.lists[BLENDED] + offset[i], work.alignment, count[i], unit);
-            }
-        }
-        if (TOGETHER == 1) {
-            // The other sum's turn. Which is which does not matter in the end.
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-                swap(c[0][n], c[1][n]);
-                swap(d[0][n], d[1][n]);
             }
         }
     }
@@ -228,7 +215,7 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint32_t
 }
 
 template <class T, bool DOTS, bool BLENDS>
-__device__ __forceinline__ void take(Work &work, const float *weights, uint32_t k) {
+__device__ __forceinline__ void take(Work &work, const float *weights, uint64_t zeros, uint32_t k) {
     // The first tile comes last: it writes the blend, perhaps over a gradient that the others read.
     uint32_t tile = DOTS && (work.what & DOT) ? (work.present - 1) / TILE : 0;
     for (;; --tile) {
@@ -239,19 +226,19 @@ __device__ __forceinline__ void take(Work &work, const float *weights, uint32_t 
                 }
                 break;
             case 1:
-                sweep<T, 1, DOTS, BLENDS, false>(work, weights, k, 0);
+                sweep<T, 1, DOTS, BLENDS, false>(work, weights, zeros, k, 0);
                 break;
             case 2:
-                sweep<T, 2, DOTS, BLENDS, false>(work, weights, k, 0);
+                sweep<T, 2, DOTS, BLENDS, false>(work, weights, zeros, k, 0);
                 break;
             case 3:
-                sweep<T, 3, DOTS, BLENDS, false>(work, weights, k, 0);
+                sweep<T, 3, DOTS, BLENDS, false>(work, weights, zeros, k, 0);
                 break;
             case 4:
-                sweep<T, 4, DOTS, BLENDS, false>(work, weights, k, 0);
+                sweep<T, 4, DOTS, BLENDS, false>(work, weights, zeros, k, 0);
                 break;
             default:
-                sweep<T, TILE, DOTS, BLENDS, true>(work, weights, k, tile * TILE);
+                sweep<T, TILE, DOTS, BLENDS, true>(work, weights, zeros, k, tile * TILE);
         }
         if (tile == 0) {
             return;
@@ -320,11 +307,11 @@ __device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
         }
         if (works) {
             if (dtype == F32) {
-                take<Float, DOTS, BLENDS>(work, shared.weights, k);
+                take<Float, DOTS, BLENDS>(work, shared.weights, launch.zeros, k);
             } else if (dtype == F16) {
-                take<Half, DOTS, BLENDS>(work, shared.weights, k);
+                take<Half, DOTS, BLENDS>(work, shared.weights, launch.zeros, k);
             } else {
-                take<Bfloat, DOTS, BLENDS>(work, shared.weights, k);
+                take<Bfloat, DOTS, BLENDS>(work, shared.weights, launch.zeros, k);
             }
         }
         __syncwarp();
@@ -343,7 +330,7 @@ __device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
         }
         __syncthreads();
     }
-    finish(launch, shared);
+    finish<DOTS>(launch, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) dot(const __grid_constant__ Launch launch) {

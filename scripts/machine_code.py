@@ -12,7 +12,9 @@ from collections import namedtuple
 # own (1, 2, 3, 4, up to 8) and for each dtype.
 PASSES = ["dot", "blend", "dot_blend"]
 MAIN_LOOPS = 5 * 3
-WIDE = re.compile(r"\bLDG\S*\.128\S* R(\d+)")
+# Loads of 128 bits: of gradients, and of partial sums, which other blocks write and which are therefore loaded STRONG.
+WIDE = re.compile(r"\bLDG(?!\S*STRONG)\S*\.128\S* R(\d+)")
+PARTIAL = re.compile(r"\bLDG\S*\.128\.STRONG\S* R(\d+)")
 
 Resources = namedtuple("Resources", "registers stack shared local")
 # A loop's first address, the instructions of all its blocks in the order of addresses, and its paths: see `Graph.paths`.
@@ -63,8 +65,8 @@ def registers(text):
     return {int(number) for number in re.findall(r"\bR(\d+)\b", text)}
 
 
-def waits(listing):
-    """Walks instructions, and yields each wide load as (True, instruction) and each first use of one that is on its way
+def waits(listing, wide=WIDE):
+    """Walks instructions, and yields each such load as (True, instruction) and each first use of one that is on its way
     as (False, instruction). A thread waits there, and by the time it goes on all earlier loads may have come."""
     pending = set()
     for _, text in listing:
@@ -72,7 +74,7 @@ def waits(listing):
         if registers(operands) & pending:
             pending.clear()
             yield False, text
-        if match := WIDE.search(text):
+        if match := wide.search(text):
             pending |= set(range(int(match[1]), int(match[1]) + 4))
             yield True, text
 

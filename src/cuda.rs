@@ -6,7 +6,7 @@ mod work;
 
 use crate::error::{Error, List, Result};
 use crate::grad::{Grad, Scale, Stream};
-use crate::layout::{BLEND, Chunk, DOT, Launch, MAX_MODALITIES, Progress, Span, State, TensorRecord, Weights};
+use crate::layout::{ALIGNMENT, BLEND, Chunk, DOT, Launch, MAX_MODALITIES, Progress, Span, State, TensorRecord, Weights};
 use crate::plan::Table;
 
 use context::{Context, Kernel, refuse_capture, wait};
@@ -20,7 +20,7 @@ pub(crate) fn find(ordinal: i32) -> Result<()> {
 /// A blender's memory on a device, and the kernels.
 #[derive(Debug)]
 pub(crate) struct Cuda {
-    /// The [`State`], then the [`Progress`].
+    /// The [`State`], then the [`Progress`], then zeros.
     state: Buffer,
     /// What every launch of this blender is made from.
     terms: Launch,
@@ -35,18 +35,21 @@ pub(crate) struct Scratch {
 }
 
 const PROGRESS: u64 = size_of::<State>() as u64;
+const ZEROS: u64 = (PROGRESS + size_of::<Progress>() as u64).next_multiple_of(ALIGNMENT);
 
 impl Cuda {
     /// `terms` has K and how to average, solve and reweight; `state` is where to begin.
     pub(crate) fn new(ordinal: i32, terms: Launch, state: &State) -> Result<Self> {
         let work = Work::new(ordinal)?;
         let _current = work.context.enter_relaxed()?;
-        let buffer = work.allocate(PROGRESS + size_of::<Progress>() as u64, "the blender")?;
+        let buffer = work.allocate(ZEROS + ALIGNMENT, "the blender")?;
         let own = work.context.own();
         buffer.write(0, std::slice::from_ref(state), own)?;
         buffer.write(PROGRESS, &[Progress::default()], own)?;
+        buffer.write(ZEROS, &[0_u8; ALIGNMENT as usize], own)?;
         wait(own)?;
-        let terms = Launch { state: buffer.address, progress: buffer.address + PROGRESS, ..terms };
+        let base = buffer.address;
+        let terms = Launch { state: base, progress: base + PROGRESS, zeros: base + ZEROS, ..terms };
         Ok(Cuda { state: buffer, terms })
     }
 

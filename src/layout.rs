@@ -176,6 +176,8 @@ pub(crate) struct Launch {
     pub(crate) state: u64,
     /// Of the [`Progress`].
     pub(crate) progress: u64,
+    /// Of [`ALIGNMENT`] bytes of zeros, aligned to as many.
+    pub(crate) zeros: u64,
     /// Of the gradient scale, an f32; 0 where `scale` has it.
     pub(crate) scale_address: u64,
     /// b of an EMA.

@@ -18,6 +18,7 @@ tests! {
     once:
         modality_by_modality,
         without_train_and_validation_gradients,
+        negative_zero_stays,
         not_finite_is_passed_on_and_rounding_is_to_even;
 }
 
@@ -234,6 +235,20 @@ fn without_train_and_validation_gradients(place: Place) -> Outcome {
     assert_eq!(tensors[0].blended[..], [0.0, 2.0, 4.0]);
     let report = blender.report(STREAM())?;
     assert_eq!((report.observed, report.mean), (1, vec![0.0, 0.0]));
+    Ok(())
+}
+
+/// What is absent adds nothing at all, whereas a zero would make +0 of -0.
+fn negative_zero_stays(place: Place) -> Outcome {
+    for present in 1..=9 {
+        let mut blender = place.blender(present)?;
+        let mut tensor = Tensor::<f32>::random(&mut Random(19), 5, present, 0, 0);
+        tensor.modalities.fill(Some(vec![-0.0; 5].into()));
+        tensor.blended.fill(-0.0);
+        let mut tensors = [tensor];
+        place.run(&mut blender, &mut tensors, accumulate)?;
+        assert_eq!(bits(&tensors[0].blended), [0x8000_0000; 5], "{present} present");
+    }
     Ok(())
 }
 

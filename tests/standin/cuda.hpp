@@ -253,3 +253,24 @@ inline __half __float2half_rn(float x) {
     }
     return {static_cast<unsigned short>(sign | half)};
 }
+
+struct __half2 {
+    __half x, y;
+};
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+
+// The upper half of a binary32.
+struct __nv_bfloat16 {
+    unsigned short bits;
+};
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+// To nearest, ties to even. A NaN becomes the one that a device makes of it.
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+    const unsigned bits = __float_as_uint(x);
+    // Adding 0x7fff, and 1 more where the last bit kept is odd, carries into the upper half exactly when it must be
+    // rounded up.
+    return {static_cast<unsigned short>(x == x ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fff)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
