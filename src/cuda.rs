@@ -6,7 +6,9 @@ mod work;
 
 use crate::error::{Error, List, Result};
 use crate::grad::{Grad, Scale, Stream};
-use crate::layout::{ALIGNMENT, BLEND, Chunk, DOT, Launch, MAX_MODALITIES, Progress, Span, State, TensorRecord, Weights};
+use crate::layout::{
+    ALIGNMENT, BLEND, Chunk, DOT, Launch, MAX_MODALITIES, Progress, Span, State, TensorRecord, Weights,
+};
 use crate::plan::Table;
 
 use context::{Context, Kernel, refuse_capture, wait};

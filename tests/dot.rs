@@ -90,8 +90,7 @@ fn many_tensors<T: Sample>(place: Place) -> Outcome {
 /// So many that their partial sums are more than are added up at a time.
 fn many_partial_sums(place: Place) -> Outcome {
     let mut random = Random(103);
-    let mut tensors: Vec<Tensor<bf16>> =
-        (0..1200).map(|i| Tensor::random(&mut random, 1 + i % 3, 32, 0, 20)).collect();
+    let mut tensors: Vec<Tensor<bf16>> = (0..1200).map(|i| Tensor::random(&mut random, 1 + i % 3, 32, 0, 20)).collect();
     let got = dot(place, &mut tensors, 32, 1)?;
     Sums::of(32, &tensors).check(&got, "1200 tensors");
     Ok(())

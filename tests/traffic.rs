@@ -5,7 +5,7 @@ mod common;
 
 use common::cuda::{Own, Standin, on_standin, within};
 use common::{Outcome, Place, Random, STREAM, Sample, Target, Tensor, bits};
-use gradblend::{Blender, Pass, Plan, Stream, bf16, f16};
+use gradblend::{Blender, DType, Pass, Plan, Stream, TensorGrads, bf16, f16};
 
 /// What `work` adds to counters.
 fn counted<const N: usize>(
@@ -121,6 +121,67 @@ fn tiles_read_train_and_validation_gradients_again() -> Outcome {
                 let got = counted(standin, ["loaded", "stored"], run)?;
                 assert_eq!(got, want.map(|lists| (lists * list) as u64), "{present} present");
             }
+        }
+        Ok(())
+    })
+}
+
+/// What a plan keeps on the device, tables and partial sums, is a small part of what its passes move.
+#[test]
+fn tables_are_small() -> Outcome {
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/shapes.json"))?;
+    let shapes: serde_json::Value = serde_json::from_str(&text)?;
+    let model = |name: &str| -> Option<Vec<u64>> {
+        let models = shapes["models"].as_array()?;
+        let parts = models.iter().find(|model| model["name"] == name)?["parts"].as_array()?;
+        let tensors = parts.iter().filter_map(|part| part["tensors"].as_array()).flatten();
+        tensors.map(|shape| shape.as_array()?.iter().map(|n| n.as_u64()).product()).collect()
+    };
+    let lists = [
+        ("ResNet-50", model("ResNet-50"), 0.0002),
+        ("ViT-B/16", model("ViT-B/16"), 0.0002),
+        ("TinyLlama-1.1B", model("TinyLlama-1.1B"), 0.0002),
+        ("83 million elements", Some(vec![83_000_000]), 0.0002),
+        ("100,000 tensors of 1,000", Some(vec![1000; 100_000]), 0.01),
+    ];
+    on_standin(|standin| {
+        for (name, list, most) in lists {
+            let list = list.ok_or(name)?;
+            // Never read, so never there; and inputs may share memory.
+            let memory = vec![0_u16; list.iter().copied().max().unwrap_or(0) as usize];
+            let at = memory.as_ptr().cast();
+            // SAFETY: at `at` are as many elements as the longest has; nothing writes to them.
+            let tensor =
+                |len: &u64| unsafe { TensorGrads::from_raw(*len, DType::BF16, at, at, &[at; 3], std::ptr::null_mut()) };
+            let tensors: Vec<_> = list.iter().map(tensor).collect();
+            let blender = Place::Cuda.blender(3)?;
+            let before = standin.count("live_bytes");
+            let _plan = blender.plan(&tensors)?;
+            let kept = standin.count("live_bytes") - before;
+            let moved = 6 * 2 * list.iter().sum::<u64>();
+            let share = kept as f64 / moved as f64;
+            println!("{name}: {kept} bytes kept, {moved} moved by a step, {:.3} %", 100.0 * share);
+            assert!(share < most, "{name}: {kept} bytes kept, {moved} moved");
+        }
+        Ok(())
+    })
+}
+
+/// The last block reads each partial sum once, and nothing else is added up.
+#[test]
+fn partial_sums_are_read_once() -> Outcome {
+    on_standin(|standin| {
+        // More than there are spans: each gets a block.
+        standin.set("multiprocessors", 1000);
+        for (k, count) in [(1, 400), (3, 2000), (32, 1100)] {
+            let mut random = Random(207);
+            let mut tensors: Vec<Tensor<bf16>> =
+                (0..count).map(|i| Tensor::random(&mut random, 1 + i % 5, k, 0, 0)).collect();
+            let mut blender = Place::Cuda.blender(k)?;
+            let [blocks, table] =
+                counted(standin, ["blocks", "table"], || Place::Cuda.run(&mut blender, &mut tensors, Blender::dot))?;
+            assert_eq!(blocks as usize, count.div_ceil(8), "K = {k}");
+            assert_eq!(table, blocks * 2 * k as u64 * 8, "K = {k}");
         }
         Ok(())
     })
