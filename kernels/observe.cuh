@@ -31,6 +31,7 @@ struct Shared {
     Work work[WARPS];
     float weights[MAX_MODALITIES];
     double shares[2 * THREADS];  // of each thread, of two partial sums
+    double pending[2 * MAX_MODALITIES];
     double c[MAX_MODALITIES], d[MAX_MODALITIES];
     double keep, add;
     uint32_t last, entered;
@@ -38,8 +39,38 @@ struct Shared {
     Solver solver;
 };
 
+// What an observation starts from, read at once and before anything is waited for: each thread has its part of the moments.
+constexpr uint32_t PART = MAX_MODALITIES * MAX_MODALITIES / THREADS;
+static_assert(PART * THREADS == MAX_MODALITIES * MAX_MODALITIES && THREADS >= 2 * MAX_MODALITIES, "a part for each thread");
+struct Before {
+    double pending, mean, second_moment[PART];
+    double normaliser;
+    uint64_t observed, skipped;
+    uint32_t flags;
+    float scale;
+};
+
+__device__ __forceinline__ Before look_back(const Launch &launch) {
+    const uint32_t modalities = launch.modalities, thread = threadIdx.x;
+    const State *state = at<const State>(launch.state);
+    Before before;
+    before.pending = thread < 2 * modalities ? state->pending[thread] : 0.0;
+    before.mean = thread < modalities ? state->mean[thread] : 0.0;
+#pragma unroll
+    for (uint32_t part = 0; part < PART; ++part) {
+        const uint32_t i = thread + part * THREADS;
+        before.second_moment[part] = i < modalities * modalities ? state->second_moment[i] : 0.0;
+    }
+    before.normaliser = state->normaliser;
+    before.observed = state->observed;
+    before.skipped = state->skipped;
+    before.flags = state->flags;
+    before.scale = launch.scale_address != 0 ? *at<const float>(launch.scale_address) : launch.scale;
+    return before;
+}
+
 // Adds up the partial sums of all spans, in an order that depends on K alone, and adds them to the pending sums.
-__device__ __forceinline__ void fold(const Launch &launch, Shared &shared) {
+__device__ __forceinline__ void fold(const Launch &launch, Shared &shared, Before &before) {
     const uint32_t modalities = launch.modalities, products = 2 * modalities, thread = threadIdx.x;
     // A thread takes two products, of every so many spans.
     const uint32_t shares = THREADS / modalities, pair = thread % modalities, share = thread / modalities;
@@ -69,26 +100,33 @@ __device__ __forceinline__ void fold(const Launch &launch, Shared &shared) {
         }
         total = warp_sum(total);
         if (thread % WARP == 0) {
-            at<State>(launch.state)->pending[product] += total;
+            shared.pending[product] = total;
         }
     }
     __syncthreads();
+    if (thread < products) {
+        before.pending += shared.pending[thread];
+        at<State>(launch.state)->pending[thread] = before.pending;
+    }
 }
 
 // Closes the pending sums as one observation; says whether it entered the moments.
-__device__ __forceinline__ bool close(const Launch &launch, Shared &shared) {
+__device__ __forceinline__ bool close(const Launch &launch, Shared &shared, const Before &before) {
     const uint32_t modalities = launch.modalities, thread = threadIdx.x;
     State *state = at<State>(launch.state);
+    if (thread < 2 * modalities) {
+        shared.pending[thread] = before.pending;
+    }
+    __syncthreads();
     if (thread < WARP) {
-        const float given = launch.scale_address != 0 ? *at<const float>(launch.scale_address) : launch.scale;
         // Dividing by infinity would make zeros of anything.
-        const bool usable = is_finite(given);
-        const double scale = static_cast<double>(given) * static_cast<double>(given);
+        const bool usable = is_finite(before.scale);
+        const double scale = static_cast<double>(before.scale) * static_cast<double>(before.scale);
         double c = 0.0, d = 0.0;
         bool bad = false;
         if (thread < modalities) {
-            c = state->pending[thread] / scale;
-            d = state->pending[modalities + thread] / scale;
+            c = shared.pending[thread] / scale;
+            d = shared.pending[modalities + thread] / scale;
             bad = !usable || !is_finite(c) || !is_finite(d * d);
         }
         shared.c[thread] = c;
@@ -96,16 +134,18 @@ __device__ __forceinline__ bool close(const Launch &launch, Shared &shared) {
         const uint32_t nonfinite = __ballot_sync(0xffffffffu, bad);
         if (thread == 0) {
             state->nonfinite = nonfinite;
-            state->flags = (state->flags & ~NONFINITE) | (nonfinite != 0 ? NONFINITE : 0);
-            uint64_t &counter = nonfinite != 0 ? state->skipped : state->observed;
-            counter += counter != UINT64_MAX;
-            if (nonfinite == 0) {
-                const double n = static_cast<double>(state->observed);
+            state->flags = (before.flags & ~NONFINITE) | (nonfinite != 0 ? NONFINITE : 0);
+            if (nonfinite != 0) {
+                state->skipped = before.skipped + (before.skipped != UINT64_MAX);
+            } else {
+                const uint64_t observed = before.observed + (before.observed != UINT64_MAX);
+                const double n = static_cast<double>(observed);
                 const bool ema = launch.average == EMA;
-                shared.keep = ema ? launch.decay : static_cast<double>(state->observed - 1) / n;
+                shared.keep = ema ? launch.decay : static_cast<double>(observed - 1) / n;
                 // 1 - (n - 1) / n would round; 1 / n is nearer.
                 shared.add = ema ? 1.0 - launch.decay : 1.0 / n;
-                state->normaliser = ema ? shared.keep * state->normaliser + shared.add : 1.0;
+                state->observed = observed;
+                state->normaliser = ema ? shared.keep * before.normaliser + shared.add : 1.0;
             }
             shared.entered = nonfinite == 0;
         }
@@ -117,11 +157,15 @@ __device__ __forceinline__ bool close(const Launch &launch, Shared &shared) {
     if (shared.entered) {
         const double keep = shared.keep, add = shared.add;
         if (thread < modalities) {
-            state->mean[thread] = keep * state->mean[thread] + add * shared.c[thread];
+            state->mean[thread] = keep * before.mean + add * shared.c[thread];
         }
-        for (uint32_t i = thread; i < modalities * modalities; i += THREADS) {
-            const double square = shared.d[i / modalities] * shared.d[i % modalities];
-            state->second_moment[i] = keep * state->second_moment[i] + add * square;
+#pragma unroll
+        for (uint32_t part = 0; part < PART; ++part) {
+            const uint32_t i = thread + part * THREADS;
+            if (i < modalities * modalities) {
+                const double square = shared.d[i / modalities] * shared.d[i % modalities];
+                state->second_moment[i] = keep * before.second_moment[part] + add * square;
+            }
         }
     }
     __syncthreads();
@@ -129,8 +173,8 @@ __device__ __forceinline__ bool close(const Launch &launch, Shared &shared) {
 }
 
 // Closes the pending sums, and reweights if the cadence says so.
-__device__ __forceinline__ void observe(const Launch &launch, Shared &shared) {
-    if (close(launch, shared) && launch.cadence == EVERY_OBSERVATION && threadIdx.x < WARP) {
+__device__ __forceinline__ void observe(const Launch &launch, Shared &shared, const Before &before) {
+    if (close(launch, shared, before) && launch.cadence == EVERY_OBSERVATION && threadIdx.x < WARP) {
         reweight(launch, shared.solver);
     }
 }
@@ -155,10 +199,13 @@ __device__ __forceinline__ void finish(const Launch &launch, Shared &shared) {
         // So is this: nobody asks for a span any more.
         progress->taken = 0;
     }
-    if (DOTS) {
-        fold(launch, shared);
-    }
-    if (launch.what & OBSERVE) {
-        observe(launch, shared);
+    if (DOTS || (launch.what & OBSERVE)) {
+        Before before = look_back(launch);
+        if (DOTS) {
+            fold(launch, shared, before);
+        }
+        if (launch.what & OBSERVE) {
+            observe(launch, shared, before);
+        }
     }
 }

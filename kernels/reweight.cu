@@ -4,7 +4,7 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS) observe(const __grid_constant__ Launch launch) {
     __shared__ Shared shared;
-    observe(launch, shared);
+    observe(launch, shared, look_back(launch));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) reweight(const __grid_constant__ Launch launch) {
