@@ -72,6 +72,17 @@ __host__ __device__ constexpr int together(int lists) {
     return units;
 }
 
+// Puts a modality into a tile.
+template <bool BLENDS>
+__device__ __forceinline__ void put(Work &work, uint32_t place, bool there, uint64_t list, uint32_t modality,
+                                    const float *weights) {
+    work.lists[MODALITY + place] = list;
+    if (BLENDS) {
+        // Times the zeros that are read of an absent modality, -0 leaves every sum as it is.
+        work.weights[place] = there ? weights[modality] : -0.0f;
+    }
+}
+
 // Adds up the products of N modalities of a chunk from `first` on, and writes the blend of all its modalities where
 // `first` is 0. GUARD: of as many of the N as are present.
 template <class T, int N, bool DOTS, bool BLENDS, bool GUARD>
@@ -84,18 +95,17 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint64_t
     const bool blends = BLENDS && (!DOTS || (work.what & BLEND)) && (!GUARD || first == 0);
     const bool adds = blends && (work.what & ACCUMULATE);
     const int left = static_cast<int>(work.present - first), here = GUARD && left < N ? left : N;
-    // The lists of the tile before this one are done with.
-    __syncwarp();
-    if (static_cast<int>(lane) < here) {
-        work.lists[MODALITY + lane] = at<const uint64_t>(work.modalities)[first + lane] + work.offset;
-        if (BLENDS) {
-            work.weights[lane] = weights[at<const uint32_t>(work.indices)[first + lane]];
+    if (GUARD && work.present > TILE) {
+        // The lists of the tile before this one are done with.
+        __syncwarp();
+        if (lane < TILE) {
+            const bool there = first + lane < work.present;
+            const uint32_t n = there ? first + lane : first;
+            put<BLENDS>(work, lane, there, at<const uint64_t>(work.modalities)[n] + work.offset,
+                        at<const uint32_t>(work.indices)[n], weights);
         }
-    } else if (BLENDS && lane < N) {
-        // Times the zeros that are read of an absent modality, this is the number that leaves every sum as it is.
-        work.weights[lane] = -0.0f;
+        __syncwarp();
     }
-    __syncwarp();
     float c[2][N] = {}, d[2][N] = {};
     for (uint32_t next = threadIdx.x % work.threads * E; next < work.len; next += TOGETHER * work.threads * E) {
         uint4 t[TOGETHER] = {}, g[TOGETHER] = {}, b[TOGETHER] = {}, v[TOGETHER][N] = {};
@@ -246,17 +256,24 @@ __device__ __forceinline__ void take(Work &work, const float *weights, uint64_t 
     }
 }
 
-// Looks up what a chunk's tensor has; says whether the pass has anything to do there.
+// Looks up what a chunk's tensor has, the first tile of its modalities included; says whether the pass has anything to do
+// there.
 template <bool DOTS, bool BLENDS>
-__device__ __forceinline__ bool look_up(const Launch &launch, uint64_t number, uint32_t threads, uint32_t &dtype,
-                                        Work &work) {
+__device__ __forceinline__ bool look_up(const Launch &launch, const float *weights, uint64_t number, uint32_t threads,
+                                        uint32_t &dtype, Work &work) {
+    const uint32_t lane = threadIdx.x % WARP;
     const Chunk chunk = at<const Chunk>(launch.chunks)[number];
+    // What the chunk's tensor has is read at once; how many of its slots are taken is seen later.
+    const uint64_t slot = chunk.tensor * launch.modalities;
+    const uint64_t mine = slot + (lane < launch.modalities ? lane : 0);
+    const uint64_t list = at<const uint64_t>(launch.addresses)[mine];
+    const uint32_t modality = at<const uint32_t>(launch.indices)[mine];
     const TensorRecord tensor = at<const TensorRecord>(launch.tensors)[chunk.tensor];
-    const uint64_t slot = chunk.tensor * launch.modalities, offset = chunk.start * (tensor.dtype == F32 ? 4 : 2);
+    const uint64_t offset = chunk.start * (tensor.dtype == F32 ? 4 : 2);
     const bool adds = launch.what & ACCUMULATE;
     const bool dots = DOTS && tensor.train != 0 && tensor.present != 0;
     const bool blends = BLENDS && tensor.blended != 0 && (tensor.present != 0 || !adds);
-    if (threadIdx.x % WARP == 0) {
+    if (lane == 0) {
         work.lists[TRAIN] = tensor.train + offset;
         work.lists[VALID] = tensor.valid + offset;
         work.lists[BLENDED] = tensor.blended + offset;
@@ -268,6 +285,9 @@ __device__ __forceinline__ bool look_up(const Launch &launch, uint64_t number, u
         work.present = tensor.present;
         work.threads = threads;
         work.what = (dots ? DOT : 0) | (blends ? BLEND : 0) | (adds ? ACCUMULATE : 0);
+    }
+    if (lane < TILE) {
+        put<BLENDS>(work, lane, lane < tensor.present, list + offset, modality, weights);
     }
     dtype = tensor.dtype;
     __syncwarp();
@@ -301,7 +321,7 @@ __device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
         }
         uint32_t dtype = F32;
         const bool works =
-            number < span.end && look_up<DOTS, BLENDS>(launch, number, alone ? THREADS : WARP, dtype, work);
+            number < span.end && look_up<DOTS, BLENDS>(launch, shared.weights, number, alone ? THREADS : WARP, dtype, work);
         if (thread == 0) {
             shared.next = next;
         }
