@@ -372,7 +372,7 @@ fn median(values: &[f64]) -> f64 {
 /// One line; the report has all there is.
 fn print(case: &Case, bytes: u64, measured: &[&Measured]) {
     let time = |role: Role| measured.iter().filter(move |m| m.role == role).map(|m| median(&m.seconds));
-    let limit = time(Role::Limit).fold(f64::INFINITY, f64::min);
+    let limit = time(Role::Limit).fold(f64::NAN, f64::min);
     let ours = time(Role::Ours).next().unwrap_or(f64::NAN);
     let rate = |seconds: f64| bytes as f64 / seconds / 1e9;
     let mut line = format!(
