@@ -72,6 +72,11 @@ turn() {
     reason=$(grep '^Error: ' "$log" | tail -n 1 || true)
     echo "$name: $operation failed: ${reason:-exit status $code; $(tail -n 1 "$log")}" | tee -a "$results/left-out.txt"
     failed=$((failed + 1))
+    if [[ $name == "$base" ]]; then
+        tail -n 3 "$log" >&2
+        echo "run.sh: there is nothing to compare with" >&2
+        exit 1
+    fi
     mapfile -t variants < <(printf '%s\n' "${variants[@]}" | grep -vxF "$name")
 }
 
@@ -86,8 +91,6 @@ round() {
             [[ " ${variants[*]} " == *" $name "* ]] || continue
             ((SECONDS + 5 < budget)) || { echo "round $1: $operation: $name: out of time" && continue; }
             turn "$1" "$name" "$operation" $(((budget - SECONDS - 5) / (turns + 1)))
-            # Nothing to compare with.
-            [[ ${variants[0]} == "${base}" ]] || return 0
         done
     done
     took=$((SECONDS - began))
