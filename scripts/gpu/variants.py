@@ -50,6 +50,7 @@ VARIANTS = {
     "loads-4": [loads(4)],
     "loads-12": [loads(12)],
     "loads-16": [loads(16)],
+    "loads-12-resident-1": [loads(12), resident(1)],
     "loads-16-resident-1": [loads(16), resident(1)],
     "resident-1": [resident(1)],
     "resident-3": [resident(3)],
