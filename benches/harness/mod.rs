@@ -7,20 +7,21 @@ mod cuda;
 mod heap;
 mod lists;
 mod naive;
+mod options;
 mod oracle;
 mod ours;
 mod record;
 
 use std::error::Error;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use gradblend::{DType, bf16, f16};
 
 use cases::Case;
 use lists::Lists;
 use naive::Naive;
+use options::{Device, Options};
 use oracle::{Bound, Errors, Sums};
 use record::{Log, Machine};
 
@@ -67,37 +68,6 @@ pub(crate) enum Extent {
     Quick,
     /// Everything.
     Full,
-}
-
-/// Measures an operation of gradblend beside whatever else does it. Every result is checked first.
-#[derive(Parser)]
-struct Options {
-    /// Only cases whose name has this in it, such as `ResNet-50` or `K4/bf16`
-    filter: Option<String>,
-    /// Check every contender once on tiny inputs; times of these mean nothing
-    #[arg(long)]
-    test: bool,
-    /// A few large cases
-    #[arg(long)]
-    quick: bool,
-    /// Where to run; everywhere there is, by default
-    #[arg(long)]
-    device: Option<Device>,
-    /// Where to append raw results; target/benches/DATE-DEVICE.jsonl by default
-    #[arg(long, value_name = "FILE", requires = "device")]
-    results: Option<PathBuf>,
-    /// Start no case after so many seconds
-    #[arg(long, value_name = "SECONDS")]
-    budget: Option<u64>,
-    /// Given by `cargo bench`; without it this is a test
-    #[arg(long, hide = true)]
-    bench: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Device {
-    Cpu,
-    Cuda,
 }
 
 /// What a contender is there for.
@@ -245,11 +215,8 @@ fn everywhere<P>(operation: Operation, options: &Options, place: &P) -> Result<(
 where
     P: Place<f32> + Place<f16> + Place<bf16>,
 {
-    let extent = match (options.test || !options.bench, options.quick) {
-        (true, _) => Extent::Test,
-        (false, true) => Extent::Quick,
-        (false, false) => Extent::Full,
-    };
+    let extent = options.extent();
+    let cases = options.wanted(cases::cases(extent))?;
     let machine = Place::<f32>::machine(place);
     println!("{} on {}", operation.name(), machine.name);
     let mut log = match (extent, &options.results) {
@@ -257,19 +224,18 @@ where
         (_, path) => Log::open(path.as_deref(), operation, &machine)?,
     };
     let began = Instant::now();
-    let wanted = |case: &Case| options.filter.as_ref().is_none_or(|filter| case.to_string().contains(filter));
     let on_gpu = machine.device == "cuda";
     // One thread or all is a question of the CPU.
-    let cases = cases::cases(extent).into_iter().filter(|case| wanted(case) && !(on_gpu && case.threads == 1));
+    let cases = cases.into_iter().filter(|case| !(on_gpu && case.threads == 1));
     for case in cases {
         if options.budget.is_some_and(|budget| began.elapsed() >= Duration::from_secs(budget)) {
             log.skipped(&case, None, "out of time")?;
             continue;
         }
         match case.dtype {
-            DType::F32 => measure::<f32, P>(operation, extent, &case, place, &mut log)?,
-            DType::F16 => measure::<f16, P>(operation, extent, &case, place, &mut log)?,
-            DType::BF16 => measure::<bf16, P>(operation, extent, &case, place, &mut log)?,
+            DType::F32 => measure::<f32, P>(operation, options, &case, place, &mut log)?,
+            DType::F16 => measure::<f16, P>(operation, options, &case, place, &mut log)?,
+            DType::BF16 => measure::<bf16, P>(operation, options, &case, place, &mut log)?,
         }
     }
     if let Some(path) = log.path() {
@@ -281,11 +247,17 @@ where
 /// Checks all contenders on a case, then times them in turns.
 fn measure<T: Naive, P: Place<T>>(
     operation: Operation,
-    extent: Extent,
+    options: &Options,
     case: &Case,
     place: &P,
     log: &mut Log,
 ) -> Result<(), Box<dyn Error>> {
+    let extent = options.extent();
+    let wanted = |contender: &Contender<P::Inputs>| options.wants(contender.name, contender.role);
+    let contenders: Vec<_> = place.contenders(operation, case).into_iter().filter(wanted).collect();
+    if contenders.is_empty() {
+        return Err(format!("{case}: no contender is of a name or role that --only gives").into());
+    }
     let (needed, free) = (case.memory(operation), place.free());
     if needed > free {
         let reason = format!("needs {:.1} GB, of which {:.1} GB are free", needed as f64 / 1e9, free as f64 / 1e9);
@@ -300,7 +272,7 @@ fn measure<T: Naive, P: Place<T>>(
         Err(reason) => return Ok(log.skipped(case, None, &reason)?),
     };
     let mut ready = Vec::new();
-    for contender in place.contenders(operation, case) {
+    for contender in contenders {
         if contender.bound.is_some() {
             place.poison(&mut inputs);
         }
@@ -400,7 +372,7 @@ fn median(values: &[f64]) -> f64 {
 /// One line; the report has all there is.
 fn print(case: &Case, bytes: u64, measured: &[&Measured]) {
     let time = |role: Role| measured.iter().filter(move |m| m.role == role).map(|m| median(&m.seconds));
-    let limit = time(Role::Limit).fold(f64::INFINITY, f64::min);
+    let limit = time(Role::Limit).fold(f64::NAN, f64::min);
     let ours = time(Role::Ours).next().unwrap_or(f64::NAN);
     let rate = |seconds: f64| bytes as f64 / seconds / 1e9;
     let mut line = format!(

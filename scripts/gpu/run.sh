@@ -17,7 +17,7 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 quick='' bench='' only='' operation='' budget=570
-usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$here/run.sh"; }
+source "$here/machine.sh"
 while (($#)); do
     case $1 in
         --quick) quick=1 ;;
@@ -34,23 +34,8 @@ done
 
 results=${OUT:-$PWD/results-$(date -u +%Y%m%dT%H%M%SZ)}
 mkdir -p "$results"
-# The programs are stripped: a backtrace has no names. nvidia-smi and CUDA shall mean the same by device 0.
-export RUST_BACKTRACE=0 CUDA_DEVICE_ORDER=PCI_BUS_ID GRADBLEND_REQUIRE_CUDA=1
-SECONDS=0
 skip=77 # what a step returns that could not run
-rows=() failed=0 child='' unusable=''
-trap '[[ -z $child ]] || kill "$child" 2> /dev/null; exit 130' INT TERM
-
-# limited COMMAND...: runs a command until the end of the step's time. In the background, so that ^C is heard.
-limited() {
-    local left=$((deadline - SECONDS)) code=0
-    ((left > 0)) || return 124
-    timeout -k 5 "$left" "$@" < /dev/null &
-    child=$!
-    wait "$child" || code=$?
-    child=''
-    return "$code"
-}
+rows=() failed=0
 
 # step NAME SECONDS FUNCTION...: runs a function, which may say more in `reason`, and notes how it ended.
 step() {
@@ -83,51 +68,16 @@ step() {
     echo "${rows[-1]}"
 }
 
-# Puts the programs together from their parts; scripts/gpu-bundle says why they are in parts.
-assemble() {
-    local program pieces piece
-    while read -r program pieces; do
-        mkdir -p "$here/${program%/*}" || return
-        gzip -dc "$here/parts/$program.gz" | for piece in $pieces; do
-            case $piece in
-                kernels/*) cat "$here/$piece" ;;
-                *) head -c "$piece" ;;
-            esac || exit
-        done > "$here/$program.new" || return
-        chmod +x "$here/$program.new" && mv "$here/$program.new" "$here/$program" || return
-    done < "$here/parts/list"
-}
-
-manifest() { sed -n "s/^$1 *//p" "$here/MANIFEST"; }
-
 machine() {
-    local code=0 needs has
-    sed '/^$/,$d' "$here/MANIFEST"
-    uname -srm
-    nproc
-    grep -E 'MemTotal|MemAvailable' /proc/meminfo || true
-    cat /proc/driver/nvidia/version 2> /dev/null || echo "no /proc/driver/nvidia/version"
-    if command -v nvidia-smi > /dev/null; then
-        limited nvidia-smi || true
-        reason=$(timeout 20 nvidia-smi -i "$gpu" --query-gpu=name,driver_version --format=csv,noheader || true)
-    else
-        echo "no nvidia-smi"
-        reason="no nvidia-smi"
-    fi
-    reason+=", commit $(manifest commit)"
-    needs=$(manifest glibc) has=$(getconf GNU_LIBC_VERSION 2> /dev/null | awk '{ print $2 }')
-    echo "glibc $has, needed is $needs"
-    if [[ $(printf '%s\n' "$needs" "$has" | sort -V | head -n 1) != "$needs" ]]; then
-        unusable="glibc ${has:-?} is here, the programs need $needs"
-    else
+    local code=0
+    describe || code=$?
+    if [[ -z $unusable ]]; then
         # The library's own words on a missing driver or a device that will not do. Its other errors are for later steps.
         limited "$here/examples/cuda_step" > "$log.probe" 2>&1 || true
         cat "$log.probe"
         unusable=$(sed -n 's/^Error: \(no CUDA d.*\|CUDA device .*\)/\1/p' "$log.probe")
         rm "$log.probe"
     fi
-    (cd "$here" && sed '1,/^$/d' MANIFEST | sha256sum --quiet -c) ||
-        { reason="files differ from MANIFEST; $reason" && code=1; }
     [[ -z $unusable ]] || { reason="$unusable; $reason" && code=1; }
     return "$code"
 }
@@ -210,7 +160,6 @@ peers() {
 }
 
 assemble || { echo "run.sh: cannot put the programs together in $here; is it writable?" >&2 && exit 1; }
-gpu=${CUDA_VISIBLE_DEVICES:-0} gpu=${gpu%%,*}
 threads=4 prefix=()
 mapfile -t programs < <(cd "$here/tests" && printf '%s\n' *)
 mapfile -t operations < <(cd "$here/benches" && printf '%s\n' *)
