@@ -1,28 +1,31 @@
 #!/usr/bin/env bash
 # Runs what scripts/gpu-bundle put into this folder, on a machine with a CUDA GPU.
 #
-#     ./run.sh [--quick | --bench | --bench-only [--operation NAME]] [--budget SECONDS]
+#     ./run.sh [--quick | --bench | --bench-only | --profile] [--operation NAME] [--budget SECONDS]
 #
 #   --quick           only the machine and the tests
 #   --bench           a few benchmarks at the end, as far as there is time for them
 #   --bench-only      the machine, and all benchmarks that there is time for; raw results in benches.jsonl
+#   --profile         the machine, and what Nsight Compute counts in each kernel on one large tensor and on ResNet-50's
 #   --operation NAME  of dot, blend and step only this one, and PyTorch's part in it
 #   --budget SECONDS  for everything together, 570 by default; what does not fit is skipped
 #
 # Each step writes a log into ./results-<UTC time>/, or into $OUT. A failed step does not keep the others from running.
 # The first thing is to put the programs in this folder together.
 # Exits with 1 if a step failed. The GPU is device 0 of those that CUDA_VISIBLE_DEVICES shows, in the order of
-# nvidia-smi. Nothing but the driver is needed; compute-sanitizer is used where it is on PATH or in /usr/local/cuda/bin.
+# nvidia-smi. Nothing but the driver is needed; compute-sanitizer and ncu are used where they are on PATH or in
+# /usr/local/cuda/bin.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-quick='' bench='' only='' operation='' budget=570
+quick='' bench='' only='' profile='' operation='' budget=570
 source "$here/machine.sh"
 while (($#)); do
     case $1 in
         --quick) quick=1 ;;
         --bench) bench=1 ;;
         --bench-only) bench=1 only=1 ;;
+        --profile) profile=1 only=1 ;;
         --operation) operation=${2:-} && shift ;;
         --budget) budget=${2:-} && shift ;;
         --help | -h) usage && exit ;;
@@ -121,11 +124,14 @@ lengths() {
     tests "${programs[@]}" -- --ignored cuda
 }
 
+# toolkit PROGRAM: where a program of the toolkit is.
+toolkit() { PATH=$PATH:/usr/local/cuda/bin command -v "$1"; }
+
 # sanitize TOOL: a few tests and the example under compute-sanitizer. The tests judge the driver's results themselves,
 # some of which are errors on purpose.
 sanitize() {
     local tool threads=1 prefix code=0
-    tool=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) ||
+    tool=$(toolkit compute-sanitizer) ||
         { reason="no compute-sanitizer on PATH or in /usr/local/cuda/bin" && return $skip; }
     prefix=("$tool" --tool "$1" --error-exitcode 1)
     [[ $1 != memcheck ]] || prefix+=(--report-api-errors no)
@@ -145,6 +151,20 @@ bench() {
     local extent=()
     [[ -n $only ]] || extent=(--quick)
     limited "$here/benches/$1" --bench --device cuda "${extent[@]}" --results "$results/benches.jsonl" --budget "$2"
+}
+
+# profile OPERATION CASE: what the hardware counts in one warm launch of our kernel.
+profile() {
+    local tool
+    tool=$(toolkit ncu) || { reason="no ncu on PATH or in /usr/local/cuda/bin" && return $skip; }
+    # The first launches are those that are compared with f64. Clocks are left as they are.
+    limited "$tool" --clock-control none --kernel-name 'regex:^(dot|blend|dot_blend)$' --launch-skip 3 --launch-count 1 --kill yes \
+        --section LaunchStats --section Occupancy --section SpeedOfLight --section MemoryWorkloadAnalysis \
+        --section SchedulerStats --section WarpStateStats \
+        --metrics dram__bytes_read.sum,dram__bytes_write.sum,lts__t_sector_hit_rate.pct \
+        "$here/benches/$1" --bench --device cuda --only gradblend --results "$log.jsonl" "$2" || return
+    grep -q 'dram__bytes_read' "$log" || { reason="no counters: see the log" && return 1; }
+    reason="$2: $(awk '$1 ~ /^(dram__bytes_(read|write)\.sum)$/ { printf "%s%s %s %s", n++ ? ", " : "", $1, $3, $2 }' "$log")"
 }
 
 # peers SECONDS: the same by PyTorch, where it is.
@@ -200,6 +220,12 @@ if [[ -z $quick && -z $only ]]; then
     step lengths-over-2-31 120 lengths
     for tool in memcheck racecheck initcheck synccheck; do
         step "sanitizer-$tool" 90 sanitize "$tool"
+    done
+fi
+if [[ -n $profile ]]; then
+    for name in "${operations[@]}"; do
+        step "profile-$name-large" 90 profile "$name" 'flat 1e8/K3/bf16'
+        step "profile-$name-model" 90 profile "$name" ResNet-50/K3/bf16
     done
 fi
 if [[ -n $bench && -z $quick ]]; then
