@@ -2,9 +2,11 @@
 
     check_machine_code.py CUOBJDUMP "80 90 ..." IMAGE...
 
-Fails unless each kernel has code for each of the architectures; on a stack or local memory (spills) in any kernel, on a main loop of the pass kernels that does not load 128 bits at
-a time, or a round of one, or of the fold, that uses one of its loads before all are on their way; on a ticket that is taken without a fence before it; and on PTX that
-leaves a compiler the choice of fusing a multiplication with an addition. With cuobjdump from NVIDIA's toolkit.
+Fails unless each kernel has code for each of the architectures; on a stack or local memory (spills) in any kernel; on a
+main loop of the pass kernels that does not load 128 bits at a time; on a round of one, or of the fold, that uses one of
+its loads before all are on their way; on a ticket that is taken without a fence before it; on waiting for the number of
+the next span before this one is looked up; and on PTX that leaves a compiler the choice of fusing a multiplication with an
+addition. With cuobjdump from NVIDIA's toolkit.
 """
 
 import re
@@ -13,7 +15,7 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-from machine_code import MAIN_LOOPS, PARTIAL, PASSES, WIDE, Graph, Unreadable, instructions, main_loops, resources, run, waits
+from machine_code import MAIN_LOOPS, PARTIAL, PASSES, WIDE, Graph, Unreadable, instructions, main_loops, registers, resources, run, waits
 
 failures = []
 
@@ -30,6 +32,18 @@ def early_use(block, wide):
         left -= load
         if not load and left:
             return text
+    return None
+
+
+def soon_used(listing, address):
+    """The instruction that uses what the one at an address brings before anything else is loaded, if there is one."""
+    after = [text for at, text in listing if at >= address]
+    brought = {int(re.search(r"\bR(\d+)\b", after[0])[1])}
+    for text in after[1:]:
+        if registers(text) & brought:
+            return text
+        if re.search(r"\bLDG\b", text):
+            return None
     return None
 
 
@@ -61,6 +75,11 @@ def check(arch, kernel, listing):
         tickets = [address for address, text in listing if "ATOMG" in text and ".INC" in text]
         if len(tickets) != 1 or not any(fence < tickets[0] for fence in fences):
             fail(f"{arch} {kernel}: {len(tickets)} tickets, fences at {fences}")
+        spans = [address for address, text in listing if "ATOMG" in text and ".ADD" in text]
+        if len(spans) != 1:
+            fail(f"{arch} {kernel}: {len(spans)} places where a span is taken")
+        elif use := soon_used(listing, spans[0]):
+            fail(f"{arch} {kernel}: waits for the next span at `{use}`, before it looks this one up")
 
 
 def check_ptx(image, text):

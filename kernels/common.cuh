@@ -29,10 +29,11 @@ struct TensorRecord {
     uint32_t dtype, present, alignment, reserved;
 };
 struct Chunk {
-    uint64_t tensor, start, len;
+    uint64_t start;
+    uint32_t tensor, len;
 };
-struct Span {
-    uint64_t first, end;
+struct alignas(8) Span {
+    uint32_t first, end;
 };
 struct Progress {
     uint32_t taken, done;
@@ -69,10 +70,15 @@ SAME_PLACE(TensorRecord, dtype);
 SAME_PLACE(TensorRecord, present);
 SAME_PLACE(TensorRecord, alignment);
 SAME_SIZE(Chunk);
+SAME_PLACE(Chunk, start);
+SAME_PLACE(Chunk, tensor);
+SAME_PLACE(Chunk, len);
 SAME_PLACE(Chunk, tensor);
 SAME_PLACE(Chunk, start);
 SAME_PLACE(Chunk, len);
 SAME_SIZE(Span);
+SAME_PLACE(Span, first);
+SAME_PLACE(Span, end);
 SAME_PLACE(Span, first);
 SAME_PLACE(Span, end);
 SAME_SIZE(Progress);

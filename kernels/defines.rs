@@ -42,7 +42,7 @@ pub(crate) fn defines() -> Vec<String> {
         };
     }
     record!(TensorRecord: train valid blended len dtype present alignment reserved);
-    record!(Chunk: tensor start len);
+    record!(Chunk: start tensor len);
     record!(Span: first end);
     record!(Progress: taken done);
     record!(State: pending weights_f32 weights mean second_moment normaliser observed skipped flags nonfinite);

@@ -259,12 +259,12 @@ __device__ __forceinline__ void take(Work &work, const float *weights, uint64_t 
 // Looks up what a chunk's tensor has, the first tile of its modalities included; says whether the pass has anything to do
 // there.
 template <bool DOTS, bool BLENDS>
-__device__ __forceinline__ bool look_up(const Launch &launch, const float *weights, uint64_t number, uint32_t threads,
+__device__ __forceinline__ bool look_up(const Launch &launch, const float *weights, uint32_t number, uint32_t threads,
                                         uint32_t &dtype, Work &work) {
     const uint32_t lane = threadIdx.x % WARP;
     const Chunk chunk = at<const Chunk>(launch.chunks)[number];
     // What the chunk's tensor has is read at once; how many of its slots are taken is seen later.
-    const uint64_t slot = chunk.tensor * launch.modalities;
+    const uint64_t slot = static_cast<uint64_t>(chunk.tensor) * launch.modalities;
     const uint64_t mine = slot + (lane < launch.modalities ? lane : 0);
     const uint64_t list = at<const uint64_t>(launch.addresses)[mine];
     const uint32_t modality = at<const uint32_t>(launch.indices)[mine];
@@ -280,7 +280,7 @@ __device__ __forceinline__ bool look_up(const Launch &launch, const float *weigh
         work.modalities = launch.addresses + slot * sizeof(uint64_t);
         work.indices = launch.indices + slot * sizeof(uint32_t);
         work.offset = offset;
-        work.len = static_cast<uint32_t>(chunk.len);
+        work.len = chunk.len;
         work.alignment = tensor.alignment;
         work.present = tensor.present;
         work.threads = threads;
@@ -304,18 +304,18 @@ __device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
         shared.span = blockIdx.x;
     }
     __syncthreads();
-    // The table of 2^32 spans would be larger than any device's memory.
+    // No plan has more than 2^31 spans.
     while (shared.span < launch.count) {
         Work &work = shared.work[thread / WARP];
         uint32_t next = 0;
         if (thread == 0) {
-            // Asked for early: the answer comes while the chunk is looked up.
-            next = gridDim.x + atomicAdd(&at<Progress>(launch.progress)->taken, 1u);
+            // Asked for early, and not touched before it is needed: the answer comes while the chunk is looked up.
+            next = atomicInc(&at<Progress>(launch.progress)->taken, UINT32_MAX);
         }
         const Span span = at<const Span>(launch.spans)[shared.span];
         // All warps share a chunk that is alone in its span.
         const bool alone = span.end - span.first == 1;
-        const uint64_t number = alone ? span.first : span.first + thread / WARP;
+        const uint32_t number = alone ? span.first : span.first + thread / WARP;
         for (uint32_t i = thread % WARP; DOTS && i < 2 * k; i += WARP) {
             work.sums[i] = 0.0;
         }
@@ -323,7 +323,7 @@ __device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
         const bool works =
             number < span.end && look_up<DOTS, BLENDS>(launch, shared.weights, number, alone ? THREADS : WARP, dtype, work);
         if (thread == 0) {
-            shared.next = next;
+            shared.next = gridDim.x + next;
         }
         if (works) {
             if (dtype == F32) {

@@ -7,7 +7,7 @@ mod work;
 use crate::error::{Error, List, Result};
 use crate::grad::{Grad, Scale, Stream};
 use crate::layout::{
-    ALIGNMENT, BLEND, Chunk, DOT, Launch, MAX_MODALITIES, Progress, Span, State, TensorRecord, Weights,
+    ALIGNMENT, BLEND, Chunk, DOT, Launch, MAX_MODALITIES, OBSERVE, Progress, Span, State, TensorRecord, Weights,
 };
 use crate::plan::Table;
 
@@ -76,7 +76,8 @@ impl Cuda {
         let mut bytes = 0_u64;
         let mut place = |items: u64, size: usize| {
             let start = bytes;
-            // Every table starts at a multiple of 8, the largest alignment of a record.
+            // Every table starts at a multiple of 8, the largest alignment of a record. Partial sums, two of which are
+            // loaded at a time, come first, where all memory of a device is aligned to far more.
             bytes = bytes.saturating_add(items.saturating_mul(size as u64)).saturating_add(7) & !7;
             start
         };
@@ -148,7 +149,8 @@ impl Cuda {
             (false, false) => kernels.observe,
         };
         let table = scratch.terms;
-        let mut terms = self.scaled(scale);
+        // Only an observation reads the scale: whoever just adds up products may have freed it.
+        let mut terms = if what & OBSERVE == 0 { self.terms } else { self.scaled(scale) };
         (terms.tensors, terms.addresses, terms.indices) = (table.tensors, table.addresses, table.indices);
         (terms.chunks, terms.spans, terms.count) = (table.chunks, table.spans, table.count);
         (terms.partials, terms.what) = (table.partials, what);

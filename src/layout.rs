@@ -12,8 +12,8 @@ pub(crate) const MAX_CPU_THREADS: u32 = 4096;
 /// Bytes of a kernel's widest load, and so the alignment that it takes.
 pub(crate) const ALIGNMENT: u64 = 16;
 
-// ---- Tuning. docs/tuning.md has the reckoning and the measurements behind each number. `CHUNK`, `THREADS` and `SMALL`
-// decide in which order products are added, and so their last bits; the others change no bit. ----
+// ---- Tuning. docs/tuning.md has the reckoning and the measurements behind each number. `CHUNK`, `SPAN`, `THREADS` and
+// `SMALL` decide in which order products are added, and so their last bits; the others change no bit. ----
 
 /// Elements in a chunk, the unit of work that never crosses a tensor.
 ///
@@ -48,7 +48,7 @@ pub(crate) const RESIDENT: u64 = 2;
 
 /// Loads of [`ALIGNMENT`] bytes that a thread has on their way at once, at the least.
 ///
-/// 8 of 512 threads are 64 KiB a multiprocessor; CUB's tuning asks for 48 on an H200, the most of any GPU that it names.
+/// 8 of 512 threads are 64 KiB a multiprocessor: what CUB's tuning asks for on a B200, the most of any GPU that it names.
 /// Not measured yet.
 #[cfg(feature = "cuda")]
 #[allow(dead_code, reason = "for the kernels alone")]
@@ -98,22 +98,22 @@ pub(crate) struct TensorRecord {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Chunk {
-    /// The tensor's place in the list.
-    pub(crate) tensor: u64,
     /// First element.
     pub(crate) start: u64,
+    /// The tensor's place in the list.
+    pub(crate) tensor: u32,
     /// Elements, at most [`CHUNK`].
-    pub(crate) len: u64,
+    pub(crate) len: u32,
 }
 
-/// A run of chunks: one claim of one thread, one partial sum.
+/// A run of chunks: one claim of one thread or block, one partial sum.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Span {
     /// First chunk.
-    pub(crate) first: u64,
+    pub(crate) first: u32,
     /// One past the last chunk.
-    pub(crate) end: u64,
+    pub(crate) end: u32,
 }
 
 /// How far a launch has come; zero between launches.

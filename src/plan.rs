@@ -79,7 +79,7 @@ impl Table {
             let mut start = 0;
             while start < tensor.len() {
                 let len = CHUNK.min(tensor.len() - start);
-                table.chunks.push(Chunk { tensor: index as u64, start, len });
+                table.chunks.push(Chunk { start, tensor: index as u32, len: len as u32 });
                 start += len;
             }
         }
@@ -159,12 +159,13 @@ impl Table {
     fn group_chunks(&mut self, grouping: Grouping) {
         let (mut span, mut elements) = (Span { first: 0, end: 0 }, 0);
         for chunk in &self.chunks {
-            if span.end > span.first && !grouping.takes(span.end - span.first, elements, chunk.len) {
+            let len = u64::from(chunk.len);
+            if span.end > span.first && !grouping.takes(u64::from(span.end - span.first), elements, len) {
                 self.spans.push(span);
                 (span.first, elements) = (span.end, 0);
             }
             span.end += 1;
-            elements += chunk.len;
+            elements += len;
         }
         if span.end > span.first {
             self.spans.push(span);
@@ -253,7 +254,8 @@ fn check_shapes(modalities: usize, tensors: &[TensorGrads<'_>]) -> Result<()> {
 }
 
 /// More bytes than a plan needs for anything: at 512 bytes for each 65,536 elements, the CPU's partial sums, some 5e11
-/// elements. A wrong length is better told before memory is asked for, which systems promise without having it.
+/// elements. A wrong length is better told before memory is asked for, which systems promise without having it. So few
+/// tensors and chunks are counted in 32 bits.
 const MAX_BYTES: u64 = 1 << 32;
 
 /// An empty vector with room for `len` items, or a typed error.

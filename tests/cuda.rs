@@ -4,7 +4,7 @@
 mod common;
 
 use common::cuda::{Own, current, on_cuda, skip, within};
-use common::{Outcome, Place, Random, STREAM, Sample, Tensor, bits};
+use common::{Outcome, Place, Random, STREAM, Sample, Sums, Tensor, bits};
 use gradblend::{
     Average, Blender, Cadence, Config, Error, GradScale, Negative, Overfitting, Pass, Policy, TensorGrads,
 };
@@ -87,6 +87,22 @@ fn observe_and_reweight_have_the_bits_of_the_cpu() -> Outcome {
         }
         let tried = (held, clamped, skipped, many);
         assert!(held > 20 && clamped > 20 && skipped > 100 && many > 10, "{tried:?} of each sort");
+        Ok(())
+    })
+}
+
+/// A dot that observes nothing reads no scale, so its memory may be gone.
+#[test]
+fn scale_is_read_by_observations_alone() -> Outcome {
+    on_cuda(|place| {
+        let mut blender = place.blender(3)?;
+        let cell = place.buffer(vec![2.0_f32]);
+        // SAFETY: no observation reads it.
+        blender.set_grad_scale(unsafe { GradScale::from_raw(cell.address()) })?;
+        drop(cell);
+        let mut tensors = tensors(&mut Random(77));
+        place.run(&mut blender, &mut tensors, Blender::dot)?;
+        Sums::of(3, &tensors).check(&place.pending(&blender), "after the scale is gone");
         Ok(())
     })
 }

@@ -195,7 +195,7 @@ fn plans(place: Place) -> Outcome {
     refused(unlisted.update(&[raw(4, DType::BF16, 0, 0, &[0, 0], 0)], STREAM()), &dtype, "bf16");
     unlisted.update(&[raw(4, DType::F32, 0, 0, &[0, 0], 0)], STREAM())?;
     let huge = raw(1 << 60, DType::F32, 0, 0, &[0, 0], 0);
-    let bytes = (1_u64 << 44) * 24;
+    let bytes = (1_u64 << 44) * 16;
     refused(own.plan(&[huge]), &Error::OutOfMemory { what: "the plan", bytes }, "out of memory");
     Ok(())
 }

@@ -56,7 +56,7 @@ VARIANTS = {
     "resident-3": [resident(3)],
     "threads-512": [threads(512), resident(1)],
     "threads-128": [threads(128), resident(4), chunk("1 << 15")],
-    "spans-in-turns": [("kernels/pass.cu", "next = gridDim.x + atomicAdd(&at<Progress>(launch.progress)->taken, 1u);", "next = shared.span + gridDim.x;")],
+    "spans-in-turns": [("kernels/pass.cu", "next = atomicInc(&at<Progress>(launch.progress)->taken, UINT32_MAX);", "next = shared.span;")],
     "load-default": [hint(LOAD, "return *at<const uint4>(address);")],
     "load-cg": [hint(LOAD, "return __ldcg(at<const uint4>(address));")],
     "store-default": [hint(STORE, "*at<uint4>(address) = unit;")],
