@@ -185,6 +185,21 @@ __device__ __forceinline__ uint4 load_pieces(uint64_t address, uint32_t bytes) {
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// A unit that is aligned to 2 bytes, or zeros: three words from the first that is aligned, and the halves that are left at
+// its ends. No branch tells where those are, so that the loads of other units can be on their way too.
+__device__ __forceinline__ uint4 load_halves(bool there, uint64_t address) {
+    const uint32_t odd = address & 2;
+    uint32_t words[3];
+#pragma unroll
+    for (uint32_t i = 0; i < 3; ++i) {
+        words[i] = there ? __ldcs(at<const uint32_t>(address + odd) + i) : 0;
+    }
+    const uint32_t half = there ? __ldcs(at<const unsigned short>(address + 12 - 6 * odd)) : 0;
+    const uint32_t last = there ? __ldcs(at<const unsigned short>(address + 14)) : 0;
+    return make_uint4(__funnelshift_l(half << 16, words[0], 8 * odd), __funnelshift_l(words[0], words[1], 8 * odd),
+                      __funnelshift_l(words[1], words[2], 8 * odd), (odd ? words[2] >> 16 : half) | last << 16);
+}
+
 // Writes the first `bytes` of a unit in pieces of BYTES.
 template <uint32_t BYTES>
 __device__ __forceinline__ void store_pieces(uint64_t address, uint32_t bytes, uint4 unit) {

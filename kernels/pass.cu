@@ -148,22 +148,33 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint64_t
             load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
                 unit = load_pieces<8>(list, there ? 16 : 0);
             });
-        } else if (T::BYTES == 2 && whole && alignment == 4) {
+        } else if (whole && alignment == 4) {
             load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
                 unit = load_pieces<4>(list, there ? 16 : 0);
             });
+        } else if (whole && T::BYTES == 2) {
+            load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) { unit = load_halves(there, list); });
         } else {
-            // The end of a chunk, or no better alignment than an element's.
+            // The end of a chunk.
             if (alignment == 16) {
                 load_lists([=](bool there, uint64_t list, uint32_t elements, uint4 &unit) {
                     unit = load_if(there && elements == E, list, zeros);
                 });
             }
-            load_lists([=](bool there, uint64_t list, uint32_t elements, uint4 &unit) {
-                if (alignment != 16 || elements % E != 0) {
-                    unit = load_pieces<T::BYTES>(list, there ? elements * T::BYTES : 0);
+            // A unit's lists together: one unit of the chunk at the most is there in part.
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                if (alignment != 16 || count[i] % E != 0) {
+                    const uint32_t bytes = count[i] * T::BYTES;
+                    t[i] = load_pieces<T::BYTES>(work.lists[TRAIN] + offset[i], dots ? bytes : 0);
+                    g[i] = load_pieces<T::BYTES>(work.lists[VALID] + offset[i], dots ? bytes : 0);
+                    b[i] = load_pieces<T::BYTES>(work.lists[BLENDED] + offset[i], adds ? bytes : 0);
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+                        v[i][n] = load_pieces<T::BYTES>(work.lists[MODALITY + n] + offset[i], n < here ? bytes : 0);
+                    }
                 }
-            });
+            }
         }
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {

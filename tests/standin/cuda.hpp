@@ -215,6 +215,9 @@ inline unsigned __float_as_uint(float x) { return standin::same_bits<unsigned>(x
 inline float __uint_as_float(unsigned bits) { return standin::same_bits<float>(bits); }
 inline long long __double_as_longlong(double x) { return standin::same_bits<long long>(x); }
 inline double __longlong_as_double(long long bits) { return standin::same_bits<double>(bits); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+    return static_cast<unsigned>(((static_cast<uint64_t>(high) << 32 | low) << (shift & 31)) >> 32);
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 struct __half {
