@@ -185,10 +185,12 @@ __device__ __forceinline__ uint4 load_pieces(uint64_t address, uint32_t bytes) {
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// A unit that is aligned to 2 bytes, or zeros: three words from the first that is aligned, and the halves that are left at
+// A unit of a list that is aligned to 2 bytes, or zeros: three words from the first that is aligned, and the halves that are left at
 // its ends. No branch tells where those are, so that the loads of other units can be on their way too.
-__device__ __forceinline__ uint4 load_halves(bool there, uint64_t address) {
-    const uint32_t odd = address & 2;
+__device__ __forceinline__ uint4 load_halves(bool there, uint64_t list, uint32_t offset) {
+    // Units lie 16 bytes apart.
+    const uint32_t odd = list & 2;
+    const uint64_t address = list + offset;
     uint32_t words[3];
 #pragma unroll
     for (uint32_t i = 0; i < 3; ++i) {

@@ -117,48 +117,48 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint64_t
             count[i] = element + E <= len ? E : element < len ? len - element : 0;
         }
         // Loads of all lists before the first use, and no branch between them, so that all are on their way at once.
-        const auto load_lists = [&](auto load_list) {
+        const auto load_lists = [&](auto load_unit) {
             const uint64_t train = work.lists[TRAIN], valid = work.lists[VALID], blended = work.lists[BLENDED];
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i) {
-                load_list(dots, train + offset[i], count[i], t[i]);
-                load_list(dots, valid + offset[i], count[i], g[i]);
-                load_list(adds, blended + offset[i], count[i], b[i]);
+                load_unit(dots, train, i, t[i]);
+                load_unit(dots, valid, i, g[i]);
+                load_unit(adds, blended, i, b[i]);
             }
 #pragma unroll
             for (int n = 0; n < N; ++n) {
                 const uint64_t modality = work.lists[MODALITY + n];
 #pragma unroll
                 for (int i = 0; i < TOGETHER; ++i) {
-                    load_list(n < here, modality + offset[i], count[i], v[i][n]);
+                    load_unit(n < here, modality, i, v[i][n]);
                 }
             }
         };
         const uint32_t alignment = work.alignment;
         const bool whole = count[TOGETHER - 1] == E;
         if (whole && alignment == 16) {
-            load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
+            load_lists([&](bool there, uint64_t list, int i, uint4 &unit) {
                 if (GUARD) {
-                    unit = load_if(there, list, zeros);
+                    unit = load_if(there, list + offset[i], zeros);
                 } else if (there) {
-                    unit = load(list);
+                    unit = load(list + offset[i]);
                 }
             });
         } else if (whole && alignment == 8) {
-            load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
-                unit = load_pieces<8>(list, there ? 16 : 0);
+            load_lists([&](bool there, uint64_t list, int i, uint4 &unit) {
+                unit = load_pieces<8>(list + offset[i], there ? 16 : 0);
             });
         } else if (whole && alignment == 4) {
-            load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) {
-                unit = load_pieces<4>(list, there ? 16 : 0);
+            load_lists([&](bool there, uint64_t list, int i, uint4 &unit) {
+                unit = load_pieces<4>(list + offset[i], there ? 16 : 0);
             });
         } else if (whole && T::BYTES == 2) {
-            load_lists([=](bool there, uint64_t list, uint32_t, uint4 &unit) { unit = load_halves(there, list); });
+            load_lists([&](bool there, uint64_t list, int i, uint4 &unit) { unit = load_halves(there, list, offset[i]); });
         } else {
             // The end of a chunk.
             if (alignment == 16) {
-                load_lists([=](bool there, uint64_t list, uint32_t elements, uint4 &unit) {
-                    unit = load_if(there && elements == E, list, zeros);
+                load_lists([&](bool there, uint64_t list, int i, uint4 &unit) {
+                    unit = load_if(there && count[i] == E, list + offset[i], zeros);
                 });
             }
             // A unit's lists together: one unit of the chunk at the most is there in part.

@@ -12,7 +12,7 @@ pub(crate) const MAX_CPU_THREADS: u32 = 4096;
 /// Bytes of a kernel's widest load, and so the alignment that it takes.
 pub(crate) const ALIGNMENT: u64 = 16;
 
-// ---- Tuning. docs/tuning.md has the reckoning and the measurements behind each number. `CHUNK`, `SPAN`, `THREADS` and
+// ---- Tuning. docs/tuning.md has the reckoning behind each number, and what has been measured. `CHUNK`, `SPAN`, `THREADS` and
 // `SMALL` decide in which order products are added, and so their last bits; the others change no bit. ----
 
 /// Elements in a chunk, the unit of work that never crosses a tensor.

@@ -153,16 +153,18 @@ bench() {
     limited "$here/benches/$1" --bench --device cuda "${extent[@]}" --results "$results/benches.jsonl" --budget "$2"
 }
 
-# profile OPERATION CASE: what the hardware counts in one warm launch of our kernel.
+# profile OPERATION CASE: what the hardware counts in one launch of our kernel.
 profile() {
     local tool
     tool=$(toolkit ncu) || { reason="no ncu on PATH or in /usr/local/cuda/bin" && return $skip; }
-    # The first launches are those that are compared with f64. Clocks are left as they are.
-    limited "$tool" --clock-control none --kernel-name 'regex:^(dot|blend|dot_blend)$' --launch-skip 3 --launch-count 1 --kill yes \
+    # The first launches are those that are compared with f64. Clocks and caches are left as they are. The program is
+    # stopped once the kernel is seen.
+    limited "$tool" --clock-control none --cache-control none --check-exit-code 0 --print-details all --kernel-name 'regex:^(dot|blend|dot_blend)$' --launch-skip 3 --launch-count 1 --kill yes \
         --section LaunchStats --section Occupancy --section SpeedOfLight --section MemoryWorkloadAnalysis \
         --section SchedulerStats --section WarpStateStats \
         --metrics dram__bytes_read.sum,dram__bytes_write.sum,lts__t_sector_hit_rate.pct \
-        "$here/benches/$1" --bench --device cuda --only gradblend --results "$log.jsonl" "$2" || return
+        --export "${log%.log}" --force-overwrite --page details \
+        "$here/benches/$1" --bench --device cuda --only gradblend --results /dev/null "$2" || return
     grep -q 'dram__bytes_read' "$log" || { reason="no counters: see the log" && return 1; }
     reason="$2: $(awk '$1 ~ /^(dram__bytes_(read|write)\.sum)$/ { printf "%s%s %s %s", n++ ? ", " : "", $1, $3, $2 }' "$log")"
 }
