@@ -202,6 +202,16 @@ __device__ __forceinline__ uint4 load_halves(bool there, uint64_t list, uint32_t
                       __funnelshift_l(words[1], words[2], 8 * odd), (odd ? words[2] >> 16 : half) | last << 16);
 }
 
+// The first `bytes` of an aligned unit, which are not all, by at most three loads. The rest is zero.
+template <uint32_t BYTES>
+__device__ __forceinline__ uint4 load_end(uint64_t address, uint32_t bytes) {
+    const uint2 first = bytes & 8 ? __ldcs(at<const uint2>(address)) : make_uint2(0, 0);
+    const uint32_t word = bytes & 4 ? __ldcs(at<const uint32_t>(address + (bytes & 8))) : 0;
+    const uint32_t half = BYTES == 2 && (bytes & 2) ? __ldcs(at<const unsigned short>(address + (bytes & 12))) : 0;
+    const uint32_t next = bytes & 4 ? word : half, last = bytes & 4 ? half : 0;
+    return bytes & 8 ? make_uint4(first.x, first.y, next, last) : make_uint4(next, last, 0, 0);
+}
+
 // Writes the first `bytes` of a unit in pieces of BYTES.
 template <uint32_t BYTES>
 __device__ __forceinline__ void store_pieces(uint64_t address, uint32_t bytes, uint4 unit) {

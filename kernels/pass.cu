@@ -155,24 +155,31 @@ __device__ __forceinline__ void sweep(Work &work, const float *weights, uint64_t
         } else if (whole && T::BYTES == 2) {
             load_lists([&](bool there, uint64_t list, int i, uint4 &unit) { unit = load_halves(there, list, offset[i]); });
         } else {
-            // The end of a chunk.
-            if (alignment == 16) {
+            // The end of a chunk. What load_lists does not bring comes unit by unit, for which registers do.
+            const bool aligned = alignment == 16;
+            if (aligned) {
                 load_lists([&](bool there, uint64_t list, int i, uint4 &unit) {
                     unit = load_if(there && count[i] == E, list + offset[i], zeros);
                 });
             }
-            // A unit's lists together: one unit of the chunk at the most is there in part.
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i) {
-                if (alignment != 16 || count[i] % E != 0) {
-                    const uint32_t bytes = count[i] * T::BYTES;
-                    t[i] = load_pieces<T::BYTES>(work.lists[TRAIN] + offset[i], dots ? bytes : 0);
-                    g[i] = load_pieces<T::BYTES>(work.lists[VALID] + offset[i], dots ? bytes : 0);
-                    b[i] = load_pieces<T::BYTES>(work.lists[BLENDED] + offset[i], adds ? bytes : 0);
+                const auto load_unit = [&](auto load_part) {
+                    const auto load_from = [&](bool there, int list) {
+                        return load_part(work.lists[list] + offset[i], there ? count[i] * T::BYTES : 0);
+                    };
+                    t[i] = load_from(dots, TRAIN);
+                    g[i] = load_from(dots, VALID);
+                    b[i] = load_from(adds, BLENDED);
 #pragma unroll
                     for (int n = 0; n < N; ++n) {
-                        v[i][n] = load_pieces<T::BYTES>(work.lists[MODALITY + n] + offset[i], n < here ? bytes : 0);
+                        v[i][n] = load_from(n < here, MODALITY + n);
                     }
+                };
+                if (aligned && count[i] % E != 0) {
+                    load_unit(load_end<T::BYTES>);
+                } else if (!aligned && count[i] != 0) {
+                    load_unit(load_pieces<T::BYTES>);
                 }
             }
         }
