@@ -2,12 +2,12 @@
 //
 // A block takes a span after the other, on a grid that does not grow with the work: which ones depends on how fast others
 // are, what comes of them does not. A span is one chunk that all warps share, or up to WARPS small ones of which each warp
-// takes one. A chunk is read in units of 16 bytes. Thread i of the
-// n that share a chunk takes units i, i + n, i + 2n, ... and keeps two sums for each product, one for the first halves of
-// its units and one for the second ones. So the sum that an element enters follows from its place in the chunk and the chunk's length;
-// alignment changes the width of loads and nothing else. At most 128 elements enter a sum: with the rounding of t - g that is 129 roundings
-// of 2^-24, half of the 2^-16 that is promised. From there on sums are added in f64: the two of a thread, the lanes of a
-// warp, the warps, and at last the spans, by the block that is done last (observe.cuh).
+// takes one. A chunk is read in units of 16 bytes. Thread i of the n that share a chunk takes units i, i + n, i + 2n, ...
+// and keeps two sums for each product, one for the first halves of its units and one for the second ones. So the sum that
+// an element enters follows from its place in the chunk and the chunk's length; alignment changes the width of loads and
+// nothing else. At most 128 elements enter a sum: with the rounding of t - g that is 129 roundings of 2^-24, half of the
+// 2^-16 that is promised. From there on sums are added in f64: the two of a thread, the lanes of a warp, the warps, and at
+// last the spans, by the block that is done last (observe.cuh).
 
 #include "observe.cuh"
 

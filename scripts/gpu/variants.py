@@ -41,16 +41,14 @@ def hint(now, then):
 LOAD = "return __ldcs(at<const uint4>(address));"
 STORE = "__stcs(at<uint4>(address), unit);"
 
-# name: edits, each a file, what stands there once, what stands there then. More loads need registers that only one block
-# leaves: with two, or with three and fewer loads, dot_blend spills. At most 128 elements may enter a sum (pass.cu
+# name: edits, each a file, what stands there once, what stands there then. More loads, or three
+# blocks, need more registers than there are. At most 128 elements may enter a sum (pass.cu
 # asserts it), so fewer threads need shorter chunks. The hints are those of whole units: misaligned lists keep theirs.
 VARIANTS = {
     BASE: [],
     "chunk-32k": [chunk("1 << 15")],
     "chunk-16k": [chunk("1 << 14")],
     "loads-4": [loads(4)],
-    "loads-24-resident-1": [loads(24), resident(1)],
-    "loads-32-resident-1": [loads(32), resident(1)],
     "threads-512": [threads(512), resident(1)],
     "threads-128": [threads(128), resident(4), chunk("1 << 15")],
     "spans-in-turns": [("kernels/pass.cu", "next = atomicInc(&at<Progress>(launch.progress)->taken, UINT32_MAX);", "next = shared.span;")],
