@@ -1,8 +1,8 @@
 //! Compiles the kernels into one image a source: machine code for each architecture that the toolkit knows of those
 //! listed, and PTX of the lowest for those to come.
 
-#[path = "defines.rs"]
-mod defines;
+#[path = "header.rs"]
+mod header;
 
 use std::env;
 use std::fs;
@@ -12,20 +12,12 @@ use std::process::Command;
 /// Compute capabilities that get machine code: A100, RTX 30, RTX 40, H100 and H200, B200, RTX 50.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 /// What is compiled, and what it includes.
-const SOURCES: [&str; 2] = ["kernels/pass.cu", "kernels/reweight.cu"];
-/// For the benchmarks alone.
-const NAIVE: &str = "benches/kernels/naive.cu";
-const INCLUDED: [&str; 5] = ["common.cuh", "observe.cuh", "solve.cuh", "defines.rs", "build.rs"];
+const SOURCES: [&str; 2] = ["kernels/pass.cu", "kernels/state.cu"];
 
 /// Compiles, or ends the build with what is missing.
 pub(crate) fn build() {
-    for source in sources() {
-        println!("cargo:rerun-if-changed={source}");
-    }
-    for name in INCLUDED {
-        println!("cargo:rerun-if-changed=kernels/{name}");
-    }
-    println!("cargo:rerun-if-changed=src/layout.rs");
+    println!("cargo:rerun-if-changed=kernels");
+    println!("cargo:rerun-if-changed=src/abi.rs");
     let read = ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "GRADBLEND_CUDA_ARCHS", "DOCS_RS"];
     for name in read.into_iter().chain(["NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN"]) {
         println!("cargo:rerun-if-env-changed={name}");
@@ -39,9 +31,10 @@ pub(crate) fn build() {
 
 fn compile() -> Result<(), String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set; is this run by cargo?")?);
+    write(&out.join("abi.cuh"), header::header().as_bytes())?;
     if env::var_os("DOCS_RS").is_some() {
         // Documentation is built where no toolkit is; nothing runs there.
-        for source in sources() {
+        for source in SOURCES {
             write(&image(&out, source), &[])?;
         }
         return tell("none", &[]);
@@ -54,24 +47,20 @@ fn compile() -> Result<(), String> {
     let known: Vec<u32> = known.lines().filter_map(|line| line.trim().strip_prefix("compute_")?.parse().ok()).collect();
     let architectures = architectures(&known, &version)?;
     let threads = env::var("NUM_JOBS").unwrap_or_else(|_| "1".into());
-    for source in sources() {
+    for source in SOURCES {
         let mut command = Command::new(&nvcc);
         command.args(["-std=c++17", "-O3", "-fatbin", "-fmad=false", "--threads", &threads]);
         for architecture in &architectures {
             command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
         }
         command.arg(format!("-gencode=arch=compute_{0},code=compute_{0}", architectures[0]));
-        command.args(defines::defines()).arg("-Ikernels").arg(source);
+        command.arg("-Ikernels").arg("-I").arg(&out).arg(source);
         let said = run(command.arg("-o").arg(image(&out, source)))?;
         for line in said.lines().filter(|line| line.contains("warning")) {
             println!("cargo:warning={line}");
         }
     }
     tell(&version, &architectures)
-}
-
-fn sources() -> impl Iterator<Item = &'static str> {
-    SOURCES.into_iter().chain(env::var_os("CARGO_FEATURE_BENCH_CUDA").map(|_| NAIVE))
 }
 
 /// Where a source's image goes.

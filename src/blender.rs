@@ -1,25 +1,20 @@
 //! The blender: the operations, the report, and the saved state.
 
-mod config;
-mod report;
-mod saved;
-
-pub use config::{Cadence, Config, Device, Pass};
-pub use report::Report;
-
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::cpu::{Cpu, Partials};
+use crate::abi::{MAX_MODALITIES, State};
+use crate::backend::cpu::{Cpu, Partials};
 #[cfg(feature = "cuda")]
-use crate::cuda::{Cuda, Scratch};
+use crate::backend::cuda::{Cuda, Scratch};
+use crate::checkpoint;
+use crate::config::{Cadence, Config, Pass};
+use crate::device::{Device, Kind};
 use crate::error::{Error, Result};
-use crate::grad::{GradScale, Lent, Scale, Stream, TensorGrads};
-use crate::layout::{MAX_MODALITIES, State};
-use crate::moments;
-use crate::plan::{Grouping, Table, reserved};
-
-use config::Kind;
+use crate::report::Report;
+use crate::state;
+use crate::table::{Grouping, Table};
+use crate::tensor::{GradScale, Scale, Stream, TensorGrads};
 
 /// A checked list of tensors: what the operations run on, without allocating or looking anything up.
 ///
@@ -32,8 +27,6 @@ pub struct Plan<'a> {
     blender: u64,
     table: Table,
     place: Place,
-    /// Room for `lend`, so that an update allocates nothing.
-    taken: Vec<usize>,
     bound: bool,
     /// Whether it has slices. A run on them waits, so that nothing uses them once it has returned.
     slices: bool,
@@ -57,7 +50,8 @@ impl<'a> Plan<'a> {
     /// As [`Blender::plan`], [`Error::Capturing`], [`Error::Cuda`], and [`Error::PlanTensors`], [`Error::Length`], [`Error::MixedDTypes`] where the tensors are
     /// not those the plan was made for. The plan is then as it was; but after [`Error::Cuda`] from a copy it is released,
     /// and a graph that it is in must not be launched.
-    pub fn update(&mut self, tensors: &[TensorGrads<'a>], stream: Stream) -> Result<()> {
+    pub fn update(&mut self, tensors: impl IntoIterator<Item = TensorGrads<'a>>, stream: Stream) -> Result<()> {
+        let tensors: &[TensorGrads<'a>] = &tensors.into_iter().collect::<Vec<_>>();
         self.table.check_update(tensors)?;
         match &self.place {
             Place::Cpu(_) => {}
@@ -67,7 +61,6 @@ impl<'a> Plan<'a> {
                 scratch.check_update(stream)?;
             }
         }
-        lend(tensors, self.blender, &mut self.taken)?;
         self.table.bind(tensors);
         self.slices = tensors.iter().any(|tensor| tensor.slices);
         self.bound = true;
@@ -99,7 +92,6 @@ impl<'a> Plan<'a> {
             blender: self.blender,
             table: self.table,
             place: self.place,
-            taken: self.taken,
             bound: false,
             slices: false,
             borrow: PhantomData,
@@ -111,24 +103,8 @@ impl<'a> Plan<'a> {
 #[cfg(feature = "cuda")]
 fn lists<'b>(
     tensors: &'b [TensorGrads<'_>],
-) -> impl Iterator<Item = (usize, crate::error::List, crate::grad::Grad)> + 'b {
+) -> impl Iterator<Item = (usize, crate::error::Role, crate::tensor::Grad)> + 'b {
     tensors.iter().enumerate().flat_map(|(tensor, grads)| grads.lists().map(move |(list, grad)| (tensor, list, grad)))
-}
-
-/// Lends all tensors to a blender, or none: `taken`, with room for all, remembers which to take back.
-fn lend(tensors: &[TensorGrads<'_>], blender: u64, taken: &mut Vec<usize>) -> Result<()> {
-    taken.clear();
-    for (tensor, grads) in tensors.iter().enumerate() {
-        match grads.lend(blender) {
-            Lent::Now => taken.push(tensor),
-            Lent::Before => {}
-            Lent::Elsewhere => {
-                taken.iter().for_each(|tensor| tensors[*tensor].take_back());
-                return Err(Error::ForeignTensor { tensor });
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Estimates the weights of K losses from their gradients, and blends the gradients with them.
@@ -141,7 +117,7 @@ fn lend(tensors: &[TensorGrads<'_>], blender: u64, taken: &mut Vec<usize>) -> Re
 /// let (video, audio) = ([1.0, 0.5], [0.5, 1.0]);
 /// let mut out = [0.0; 2];
 /// let tensors = [TensorGrads::new(&t, &g, &[Some(&video), Some(&audio)]).blended(&mut out)];
-/// let plan = blender.plan(&tensors)?;
+/// let plan = blender.plan(tensors)?;
 /// blender.step(&plan, Stream::default())?;
 /// blender.reweight(Stream::default())?;
 /// let report = blender.report(Stream::default())?;
@@ -179,12 +155,12 @@ impl Blender {
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         config.check()?;
         let modalities = config.modalities as usize;
-        let mut start = moments::EMPTY;
-        moments::put_weights(&mut start, &[1.0 / modalities as f64; MAX_MODALITIES][..modalities]);
+        let mut start = state::EMPTY;
+        state::put_weights(&mut start, &[1.0 / modalities as f64; MAX_MODALITIES][..modalities]);
         let backend = match device.0 {
             Kind::Cpu => Backend::Cpu(Cpu::new(config.threads, &start)?),
             #[cfg(feature = "cuda")]
-            Kind::Cuda(ordinal) => Backend::Cuda(Cuda::new(ordinal, config.terms(), &start)?),
+            Kind::Cuda(ordinal) => Backend::Cuda(Cuda::new(ordinal, config.args(), &start)?),
         };
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         Ok(Blender { number, config, scale: GradScale::default(), backend })
@@ -207,15 +183,15 @@ impl Blender {
     /// # Errors
     /// Each names the tensor and the list: [`Error::ModalityCount`], [`Error::Unpaired`], [`Error::Length`],
     /// [`Error::MixedDTypes`], [`Error::Misaligned`], [`Error::OutOfRange`], [`Error::Overlap`],
-    /// [`Error::ForeignTensor`], [`Error::UnknownMemory`]; and [`Error::OutOfMemory`], [`Error::Cuda`].
-    pub fn plan<'a>(&self, tensors: &[TensorGrads<'a>]) -> Result<Plan<'a>> {
+    /// [`Error::UnknownMemory`]; and [`Error::OutOfMemory`], [`Error::Cuda`].
+    pub fn plan<'a>(&self, tensors: impl IntoIterator<Item = TensorGrads<'a>>) -> Result<Plan<'a>> {
+        let tensors: &[TensorGrads<'a>] = &tensors.into_iter().collect::<Vec<_>>();
         let grouping = match &self.backend {
             Backend::Cpu(_) => Grouping::THREADS,
             #[cfg(feature = "cuda")]
             Backend::Cuda(_) => Grouping::BLOCKS,
         };
         let table = Table::new(self.modalities(), tensors, grouping)?;
-        let mut taken = reserved(tensors.len() as u64)?;
         let place = match &self.backend {
             Backend::Cpu(_) => Place::Cpu(Cpu::partials(&table)?),
             #[cfg(feature = "cuda")]
@@ -224,9 +200,8 @@ impl Blender {
                 Place::Cuda(cuda.scratch(&table)?)
             }
         };
-        lend(tensors, self.number, &mut taken)?;
         let slices = tensors.iter().any(|tensor| tensor.slices);
-        Ok(Plan { blender: self.number, table, place, taken, bound: true, slices, borrow: PhantomData })
+        Ok(Plan { blender: self.number, table, place, bound: true, slices, borrow: PhantomData })
     }
 
     /// One pass over memory that does any of DOT, BLEND (with ACCUMULATE: blended += instead of =) and OBSERVE. The blend
@@ -351,7 +326,7 @@ impl Blender {
         let _ = stream;
         match &mut self.backend {
             Backend::Cpu(cpu) => {
-                moments::reset(cpu.state_mut());
+                state::reset(cpu.state_mut());
                 Ok(())
             }
             #[cfg(feature = "cuda")]
@@ -374,7 +349,7 @@ impl Blender {
         }
         match &mut self.backend {
             Backend::Cpu(cpu) => {
-                moments::put_weights(cpu.state_mut(), weights);
+                state::put_weights(cpu.state_mut(), weights);
                 Ok(())
             }
             #[cfg(feature = "cuda")]
@@ -428,7 +403,7 @@ impl Blender {
     pub fn second_moments(&mut self, stream: Stream) -> Result<Vec<f64>> {
         let modalities = self.modalities();
         let mut second_moment = vec![0.0; modalities * modalities];
-        moments::moments(&self.read(stream)?, modalities, &mut [], &mut second_moment);
+        state::moments(&self.read(stream)?, modalities, &mut [], &mut second_moment);
         Ok(second_moment)
     }
 
@@ -461,12 +436,12 @@ impl Blender {
     /// # Errors
     /// [`Error::Capturing`], [`Error::Cuda`].
     pub fn save(&mut self, stream: Stream) -> Result<Vec<u8>> {
-        Ok(saved::write(&self.read(stream)?, &self.config))
+        Ok(checkpoint::write(&self.read(stream)?, &self.config))
     }
 
     /// Size of the saved state.
     pub fn saved_bytes(&self) -> usize {
-        saved::bytes(self.modalities())
+        checkpoint::bytes(self.modalities())
     }
 
     /// Goes on from a saved state.
@@ -477,7 +452,7 @@ impl Blender {
     /// blender is then as it was.
     pub fn load(&mut self, saved: &[u8], stream: Stream) -> Result<()> {
         let _ = stream;
-        let state = saved::read(saved, &self.config)?;
+        let state = checkpoint::read(saved, &self.config)?;
         match &mut self.backend {
             Backend::Cpu(cpu) => {
                 *cpu.state_mut() = state;

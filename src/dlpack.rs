@@ -6,10 +6,10 @@
 use std::ffi::c_void;
 use std::ptr::{null, null_mut};
 
-use crate::blender::Device;
-use crate::error::{Error, List, Result};
-use crate::grad::{DType, TensorGrads};
-use crate::layout::MAX_MODALITIES;
+use crate::abi::MAX_MODALITIES;
+use crate::device::Device;
+use crate::error::{Error, Result, Role};
+use crate::tensor::{DType, TensorGrads};
 
 /// Where an array lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,8 +164,8 @@ pub(crate) unsafe fn read(
     if modalities.len() > MAX_MODALITIES {
         return Err(Error::Modalities { got: modalities.len() as u64 });
     }
-    let mut shape: Option<(List, u64, DType)> = None;
-    let mut address = |list: List, array: Option<Dlpack>| {
+    let mut shape: Option<(Role, u64, DType)> = None;
+    let mut address = |list: Role, array: Option<Dlpack>| {
         let Some(array) = array else { return Ok(null_mut()) };
         // SAFETY: the caller's promise.
         let (address, len, dtype) = unsafe { check(ordinal, list, array) }?;
@@ -178,13 +178,13 @@ pub(crate) unsafe fn read(
         }
         Ok(address)
     };
-    let train = address(List::Train, train)?.cast_const();
-    let valid = address(List::Valid, valid)?.cast_const();
+    let train = address(Role::Train, train)?.cast_const();
+    let valid = address(Role::Valid, valid)?.cast_const();
     let mut v = [null(); MAX_MODALITIES];
     for (k, (slot, array)) in v.iter_mut().zip(modalities).enumerate() {
-        *slot = address(List::Modality(k), *array)?.cast_const();
+        *slot = address(Role::Modality(k), *array)?.cast_const();
     }
-    let blended = address(List::Blended, blended)?;
+    let blended = address(Role::Blended, blended)?;
     let (_, len, dtype) = shape.ok_or(Error::NoArray)?;
     if len == 0 {
         // Frameworks give empty arrays any address: NULL, which would be absent, or one that is shared.
@@ -198,7 +198,7 @@ pub(crate) unsafe fn read(
 ///
 /// # Safety
 /// As of [`read`].
-unsafe fn check(ordinal: Option<i32>, list: List, array: Dlpack) -> Result<(*mut c_void, u64, DType)> {
+unsafe fn check(ordinal: Option<i32>, list: Role, array: Dlpack) -> Result<(*mut c_void, u64, DType)> {
     let bad = |expected: &str, got: String| Err(bad(list, expected, got));
     let (missing, misaligned) = match array {
         Dlpack::Managed(managed) => (managed.is_null(), !managed.is_aligned()),
@@ -216,7 +216,7 @@ unsafe fn check(ordinal: Option<i32>, list: List, array: Dlpack) -> Result<(*mut
             if version.major != 1 {
                 return bad("DLPack of major version 1", format!("{}.{}", version.major, version.minor));
             }
-            if list == List::Blended && flags & READ_ONLY != 0 {
+            if list == Role::Blended && flags & READ_ONLY != 0 {
                 return bad("an array that may be written to", "a read-only one".into());
             }
             // SAFETY: a whole record of this version.
@@ -252,11 +252,11 @@ unsafe fn check(ordinal: Option<i32>, list: List, array: Dlpack) -> Result<(*mut
     Ok((tensor.data.wrapping_byte_add(tensor.byte_offset as usize), len, dtype))
 }
 
-fn bad(list: List, expected: impl ToString, got: impl ToString) -> Error {
+fn bad(list: Role, expected: impl ToString, got: impl ToString) -> Error {
     Error::Dlpack { list, expected: expected.to_string(), got: got.to_string() }
 }
 
-fn check_device(ordinal: Option<i32>, list: List, device: DLDevice) -> Result<()> {
+fn check_device(ordinal: Option<i32>, list: Role, device: DLDevice) -> Result<()> {
     let fits = match device.device_type {
         CUDA_HOST | CUDA_MANAGED => true,
         CPU => ordinal.is_none(),
@@ -279,7 +279,7 @@ fn check_device(ordinal: Option<i32>, list: List, device: DLDevice) -> Result<()
 ///
 /// # Safety
 /// `shape` and `strides` have `ndim` numbers where they are not NULL.
-unsafe fn elements(list: List, tensor: &DLTensor) -> Result<u64> {
+unsafe fn elements(list: Role, tensor: &DLTensor) -> Result<u64> {
     let Ok(ndim) = usize::try_from(tensor.ndim) else {
         return Err(bad(list, "a number of dimensions of at least 0", tensor.ndim));
     };

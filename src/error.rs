@@ -7,7 +7,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// One of the lists of gradients that belong to a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum List {
+pub enum Role {
     /// The train gradient t.
     Train,
     /// The validation gradient g.
@@ -16,18 +16,18 @@ pub enum List {
     Modality(usize),
     /// The blended gradient.
     Blended,
-    /// Any of a tensor that has none: its length and its dtype are checked all the same.
-    Absent,
+    /// The tensor itself, where it has no buffer at all: its length and its dtype are checked all the same.
+    Tensor,
 }
 
-impl fmt::Display for List {
+impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            List::Train => write!(f, "train gradient"),
-            List::Valid => write!(f, "validation gradient"),
-            List::Modality(k) => write!(f, "gradient of modality {k}"),
-            List::Blended => write!(f, "blended gradient"),
-            List::Absent => write!(f, "each absent list"),
+            Role::Train => write!(f, "train gradient"),
+            Role::Valid => write!(f, "validation gradient"),
+            Role::Modality(k) => write!(f, "gradient of modality {k}"),
+            Role::Blended => write!(f, "blended gradient"),
+            Role::Tensor => write!(f, "tensor without a buffer"),
         }
     }
 }
@@ -112,7 +112,7 @@ pub enum Error {
         /// The tensor.
         tensor: usize,
         /// The list.
-        list: List,
+        list: Role,
         /// The address that the driver does not know: of its first or of its last byte.
         address: u64,
     },
@@ -120,7 +120,7 @@ pub enum Error {
     #[error("{list}: expected {expected}, got {got}")]
     Dlpack {
         /// The list.
-        list: List,
+        list: Role,
         /// What it should be.
         expected: String,
         /// What it is.
@@ -163,7 +163,7 @@ pub enum Error {
         /// The tensor.
         tensor: usize,
         /// The list.
-        list: List,
+        list: Role,
         /// Elements of the tensor's first list, or of the plan's.
         expected: u64,
         /// Elements of this list.
@@ -175,7 +175,7 @@ pub enum Error {
         /// The tensor.
         tensor: usize,
         /// The list.
-        list: List,
+        list: Role,
         /// The dtype's name in the tensor's first list, or in the plan.
         expected: &'static str,
         /// The dtype's name in this list.
@@ -187,7 +187,7 @@ pub enum Error {
         /// The tensor.
         tensor: usize,
         /// The absent one.
-        missing: List,
+        missing: Role,
     },
     /// An address is not a multiple of the element's size.
     #[error("tensor {tensor}: {list} at {address:#x} is not aligned to its element of {alignment} bytes")]
@@ -195,7 +195,7 @@ pub enum Error {
         /// The tensor.
         tensor: usize,
         /// The list.
-        list: List,
+        list: Role,
         /// Its address.
         address: u64,
         /// The element's size in bytes.
@@ -207,7 +207,7 @@ pub enum Error {
         /// The tensor.
         tensor: usize,
         /// The list.
-        list: List,
+        list: Role,
         /// Its address.
         address: u64,
         /// Its elements.
@@ -219,7 +219,7 @@ pub enum Error {
         /// The tensor with the blended gradient.
         tensor: usize,
         /// The other list.
-        other: List,
+        other: Role,
         /// The other list's tensor.
         other_tensor: usize,
     },
@@ -237,12 +237,6 @@ pub enum Error {
     /// The plan is released: it has no addresses until it is updated.
     #[error("the plan is released; update it before running it")]
     ReleasedPlan,
-    /// The tensor's slices are lent to another blender.
-    #[error("tensor {tensor}: its slices are lent to another blender")]
-    ForeignTensor {
-        /// The tensor.
-        tensor: usize,
-    },
     /// A pass that does nothing, has unknown bits, or accumulates without blending.
     #[error("pass {bits:#x} is not a combination of DOT, BLEND, ACCUMULATE (with BLEND) and OBSERVE")]
     Pass {

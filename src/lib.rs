@@ -1,27 +1,32 @@
 #![doc = include_str!("../README.md")]
 
+mod abi;
+mod backend;
 mod blender;
-#[cfg(feature = "capi")]
-mod capi;
-mod cpu;
-#[cfg(feature = "cuda")]
-mod cuda;
+mod checkpoint;
+mod config;
+mod device;
 pub mod dlpack;
 mod error;
-mod grad;
-mod layout;
-mod moments;
-mod ogr;
-mod plan;
+#[cfg(feature = "capi")]
+mod ffi;
+mod losses;
+mod report;
 mod schedule;
 mod solve;
+mod state;
+mod table;
+mod tensor;
 
-pub use blender::{Blender, Cadence, Config, Device, Pass, Plan, Report};
-pub use error::{Error, List, Result};
-pub use grad::{DType, Element, GradScale, Stream, TensorGrads};
+pub use abi::MAX_MODALITIES;
+pub use blender::{Blender, Plan};
+pub use config::{Cadence, Config, Pass};
+pub use device::Device;
+pub use error::{Error, Result, Role};
 pub use half::{bf16, f16};
-pub use layout::MAX_MODALITIES;
-pub use moments::{Average, Flags};
-pub use ogr::{Estimate, Losses, MeanLoss, Trainee, gb_estimate, ogr};
+pub use losses::{Estimate, Losses, MeanLoss, Trainee, gb_estimate, ogr};
+pub use report::Report;
 pub use schedule::Schedule;
 pub use solve::{Negative, Overfitting, Policy, Solution, solve};
+pub use state::{Average, Flags};
+pub use tensor::{DType, Element, GradScale, Stream, TensorGrads};

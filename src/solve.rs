@@ -1,8 +1,8 @@
 //! From a numerator and a second-moment matrix to weights. The one solver behind both estimators (`docs/method.md`).
 
+use crate::abi::MAX_MODALITIES;
 use crate::error::{Error, Result};
-use crate::layout::MAX_MODALITIES;
-use crate::moments::Flags;
+use crate::state::Flags;
 
 /// What is assumed of the overfitting of two different modalities.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

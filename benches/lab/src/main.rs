@@ -1,0 +1,3 @@
+//! Compares implementations of dot, blend and step in rounds.
+
+fn main() {}

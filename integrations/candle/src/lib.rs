@@ -1,0 +1,1 @@
+//! Gradient-Blending for candle.

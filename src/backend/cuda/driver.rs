@@ -1,0 +1,201 @@
+//! The CUDA driver: whether it is there, and what its results mean.
+
+use std::ffi::CStr;
+use std::sync::OnceLock;
+
+use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
+use libloading::Library;
+
+use crate::error::{Error, Result};
+
+/// The toolkit that built the images, and the architectures that they hold machine code for.
+pub(super) const TOOLKIT: &str = env!("GRADBLEND_TOOLKIT");
+pub(super) const ARCHITECTURES: &str = env!("GRADBLEND_ARCHITECTURES");
+
+/// What the library goes by. The binding to the driver tries these names among others, the first of them first.
+const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
+
+/// Every function that this crate calls. The binding panics at one that is not there, so all are looked up first.
+const FUNCTIONS: &[&str] = &[
+    "cuCtxPopCurrent_v2",
+    "cuCtxPushCurrent_v2",
+    "cuCtxSynchronize",
+    "cuDeviceGet",
+    "cuDeviceGetAttribute",
+    "cuDeviceGetCount",
+    "cuDeviceGetName",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuDevicePrimaryCtxRetain",
+    "cuDriverGetVersion",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuGetErrorName",
+    "cuInit",
+    "cuLaunchKernel",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+    "cuPointerGetAttribute",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamIsCapturing",
+    "cuStreamSynchronize",
+    "cuThreadExchangeStreamCaptureMode",
+];
+
+/// Calls a function of the driver and makes an [`Error`] of its result.
+macro_rules! call {
+    ($function:ident($($argument:expr),* $(,)?)) => {
+        $crate::backend::cuda::driver::check(stringify!($function), ::cudarc::driver::sys::$function($($argument),*))
+    };
+}
+pub(super) use call;
+
+/// What [`call`] does with a result.
+pub(super) fn check(call: &'static str, result: CUresult) -> Result<()> {
+    if result == CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let mut name = std::ptr::null();
+    // SAFETY: `name` is a place for the address of a static string.
+    let known = unsafe { sys::cuGetErrorName(result, &mut name) } == CUresult::CUDA_SUCCESS && !name.is_null();
+    let name = if known {
+        // SAFETY: the driver's strings end in NUL and live for ever.
+        unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
+    } else {
+        "an unknown error".into()
+    };
+    Err(Error::Cuda { call, code: result as u32, name })
+}
+
+/// The code of a driver's error, 0 for any other.
+pub(super) fn code(error: &Error) -> u32 {
+    if let Error::Cuda { code, .. } = error { *code } else { 0 }
+}
+
+/// Loads and initialises the driver, once for the process.
+fn load() -> Result<()> {
+    static LOADED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
+    let found = LOADED.get_or_init(|| {
+        let mut reasons = Vec::new();
+        for name in LIBRARIES {
+            // SAFETY: the initialisers of NVIDIA's driver, which any CUDA program runs.
+            match unsafe { Library::new(*name) } {
+                Ok(library) => {
+                    // SAFETY: the symbols are looked up, not called.
+                    let missing = FUNCTIONS.iter().find(|f| unsafe { library.get::<*const ()>(f.as_bytes()) }.is_err());
+                    // Stays loaded: what the binding opens next is then the same library.
+                    std::mem::forget(library);
+                    return missing.map_or(Ok(()), |function| Err(format!("{name} has no {function}")));
+                }
+                Err(error) => {
+                    // The dynamic linker's sentence starts with the name.
+                    let why = std::error::Error::source(&error).map(ToString::to_string);
+                    reasons.push(why.unwrap_or_else(|| format!("{name}: {error}")));
+                }
+            }
+        }
+        Err(reasons.join("; "))
+    });
+    found.clone().map_err(|reason| Error::NoDriver { reason })?;
+    // SAFETY: the library and the function are there. Initialising again does nothing.
+    unsafe { call!(cuInit(0)) }
+}
+
+/// A device that can run the images of this build.
+#[derive(Clone, Debug)]
+pub(super) struct Found {
+    pub(super) device: sys::CUdevice,
+    pub(super) ordinal: i32,
+    pub(super) name: String,
+}
+
+impl Found {
+    pub(super) fn attribute(&self, attribute: CUdevice_attribute) -> Result<i32> {
+        let mut value = 0;
+        // SAFETY: a place for an int; the device was found.
+        unsafe { call!(cuDeviceGetAttribute(&mut value, attribute, self.device)) }?;
+        Ok(value)
+    }
+
+    /// Makes a sentence of why an image does not load.
+    pub(super) fn unsupported(&self, error: &Error) -> Error {
+        let mut version = 0;
+        // SAFETY: a place for an int.
+        let known = unsafe { call!(cuDriverGetVersion(&mut version)) };
+        let driver = match known {
+            Ok(()) => format!("{}.{}", version / 1000, version % 1000 / 10),
+            Err(_) => "an unknown version".into(),
+        };
+        let reason = format!(
+            "its driver is for CUDA {driver}; the kernels were built by toolkit {TOOLKIT} for compute capabilities \
+             {ARCHITECTURES} and up ({error}). Update the driver or build with a toolkit that is not newer than it"
+        );
+        Error::UnsupportedDevice { ordinal: self.ordinal, device: self.name.clone(), reason }
+    }
+}
+
+/// Looks for a device: the driver, its ordinal, its age.
+pub(super) fn find(ordinal: i32) -> Result<Found> {
+    match load() {
+        // No device that CUDA can use, and a toolkit's library in place of the driver's.
+        Err(error) if code(&error) == CUresult::CUDA_ERROR_NO_DEVICE as u32 => {
+            return Err(Error::NoDevice { ordinal, devices: 0 });
+        }
+        Err(error) if code(&error) == CUresult::CUDA_ERROR_STUB_LIBRARY as u32 => {
+            return Err(Error::NoDriver { reason: error.to_string() });
+        }
+        other => other?,
+    }
+    let mut devices = 0;
+    // SAFETY: a place for an int.
+    unsafe { call!(cuDeviceGetCount(&mut devices)) }?;
+    if ordinal < 0 || ordinal >= devices {
+        return Err(Error::NoDevice { ordinal, devices });
+    }
+    let (mut device, mut name) = (0, [0; 128]);
+    // SAFETY: a place for the device, and 128 bytes for its name, of which the last stays NUL.
+    unsafe {
+        call!(cuDeviceGet(&mut device, ordinal))?;
+        call!(cuDeviceGetName(name.as_mut_ptr(), 127, device))?;
+    }
+    // SAFETY: NUL is there.
+    let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
+    let found = Found { device, ordinal, name };
+    let major = found.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = found.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    let lowest = ARCHITECTURES.split(' ').next().and_then(|lowest| lowest.parse::<i32>().ok()).unwrap_or(i32::MAX);
+    if major * 10 + minor < lowest {
+        let reason =
+            format!("its compute capability is {major}.{minor}; this build has kernels for {ARCHITECTURES} and up");
+        return Err(Error::UnsupportedDevice { ordinal, device: found.name, reason });
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    /// A function that is called but not looked up would panic where a driver lacks it.
+    #[test]
+    fn every_call_is_looked_up() {
+        let own = [include_str!("driver.rs"), include_str!("context.rs"), include_str!("work.rs")];
+        let sources = own.into_iter().chain([include_str!("mod.rs")]);
+        let mut calls: Vec<&str> = sources
+            .flat_map(|source| source.split("call!(").skip(1).chain(source.split("sys::cu").skip(1)))
+            .map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or(""))
+            .map(|name| name.trim_start_matches("cu"))
+            .filter(|name| name.starts_with(char::is_uppercase))
+            .collect();
+        calls.sort_unstable();
+        calls.dedup();
+        let listed: Vec<&str> = super::FUNCTIONS.iter().map(|name| name.trim_start_matches("cu")).collect();
+        assert_eq!(calls, listed);
+    }
+}

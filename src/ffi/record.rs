@@ -1,0 +1,201 @@
+//! The records of the header, under its names, and what they mean in Rust.
+
+use std::ffi::c_void;
+
+use super::argument::array;
+use super::status::{Fault, Outcome};
+use crate::abi::MAX_MODALITIES;
+use crate::config::{Cadence, Config};
+use crate::device::Device;
+use crate::dlpack::{DLManagedTensor, DLManagedTensorVersioned, Dlpack};
+use crate::error::Role;
+use crate::report::Report;
+use crate::solve::{Negative, Overfitting, Policy};
+use crate::state::Average;
+use crate::tensor::{DType, TensorGrads};
+
+/// The CPU's number; CUDA devices have theirs from 0.
+pub(super) const CPU: i32 = -1;
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(super) struct gradblend_config {
+    pub(super) size: u32,
+    pub(super) modalities: u32,
+    pub(super) average: i32,
+    pub(super) overfitting: i32,
+    pub(super) negative: i32,
+    pub(super) cadence: i32,
+    pub(super) threads: u32,
+    pub(super) reserved: u32,
+    pub(super) decay: f64,
+    pub(super) damping: f64,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(super) struct gradblend_tensor {
+    pub(super) len: u64,
+    pub(super) dtype: i32,
+    pub(super) train: *const c_void,
+    pub(super) valid: *const c_void,
+    pub(super) modalities: *const *const c_void,
+    pub(super) blended: *mut c_void,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(super) struct gradblend_report {
+    pub(super) size: u32,
+    pub(super) modalities: u32,
+    pub(super) observed: u64,
+    pub(super) skipped: u64,
+    pub(super) flags: u32,
+    pub(super) nonfinite: u32,
+    pub(super) weights: [f64; MAX_MODALITIES],
+    pub(super) mean: [f64; MAX_MODALITIES],
+    pub(super) second_moment: [f64; MAX_MODALITIES],
+    pub(super) ogr: [f64; MAX_MODALITIES],
+    pub(super) ogr_blend: f64,
+    pub(super) ogr_uniform: f64,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(super) struct gradblend_dlpack {
+    pub(super) managed: *const DLManagedTensor,
+    pub(super) versioned: *const DLManagedTensorVersioned,
+}
+
+/// Codes of the two choices of each kind, as in the header.
+fn either<T: Copy>(name: &str, code: i32, choices: [T; 2]) -> Outcome<T> {
+    let choice = usize::try_from(code).ok().and_then(|code| choices.get(code));
+    choice.copied().ok_or_else(|| Fault::Argument(format!("config: {name} is {code}, expected 0 or 1")))
+}
+
+impl gradblend_config {
+    pub(super) fn of(config: &Config) -> Self {
+        let (average, decay) = config.average.coded();
+        gradblend_config {
+            size: size_of::<Self>() as u32,
+            modalities: config.modalities,
+            average: average as i32,
+            overfitting: i32::from(config.policy.overfitting == Overfitting::Correlated),
+            negative: i32::from(config.policy.negative == Negative::Signed),
+            cadence: i32::from(config.cadence == Cadence::EveryObservation),
+            threads: config.threads,
+            reserved: 0,
+            decay,
+            damping: config.policy.damping,
+        }
+    }
+
+    /// Checks codes here; numbers are the crate's to check.
+    pub(super) fn config(&self) -> Outcome<Config> {
+        if self.size as usize != size_of::<Self>() {
+            let (got, expected) = (self.size, size_of::<Self>());
+            let hint = "fill it with gradblend_config_default, and use the header of this library";
+            return Err(Fault::Argument(format!("config: size is {got}, expected {expected}: {hint}")));
+        }
+        if self.reserved != 0 {
+            return Err(Fault::Argument(format!("config: reserved is {}, expected 0", self.reserved)));
+        }
+        let config = Config {
+            modalities: self.modalities,
+            average: either("average", self.average, [Average::Mean, Average::Ema { decay: self.decay }])?,
+            policy: Policy {
+                overfitting: either(
+                    "overfitting",
+                    self.overfitting,
+                    [Overfitting::Uncorrelated, Overfitting::Correlated],
+                )?,
+                negative: either("negative", self.negative, [Negative::Clamp, Negative::Signed])?,
+                damping: self.damping,
+            },
+            cadence: either("cadence", self.cadence, [Cadence::OnRequest, Cadence::EveryObservation])?,
+            threads: self.threads,
+        };
+        config.check()?;
+        Ok(config)
+    }
+}
+
+/// The device with this number.
+pub(super) fn device(number: i32) -> Outcome<Device> {
+    Ok(match ordinal(number)? {
+        None => Device::cpu(),
+        Some(ordinal) => Device::cuda(ordinal)?,
+    })
+}
+
+/// The ordinal of the device with this number, which need not be there; `None` for the CPU.
+pub(super) fn ordinal(number: i32) -> Outcome<Option<i32>> {
+    match number {
+        CPU => Ok(None),
+        0.. => Ok(Some(number)),
+        _ => {
+            let expected = "expected -1 for the CPU or the ordinal of a CUDA device";
+            Err(Fault::Argument(format!("device is {number}, {expected}")))
+        }
+    }
+}
+
+/// Puts the tensors of a list into `to`, which has room for them.
+///
+/// # Safety
+/// Each tensor's `modalities` is NULL or that of K addresses; and the promises of [`TensorGrads::from_raw`].
+pub(super) unsafe fn tensors(
+    tensors: &[gradblend_tensor],
+    modalities: usize,
+    to: &mut Vec<TensorGrads<'static>>,
+) -> Outcome {
+    to.clear();
+    for (index, tensor) in tensors.iter().enumerate() {
+        let dtype = DType::try_from(tensor.dtype);
+        let dtype = dtype.map_err(|error| Fault::Argument(format!("tensor {index}: {error}")))?;
+        // SAFETY: the caller's promises.
+        to.push(unsafe {
+            let v = array(format_args!("tensor {index}: modalities"), tensor.modalities, modalities as u64)?;
+            TensorGrads::from_raw(tensor.len, dtype, tensor.train, tensor.valid, v, tensor.blended)
+        });
+    }
+    Ok(())
+}
+
+impl gradblend_report {
+    pub(super) fn of(report: &Report) -> Self {
+        let padded = |values: &[f64]| {
+            let mut all = [0.0; MAX_MODALITIES];
+            all[..values.len()].copy_from_slice(values);
+            all
+        };
+        gradblend_report {
+            size: size_of::<Self>() as u32,
+            modalities: report.weights.len() as u32,
+            observed: report.observed,
+            skipped: report.skipped,
+            flags: report.flags.bits(),
+            nonfinite: report.nonfinite,
+            weights: padded(&report.weights),
+            mean: padded(&report.mean),
+            second_moment: padded(&report.second_moment),
+            ogr: padded(&report.ogr),
+            ogr_blend: report.ogr_blend,
+            ogr_uniform: report.ogr_uniform,
+        }
+    }
+}
+
+impl gradblend_dlpack {
+    /// One of the two, or absent.
+    pub(super) fn array(self, name: Role) -> Outcome<Option<Dlpack>> {
+        match (self.managed.is_null(), self.versioned.is_null()) {
+            (true, true) => Ok(None),
+            (false, true) => Ok(Some(Dlpack::Managed(self.managed))),
+            (true, false) => Ok(Some(Dlpack::Versioned(self.versioned))),
+            (false, false) => {
+                Err(Fault::Argument(format!("{name}: expected a managed or a versioned array, got both")))
+            }
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! The loss-based estimator: overfitting-to-generalisation ratios from four losses a modality (GB_Estimate of the paper).
+
+use crate::abi::MAX_MODALITIES;
+use crate::error::{Error, Result};
+use crate::solve::{Policy, Solution, solve};
+
+/// Mean losses of one modality at one moment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Losses {
+    /// T: mean loss over the training samples.
+    pub train: f64,
+    /// V: mean loss over the held-out samples.
+    pub valid: f64,
+}
+
+/// Mean loss over samples that come in batches of any sizes.
+///
+/// A mean, so that a training and a validation loader of different length compare.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct MeanLoss {
+    sum: f64,
+    samples: u64,
+}
+
+impl MeanLoss {
+    /// Adds a batch of `samples` with this mean loss.
+    pub fn add(&mut self, mean: f64, samples: u64) {
+        // An empty batch has no mean, and must not make the whole one NaN.
+        if samples > 0 {
+            self.sum += mean * samples as f64;
+            self.samples = self.samples.saturating_add(samples);
+        }
+    }
+
+    /// The mean over all samples; NaN without any.
+    pub fn mean(&self) -> f64 {
+        self.sum / self.samples as f64
+    }
+}
+
+/// What [`ogr`] and [`gb_estimate`] found, K values each.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Estimate {
+    /// dG_k = V_N - V_{N+n}: what validation gained; negative if it lost.
+    pub delta_g: Vec<f64>,
+    /// dO_k = (V_{N+n} - T_{N+n}) - (V_N - T_N): how much the gap between the two widened.
+    pub delta_o: Vec<f64>,
+    /// |dO_k / dG_k|; 0 / 0 is NaN.
+    pub ogr: Vec<f64>,
+    /// The weights, from `solve(dG, diag(dO^2))`.
+    pub solution: Solution,
+}
+
+/// Weights from the losses of each modality at a checkpoint and after it was trained alone.
+///
+/// w_k = dG_k / dO_k^2, normalised, by `policy`. Source: Wang, Tran, Feiszli, CVPR 2020, section 3.
+///
+/// # Errors
+/// [`Error::Modalities`] for no or more than 32 modalities, [`Error::Count`] unless both lists have one entry for each,
+/// [`Error::Loss`] for a loss, or a difference of losses, that is not finite, [`Error::Damping`].
+///
+/// ```
+/// use gradblend::{Losses, Policy, ogr};
+/// let before = [Losses { train: 2.0, valid: 2.0 }; 2];
+/// let after = [Losses { train: 1.0, valid: 1.5 }, Losses { train: 0.5, valid: 1.5 }];
+/// let estimate = ogr(&before, &after, &Policy::default())?;
+/// // Both gain 0.5; their gaps widen by 0.5 and 1.
+/// let weights = estimate.solution.weights.unwrap_or_default();
+/// assert!((weights[0] - 0.8).abs() < 1e-9 && (weights[1] - 0.2).abs() < 1e-9);
+/// # Ok::<(), gradblend::Error>(())
+/// ```
+pub fn ogr(before: &[Losses], after: &[Losses], policy: &Policy) -> Result<Estimate> {
+    let modalities = before.len();
+    if modalities == 0 || modalities > MAX_MODALITIES {
+        return Err(Error::Modalities { got: modalities as u64 });
+    }
+    if after.len() != modalities {
+        return Err(Error::Count { what: "the losses after training", expected: modalities, got: after.len() });
+    }
+    policy.check()?;
+    for (when, losses) in [("at the checkpoint", before), ("after training", after)] {
+        for (modality, loss) in losses.iter().enumerate() {
+            for (list, got) in [("training", loss.train), ("validation", loss.valid)] {
+                if !got.is_finite() {
+                    return Err(Error::Loss { modality, list, when, got });
+                }
+            }
+        }
+    }
+    let pairs = || before.iter().zip(after);
+    let delta_g: Vec<f64> = pairs().map(|(n, m)| n.valid - m.valid).collect();
+    let delta_o: Vec<f64> = pairs().map(|(n, m)| (m.valid - m.train) - (n.valid - n.train)).collect();
+    for (modality, got) in delta_g.iter().chain(&delta_o).copied().enumerate() {
+        if !got.is_finite() {
+            let modality = modality % modalities;
+            return Err(Error::Loss { modality, list: "difference of the", when: "before and after training", got });
+        }
+    }
+    // Weights do not change when all gaps are scaled; near 1, their squares neither vanish nor overflow.
+    let largest = delta_o.iter().fold(0.0, |max: f64, gap| max.max(gap.abs()));
+    let mut second_moment = vec![0.0; modalities * modalities];
+    for (k, gap) in delta_o.iter().enumerate().filter(|_| largest > 0.0) {
+        second_moment[k * modalities + k] = (gap / largest) * (gap / largest);
+    }
+    Ok(Estimate {
+        ogr: delta_o.iter().zip(&delta_g).map(|(o, g)| (o / g).abs()).collect(),
+        solution: solve(&delta_g, &second_moment, policy)?,
+        delta_g,
+        delta_o,
+    })
+}
+
+/// A network that [`gb_estimate`] can train one modality at a time. Modalities are counted from 0, the fused one
+/// included.
+pub trait Trainee {
+    /// Weights, optimiser state, and whatever else training changes.
+    type Checkpoint;
+    /// What can go wrong while training. The estimator's own errors are turned into it.
+    type Error: From<Error>;
+
+    /// K.
+    fn modalities(&self) -> usize;
+    /// Takes a checkpoint.
+    ///
+    /// # Errors
+    /// The trainee's own.
+    fn save(&mut self) -> std::result::Result<Self::Checkpoint, Self::Error>;
+    /// Goes back to a checkpoint.
+    ///
+    /// # Errors
+    /// The trainee's own.
+    fn restore(&mut self, checkpoint: &Self::Checkpoint) -> std::result::Result<(), Self::Error>;
+    /// Trains on the loss of one modality alone.
+    ///
+    /// # Errors
+    /// The trainee's own.
+    fn train_modality(&mut self, modality: usize, epochs: u64) -> std::result::Result<(), Self::Error>;
+    /// Mean losses of one modality now.
+    ///
+    /// # Errors
+    /// The trainee's own.
+    fn losses(&mut self, modality: usize) -> std::result::Result<Losses, Self::Error>;
+}
+
+/// GB_Estimate (algorithm 1 of the paper): trains each modality alone for `epochs` from where the trainee stands,
+/// measures losses before and after, and returns the weights. Leaves the trainee where it stood, after an error too.
+///
+/// # Errors
+/// The trainee's own, and those of [`ogr`].
+pub fn gb_estimate<T: Trainee>(
+    trainee: &mut T,
+    epochs: u64,
+    policy: &Policy,
+) -> std::result::Result<Estimate, T::Error> {
+    let modalities = trainee.modalities();
+    if modalities == 0 || modalities > MAX_MODALITIES {
+        return Err(Error::Modalities { got: modalities as u64 }.into());
+    }
+    policy.check()?;
+    let checkpoint = trainee.save()?;
+    let before = (0..modalities).map(|k| trainee.losses(k)).collect::<std::result::Result<Vec<_>, _>>();
+    // Measuring may move a trainee too (its random stream, say), and each modality must start from the same state.
+    trainee.restore(&checkpoint)?;
+    let before = before?;
+    let mut after = Vec::with_capacity(modalities);
+    for k in 0..modalities {
+        let losses = trainee.train_modality(k, epochs).and_then(|()| trainee.losses(k));
+        trainee.restore(&checkpoint)?;
+        after.push(losses?);
+    }
+    Ok(ogr(&before, &after, policy)?)
+}

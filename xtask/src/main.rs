@@ -1,0 +1,3 @@
+//! Builds and checks of this repository: `cargo xtask --help`.
+
+fn main() {}
