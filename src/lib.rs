@@ -9,7 +9,8 @@ mod device;
 pub mod dlpack;
 mod error;
 #[cfg(feature = "capi")]
-mod ffi;
+#[doc(hidden)]
+pub mod ffi;
 mod losses;
 mod report;
 mod schedule;

@@ -3,6 +3,7 @@
 
 // Types have the names that C knows.
 #![allow(non_camel_case_types)]
+#![allow(missing_docs, clippy::missing_safety_doc, reason = "include/gradblend.h documents the functions and records")]
 
 mod argument;
 mod environment;
@@ -17,8 +18,9 @@ use std::ptr::without_provenance_mut;
 
 use argument::{array, check, record};
 use handle::Handles;
-use record::{gradblend_config, gradblend_dlpack, gradblend_report, gradblend_tensor};
-use status::{Fault, Outcome, Status, call};
+pub use record::{gradblend_config, gradblend_dlpack, gradblend_report, gradblend_tensor};
+pub use status::Status;
+use status::{Fault, Outcome, call};
 
 use crate::abi::MAX_MODALITIES;
 use crate::blender::{Blender, Plan};
@@ -31,11 +33,13 @@ use crate::tensor::{GradScale, Stream, TensorGrads};
 
 /// Stands behind a handle in C; there is none in Rust.
 #[repr(C)]
-struct gradblend_blender([u8; 0]);
+#[derive(Debug)]
+pub struct gradblend_blender([u8; 0]);
 
 /// Stands behind a handle in C; there is none in Rust.
 #[repr(C)]
-struct gradblend_plan([u8; 0]);
+#[derive(Debug)]
+pub struct gradblend_plan([u8; 0]);
 
 /// What a plan's handle names.
 #[derive(Debug)]
@@ -59,7 +63,7 @@ fn with_shared(blender: *const gradblend_blender, body: impl FnOnce(&Blender) ->
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn gradblend_version() -> u32 {
+pub extern "C" fn gradblend_version() -> u32 {
     // The numbers stand in Cargo.toml alone; the compiler composes them.
     const fn number(digits: &str) -> u32 {
         let (digits, mut number, mut i) = (digits.as_bytes(), 0, 0);
@@ -77,18 +81,18 @@ extern "C" fn gradblend_version() -> u32 {
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn gradblend_status_name(status: Status) -> *const c_char {
+pub extern "C" fn gradblend_status_name(status: Status) -> *const c_char {
     status::name(status).as_ptr()
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_last_error(buffer: *mut c_char, bytes: usize) -> usize {
+pub unsafe extern "C" fn gradblend_last_error(buffer: *mut c_char, bytes: usize) -> usize {
     // SAFETY: as the header asks.
     unsafe { status::last(buffer, bytes) }
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_config_default(modalities: u32, config: *mut gradblend_config) -> Status {
+pub unsafe extern "C" fn gradblend_config_default(modalities: u32, config: *mut gradblend_config) -> Status {
     call(|| {
         check("config", config)?;
         let default = Config::new(modalities);
@@ -100,7 +104,7 @@ unsafe extern "C" fn gradblend_config_default(modalities: u32, config: *mut grad
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_solve(
+pub unsafe extern "C" fn gradblend_solve(
     config: *const gradblend_config,
     numerator: *const f64,
     second_moment: *const f64,
@@ -140,7 +144,7 @@ unsafe extern "C" fn gradblend_solve(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_blender_create(
+pub unsafe extern "C" fn gradblend_blender_create(
     device: i32,
     config: *const gradblend_config,
     blender: *mut *mut gradblend_blender,
@@ -157,7 +161,7 @@ unsafe extern "C" fn gradblend_blender_create(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn gradblend_blender_destroy(blender: *mut gradblend_blender) {
+pub extern "C" fn gradblend_blender_destroy(blender: *mut gradblend_blender) {
     call(|| {
         BLENDERS.destroy(blender.addr());
         Ok(())
@@ -165,7 +169,7 @@ extern "C" fn gradblend_blender_destroy(blender: *mut gradblend_blender) {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_plan_create(
+pub unsafe extern "C" fn gradblend_plan_create(
     blender: *const gradblend_blender,
     tensors: *const gradblend_tensor,
     count: u64,
@@ -187,7 +191,7 @@ unsafe extern "C" fn gradblend_plan_create(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_plan_update(
+pub unsafe extern "C" fn gradblend_plan_update(
     plan: *mut gradblend_plan,
     tensors: *const gradblend_tensor,
     count: u64,
@@ -210,7 +214,7 @@ unsafe extern "C" fn gradblend_plan_update(
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn gradblend_plan_destroy(plan: *mut gradblend_plan) {
+pub extern "C" fn gradblend_plan_destroy(plan: *mut gradblend_plan) {
     call(|| {
         PLANS.destroy(plan.addr());
         Ok(())
@@ -218,7 +222,7 @@ extern "C" fn gradblend_plan_destroy(plan: *mut gradblend_plan) {
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_pass(
+pub unsafe extern "C" fn gradblend_pass(
     blender: *mut gradblend_blender,
     plan: *const gradblend_plan,
     what: u32,
@@ -232,7 +236,7 @@ unsafe extern "C" fn gradblend_pass(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_dot(
+pub unsafe extern "C" fn gradblend_dot(
     blender: *mut gradblend_blender,
     plan: *const gradblend_plan,
     stream: *mut c_void,
@@ -242,19 +246,19 @@ unsafe extern "C" fn gradblend_dot(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_observe(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
+pub unsafe extern "C" fn gradblend_observe(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
     // SAFETY: as the header asks.
     with(blender, |blender| Ok(blender.observe(unsafe { Stream::from_raw(stream) })?))
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_reweight(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
+pub unsafe extern "C" fn gradblend_reweight(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
     // SAFETY: as the header asks.
     with(blender, |blender| Ok(blender.reweight(unsafe { Stream::from_raw(stream) })?))
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_blend(
+pub unsafe extern "C" fn gradblend_blend(
     blender: *mut gradblend_blender,
     plan: *const gradblend_plan,
     stream: *mut c_void,
@@ -264,7 +268,7 @@ unsafe extern "C" fn gradblend_blend(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_step(
+pub unsafe extern "C" fn gradblend_step(
     blender: *mut gradblend_blender,
     plan: *const gradblend_plan,
     stream: *mut c_void,
@@ -275,13 +279,13 @@ unsafe extern "C" fn gradblend_step(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_reset(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
+pub unsafe extern "C" fn gradblend_reset(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
     // SAFETY: as the header asks.
     with(blender, |blender| Ok(blender.reset(unsafe { Stream::from_raw(stream) })?))
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_set_weights(
+pub unsafe extern "C" fn gradblend_set_weights(
     blender: *mut gradblend_blender,
     weights: *const f64,
     count: u32,
@@ -302,13 +306,13 @@ unsafe extern "C" fn gradblend_set_weights(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_set_grad_scale(blender: *mut gradblend_blender, scale: *const f32) -> Status {
+pub unsafe extern "C" fn gradblend_set_grad_scale(blender: *mut gradblend_blender, scale: *const f32) -> Status {
     // SAFETY: as the header asks.
     with(blender, |blender| Ok(blender.set_grad_scale(unsafe { GradScale::from_raw(scale) })?))
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_get_report(
+pub unsafe extern "C" fn gradblend_get_report(
     blender: *mut gradblend_blender,
     report: *mut gradblend_report,
     stream: *mut c_void,
@@ -322,7 +326,7 @@ unsafe extern "C" fn gradblend_get_report(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_get_second_moments(
+pub unsafe extern "C" fn gradblend_get_second_moments(
     blender: *mut gradblend_blender,
     second_moment: *mut f64,
     stream: *mut c_void,
@@ -339,7 +343,10 @@ unsafe extern "C" fn gradblend_get_second_moments(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_device_weights(blender: *const gradblend_blender, weights: *mut *const f32) -> Status {
+pub unsafe extern "C" fn gradblend_device_weights(
+    blender: *const gradblend_blender,
+    weights: *mut *const f32,
+) -> Status {
     with_shared(blender, |blender| {
         check("where to put the address of the weights", weights)?;
         // SAFETY: as the header asks.
@@ -349,7 +356,7 @@ unsafe extern "C" fn gradblend_device_weights(blender: *const gradblend_blender,
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_pending_sums(
+pub unsafe extern "C" fn gradblend_pending_sums(
     blender: *const gradblend_blender,
     sums: *mut *mut f64,
     count: *mut u32,
@@ -367,7 +374,7 @@ unsafe extern "C" fn gradblend_pending_sums(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_save(
+pub unsafe extern "C" fn gradblend_save(
     blender: *mut gradblend_blender,
     buffer: *mut c_void,
     bytes: *mut usize,
@@ -396,7 +403,7 @@ unsafe extern "C" fn gradblend_save(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_load(
+pub unsafe extern "C" fn gradblend_load(
     blender: *mut gradblend_blender,
     buffer: *const c_void,
     bytes: usize,
@@ -411,7 +418,7 @@ unsafe extern "C" fn gradblend_load(
 }
 
 #[unsafe(no_mangle)]
-unsafe extern "C" fn gradblend_tensor_from_dlpack(
+pub unsafe extern "C" fn gradblend_tensor_from_dlpack(
     device: i32,
     modalities: u32,
     train: *const gradblend_dlpack,

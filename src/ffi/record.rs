@@ -19,52 +19,52 @@ pub(super) const CPU: i32 = -1;
 
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-pub(super) struct gradblend_config {
-    pub(super) size: u32,
-    pub(super) modalities: u32,
-    pub(super) average: i32,
-    pub(super) overfitting: i32,
-    pub(super) negative: i32,
-    pub(super) cadence: i32,
-    pub(super) threads: u32,
-    pub(super) reserved: u32,
-    pub(super) decay: f64,
-    pub(super) damping: f64,
+pub struct gradblend_config {
+    pub size: u32,
+    pub modalities: u32,
+    pub average: i32,
+    pub overfitting: i32,
+    pub negative: i32,
+    pub cadence: i32,
+    pub threads: u32,
+    pub reserved: u32,
+    pub decay: f64,
+    pub damping: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-pub(super) struct gradblend_tensor {
-    pub(super) len: u64,
-    pub(super) dtype: i32,
-    pub(super) train: *const c_void,
-    pub(super) valid: *const c_void,
-    pub(super) modalities: *const *const c_void,
-    pub(super) blended: *mut c_void,
+pub struct gradblend_tensor {
+    pub len: u64,
+    pub dtype: i32,
+    pub train: *const c_void,
+    pub valid: *const c_void,
+    pub modalities: *const *const c_void,
+    pub blended: *mut c_void,
 }
 
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-pub(super) struct gradblend_report {
-    pub(super) size: u32,
-    pub(super) modalities: u32,
-    pub(super) observed: u64,
-    pub(super) skipped: u64,
-    pub(super) flags: u32,
-    pub(super) nonfinite: u32,
-    pub(super) weights: [f64; MAX_MODALITIES],
-    pub(super) mean: [f64; MAX_MODALITIES],
-    pub(super) second_moment: [f64; MAX_MODALITIES],
-    pub(super) ogr: [f64; MAX_MODALITIES],
-    pub(super) ogr_blend: f64,
-    pub(super) ogr_uniform: f64,
+pub struct gradblend_report {
+    pub size: u32,
+    pub modalities: u32,
+    pub observed: u64,
+    pub skipped: u64,
+    pub flags: u32,
+    pub nonfinite: u32,
+    pub weights: [f64; MAX_MODALITIES],
+    pub mean: [f64; MAX_MODALITIES],
+    pub second_moment: [f64; MAX_MODALITIES],
+    pub ogr: [f64; MAX_MODALITIES],
+    pub ogr_blend: f64,
+    pub ogr_uniform: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-pub(super) struct gradblend_dlpack {
-    pub(super) managed: *const DLManagedTensor,
-    pub(super) versioned: *const DLManagedTensorVersioned,
+pub struct gradblend_dlpack {
+    pub managed: *const DLManagedTensor,
+    pub versioned: *const DLManagedTensorVersioned,
 }
 
 /// Codes of the two choices of each kind, as in the header.

@@ -10,7 +10,7 @@ use crate::config::MAX_CPU_THREADS;
 use crate::error::Error;
 
 /// As `gradblend_status` in the header.
-pub(super) type Status = i32;
+pub type Status = i32;
 
 pub(super) const OK: Status = 0;
 pub(super) const INVALID_ARGUMENT: Status = 1;
