@@ -1,128 +1,19 @@
-// What the kernels share: the records of src/layout.rs, vector loads and stores, and sums over a warp. The only casts and
+// What the kernels share: the generated records, vector loads and stores, and sums over a warp. The only casts and
 // shuffles are here.
 //
 // The sources use CUDA's own words and no inline PTX, so that a host compiler can build them too, given those words.
 #pragma once
 
-#include <stdint.h>
 #include <string.h>
+
+#include "abi.cuh"
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 
-// ---- Records: src/layout.rs says what each field means, and the build hands its numbers over. ----
-
-constexpr uint32_t MAX_MODALITIES = GRADBLEND_MAX_MODALITIES;
-constexpr uint32_t CHUNK = GRADBLEND_CHUNK;
-constexpr uint32_t ALIGNMENT = GRADBLEND_ALIGNMENT;
-constexpr uint32_t THREADS = GRADBLEND_THREADS;
-constexpr uint32_t RESIDENT = GRADBLEND_RESIDENT;
-constexpr uint32_t LOADS = GRADBLEND_LOADS;
-constexpr uint32_t SMALL = GRADBLEND_SMALL;
-constexpr uint32_t FOLD = GRADBLEND_FOLD;
 constexpr uint32_t WARP = 32;
-constexpr uint32_t WARPS = THREADS / WARP;
-
-struct TensorRecord {
-    uint64_t train, valid, blended, len;
-    uint32_t dtype, present, alignment, reserved;
-};
-struct Chunk {
-    uint64_t start;
-    uint32_t tensor, len;
-};
-struct alignas(8) Span {
-    uint32_t first, end;
-};
-struct Progress {
-    uint32_t taken, done;
-};
-struct State {
-    double pending[2 * MAX_MODALITIES];
-    float weights_f32[MAX_MODALITIES];
-    double weights[MAX_MODALITIES];
-    double mean[MAX_MODALITIES];
-    double second_moment[MAX_MODALITIES * MAX_MODALITIES];
-    double normaliser;
-    uint64_t observed, skipped;
-    uint32_t flags, nonfinite;
-};
-struct Launch {
-    uint64_t tensors, addresses, indices, chunks, spans, count, partials, state, progress, zeros, scale_address;
-    double decay, damping;
-    float scale;
-    uint32_t modalities, what, average, overfitting, negative, cadence, reserved;
-};
-struct Weights {
-    double values[MAX_MODALITIES];
-};
-
-#define SAME_SIZE(record) static_assert(sizeof(record) == GRADBLEND_SIZE_##record, "size of " #record)
-#define SAME_PLACE(record, field) \
-    static_assert(__builtin_offsetof(record, field) == GRADBLEND_OFFSET_##record##_##field, #record "." #field)
-SAME_SIZE(TensorRecord);
-SAME_PLACE(TensorRecord, train);
-SAME_PLACE(TensorRecord, valid);
-SAME_PLACE(TensorRecord, blended);
-SAME_PLACE(TensorRecord, len);
-SAME_PLACE(TensorRecord, dtype);
-SAME_PLACE(TensorRecord, present);
-SAME_PLACE(TensorRecord, alignment);
-SAME_SIZE(Chunk);
-SAME_PLACE(Chunk, start);
-SAME_PLACE(Chunk, tensor);
-SAME_PLACE(Chunk, len);
-SAME_SIZE(Span);
-SAME_PLACE(Span, first);
-SAME_PLACE(Span, end);
-SAME_SIZE(Progress);
-SAME_PLACE(Progress, taken);
-SAME_PLACE(Progress, done);
-SAME_SIZE(State);
-SAME_PLACE(State, pending);
-SAME_PLACE(State, weights_f32);
-SAME_PLACE(State, weights);
-SAME_PLACE(State, mean);
-SAME_PLACE(State, second_moment);
-SAME_PLACE(State, normaliser);
-SAME_PLACE(State, observed);
-SAME_PLACE(State, skipped);
-SAME_PLACE(State, flags);
-SAME_PLACE(State, nonfinite);
-SAME_SIZE(Launch);
-SAME_PLACE(Launch, tensors);
-SAME_PLACE(Launch, addresses);
-SAME_PLACE(Launch, indices);
-SAME_PLACE(Launch, chunks);
-SAME_PLACE(Launch, spans);
-SAME_PLACE(Launch, count);
-SAME_PLACE(Launch, partials);
-SAME_PLACE(Launch, state);
-SAME_PLACE(Launch, progress);
-SAME_PLACE(Launch, zeros);
-SAME_PLACE(Launch, scale_address);
-SAME_PLACE(Launch, decay);
-SAME_PLACE(Launch, damping);
-SAME_PLACE(Launch, scale);
-SAME_PLACE(Launch, modalities);
-SAME_PLACE(Launch, what);
-SAME_PLACE(Launch, average);
-SAME_PLACE(Launch, overfitting);
-SAME_PLACE(Launch, negative);
-SAME_PLACE(Launch, cadence);
-SAME_SIZE(Weights);
-SAME_PLACE(Weights, values);
-
-// Codes that Rust writes: DType, Pass, Flags, and the choices of a Config.
-constexpr uint32_t F32 = 0, F16 = 1, BF16 = 2;
-constexpr uint32_t DOT = GRADBLEND_DOT, BLEND = GRADBLEND_BLEND;
-constexpr uint32_t ACCUMULATE = GRADBLEND_ACCUMULATE, OBSERVE = GRADBLEND_OBSERVE;
-constexpr uint32_t HELD = GRADBLEND_HELD, NONFINITE = GRADBLEND_NONFINITE, CLAMPED = GRADBLEND_CLAMPED;
-constexpr uint32_t MEAN = 0, EMA = 1;
-constexpr uint32_t UNCORRELATED = 0, CORRELATED = 1;
-constexpr uint32_t CLAMP = 0, SIGNED = 1;
-constexpr uint32_t ON_REQUEST = 0, EVERY_OBSERVATION = 1;
+constexpr uint32_t WARPS = THREADS_PER_BLOCK / WARP;
 
 // An address of the record's as a pointer.
 template <class T>

@@ -30,7 +30,7 @@ struct Work {
 struct Shared {
     Work work[WARPS];
     float weights[MAX_MODALITIES];
-    double shares[2 * THREADS];  // of each thread, of two partial sums
+    double shares[2 * THREADS_PER_BLOCK];  // of each thread, of two partial sums
     double pending[2 * MAX_MODALITIES];
     double c[MAX_MODALITIES], d[MAX_MODALITIES];
     double keep, add;
@@ -40,8 +40,8 @@ struct Shared {
 };
 
 // What an observation starts from, read at once and before anything is waited for: each thread has its part of the moments.
-constexpr uint32_t PART = MAX_MODALITIES * MAX_MODALITIES / THREADS;
-static_assert(PART * THREADS == MAX_MODALITIES * MAX_MODALITIES && THREADS >= 2 * MAX_MODALITIES, "a part for each thread");
+constexpr uint32_t PART = MAX_MODALITIES * MAX_MODALITIES / THREADS_PER_BLOCK;
+static_assert(PART * THREADS_PER_BLOCK == MAX_MODALITIES * MAX_MODALITIES && THREADS_PER_BLOCK >= 2 * MAX_MODALITIES, "a part for each thread");
 struct Before {
     double pending, mean, second_moment[PART];
     double normaliser;
@@ -50,42 +50,42 @@ struct Before {
     float scale;
 };
 
-__device__ __forceinline__ Before look_back(const Launch &launch) {
-    const uint32_t modalities = launch.modalities, thread = threadIdx.x;
-    const State *state = at<const State>(launch.state);
+__device__ __forceinline__ Before look_back(const BlenderArgs &blender, const ObservationArgs &observation) {
+    const uint32_t modalities = blender.modalities, thread = threadIdx.x;
+    const State *state = at<const State>(blender.state);
     Before before;
     before.pending = thread < 2 * modalities ? state->pending[thread] : 0.0;
     before.mean = thread < modalities ? state->mean[thread] : 0.0;
 #pragma unroll
     for (uint32_t part = 0; part < PART; ++part) {
-        const uint32_t i = thread + part * THREADS;
+        const uint32_t i = thread + part * THREADS_PER_BLOCK;
         before.second_moment[part] = i < modalities * modalities ? state->second_moment[i] : 0.0;
     }
     before.normaliser = state->normaliser;
     before.observed = state->observed;
     before.skipped = state->skipped;
     before.flags = state->flags;
-    before.scale = launch.scale_address != 0 ? *at<const float>(launch.scale_address) : launch.scale;
+    before.scale = observation.scale_address != 0 ? *at<const float>(observation.scale_address) : observation.scale;
     return before;
 }
 
 // Adds up the partial sums of all spans, in an order that depends on K alone, and adds them to the pending sums.
-__device__ __forceinline__ void fold(const Launch &launch, Shared &shared, Before &before) {
-    const uint32_t modalities = launch.modalities, products = 2 * modalities, thread = threadIdx.x;
+__device__ __forceinline__ void fold(const TableArgs &table, const BlenderArgs &blender, Shared &shared, Before &before) {
+    const uint32_t modalities = blender.modalities, products = 2 * modalities, thread = threadIdx.x;
     // A thread takes two products, of every so many spans.
-    const uint32_t shares = THREADS / modalities, pair = thread % modalities, share = thread / modalities;
-    const uint32_t count = static_cast<uint32_t>(launch.count);
+    const uint32_t shares = THREADS_PER_BLOCK / modalities, pair = thread % modalities, share = thread / modalities;
+    const uint32_t count = static_cast<uint32_t>(table.count);
     double2 sum = {0.0, 0.0};
-    for (uint32_t first = share; share < shares && first < count; first += FOLD * shares) {
-        const double2 *from = at<const double2>(launch.partials) + static_cast<uint64_t>(first) * modalities + pair;
-        double2 partial[FOLD];
+    for (uint32_t first = share; share < shares && first < count; first += PARTIALS_IN_FLIGHT * shares) {
+        const double2 *from = at<const double2>(table.partials) + static_cast<uint64_t>(first) * modalities + pair;
+        double2 partial[PARTIALS_IN_FLIGHT];
 #pragma unroll
-        for (uint32_t i = 0; i < FOLD; ++i) {
+        for (uint32_t i = 0; i < PARTIALS_IN_FLIGHT; ++i) {
             partial[i] = first + i * shares < count ? __ldcg(from) : make_double2(0.0, 0.0);
             from += shares * modalities;
         }
 #pragma unroll
-        for (uint32_t i = 0; i < FOLD; ++i) {
+        for (uint32_t i = 0; i < PARTIALS_IN_FLIGHT; ++i) {
             sum.x += partial[i].x;
             sum.y += partial[i].y;
         }
@@ -106,14 +106,14 @@ __device__ __forceinline__ void fold(const Launch &launch, Shared &shared, Befor
     __syncthreads();
     if (thread < products) {
         before.pending += shared.pending[thread];
-        at<State>(launch.state)->pending[thread] = before.pending;
+        at<State>(blender.state)->pending[thread] = before.pending;
     }
 }
 
 // Closes the pending sums as one observation; says whether it entered the moments.
-__device__ __forceinline__ bool close(const Launch &launch, Shared &shared, const Before &before) {
-    const uint32_t modalities = launch.modalities, thread = threadIdx.x;
-    State *state = at<State>(launch.state);
+__device__ __forceinline__ bool close(const BlenderArgs &blender, Shared &shared, const Before &before) {
+    const uint32_t modalities = blender.modalities, thread = threadIdx.x;
+    State *state = at<State>(blender.state);
     if (thread < 2 * modalities) {
         shared.pending[thread] = before.pending;
     }
@@ -140,10 +140,10 @@ __device__ __forceinline__ bool close(const Launch &launch, Shared &shared, cons
             } else {
                 const uint64_t observed = before.observed + (before.observed != UINT64_MAX);
                 const double n = static_cast<double>(observed);
-                const bool ema = launch.average == EMA;
-                shared.keep = ema ? launch.decay : static_cast<double>(observed - 1) / n;
+                const bool ema = blender.average == EMA;
+                shared.keep = ema ? blender.decay : static_cast<double>(observed - 1) / n;
                 // 1 - (n - 1) / n would round; 1 / n is nearer.
-                shared.add = ema ? 1.0 - launch.decay : 1.0 / n;
+                shared.add = ema ? 1.0 - blender.decay : 1.0 / n;
                 state->observed = observed;
                 state->normaliser = ema ? shared.keep * before.normaliser + shared.add : 1.0;
             }
@@ -151,7 +151,7 @@ __device__ __forceinline__ bool close(const Launch &launch, Shared &shared, cons
         }
     }
     __syncthreads();
-    for (uint32_t i = thread; i < 2 * MAX_MODALITIES; i += THREADS) {
+    for (uint32_t i = thread; i < 2 * MAX_MODALITIES; i += THREADS_PER_BLOCK) {
         state->pending[i] = 0.0;
     }
     if (shared.entered) {
@@ -161,7 +161,7 @@ __device__ __forceinline__ bool close(const Launch &launch, Shared &shared, cons
         }
 #pragma unroll
         for (uint32_t part = 0; part < PART; ++part) {
-            const uint32_t i = thread + part * THREADS;
+            const uint32_t i = thread + part * THREADS_PER_BLOCK;
             if (i < modalities * modalities) {
                 const double square = shared.d[i / modalities] * shared.d[i % modalities];
                 state->second_moment[i] = keep * before.second_moment[part] + add * square;
@@ -173,22 +173,23 @@ __device__ __forceinline__ bool close(const Launch &launch, Shared &shared, cons
 }
 
 // Closes the pending sums, and reweights if the cadence says so.
-__device__ __forceinline__ void observe(const Launch &launch, Shared &shared, const Before &before) {
-    if (close(launch, shared, before) && launch.cadence == EVERY_OBSERVATION && threadIdx.x < WARP) {
-        reweight(launch, shared.solver);
+__device__ __forceinline__ void observe(const BlenderArgs &blender, Shared &shared, const Before &before) {
+    if (close(blender, shared, before) && blender.cadence == EVERY_OBSERVATION && threadIdx.x < WARP) {
+        reweight(blender, shared.solver);
     }
 }
 
 // What follows the last span of a pass. The block that is done last sees the partial sums of all.
 template <bool DOTS>
-__device__ __forceinline__ void finish(const Launch &launch, Shared &shared) {
-    Progress *progress = at<Progress>(launch.progress);
+__device__ __forceinline__ void finish(const TableArgs &table, const BlenderArgs &blender,
+                                       const ObservationArgs &observation, uint32_t what, Shared &shared) {
+    Progress *progress = at<Progress>(blender.progress);
     // Each thread makes its own partial sums visible before the barrier, so the ticket that follows it speaks for all.
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        // Wraps to zero at the last ticket: ready for the next launch.
-        shared.last = atomicInc(&progress->done, gridDim.x - 1) == gridDim.x - 1;
+        // Wraps to zero at the last ticket: ready for the next blender.
+        shared.last = atomicInc(&progress->finished, gridDim.x - 1) == gridDim.x - 1;
     }
     __syncthreads();
     if (!shared.last) {
@@ -197,15 +198,15 @@ __device__ __forceinline__ void finish(const Launch &launch, Shared &shared) {
     __threadfence();
     if (threadIdx.x == 0) {
         // So is this: nobody asks for a span any more.
-        progress->taken = 0;
+        progress->claimed = 0;
     }
-    if (DOTS || (launch.what & OBSERVE)) {
-        Before before = look_back(launch);
+    if (DOTS || (what & OBSERVE)) {
+        Before before = look_back(blender, observation);
         if (DOTS) {
-            fold(launch, shared, before);
+            fold(table, blender, shared, before);
         }
-        if (launch.what & OBSERVE) {
-            observe(launch, shared, before);
+        if (what & OBSERVE) {
+            observe(blender, shared, before);
         }
     }
 }

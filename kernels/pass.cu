@@ -11,7 +11,7 @@
 
 #include "observe.cuh"
 
-static_assert(CHUNK <= 128 * 2 * THREADS && SMALL <= 128 * 2 * WARP, "at most 128 elements enter a sum");
+static_assert(CHUNK <= 128 * 2 * THREADS_PER_BLOCK && WARP_CHUNK <= 128 * 2 * WARP, "at most 128 elements enter a sum");
 static_assert(ALIGNMENT == sizeof(uint4), "a unit is what the widest load brings");
 
 // Writes what is there of a unit of the blend.
@@ -62,11 +62,11 @@ __device__ __forceinline__ void clear(const Work &work) {
     }
 }
 
-// How many units of each of so many lists make LOADS, or a few more. A power of two, as a whole chunk's units are, so that
+// How many units of each of so many lists make LOADS_IN_FLIGHT, or a few more. A power of two, as a whole chunk's units are, so that
 // no round of it is short.
 __host__ __device__ constexpr int together(int lists) {
     int units = 1;
-    while (units * lists < static_cast<int>(LOADS)) {
+    while (units * lists < static_cast<int>(LOADS_IN_FLIGHT)) {
         units *= 2;
     }
     return units;
@@ -277,26 +277,26 @@ __device__ __forceinline__ void take(Work &work, const float *weights, uint64_t 
 // Looks up what a chunk's tensor has, the first tile of its modalities included; says whether the pass has anything to do
 // there.
 template <bool DOTS, bool BLENDS>
-__device__ __forceinline__ bool look_up(const Launch &launch, const float *weights, uint32_t number, uint32_t threads,
-                                        uint32_t &dtype, Work &work) {
+__device__ __forceinline__ bool look_up(const TableArgs &table, const BlenderArgs &blender, uint32_t what,
+                                        const float *weights, uint32_t number, uint32_t threads, uint32_t &dtype, Work &work) {
     const uint32_t lane = threadIdx.x % WARP;
-    const Chunk chunk = at<const Chunk>(launch.chunks)[number];
+    const Chunk chunk = at<const Chunk>(table.chunks)[number];
     // What the chunk's tensor has is read at once; how many of its slots are taken is seen later.
-    const uint64_t slot = static_cast<uint64_t>(chunk.tensor) * launch.modalities;
-    const uint64_t mine = slot + (lane < launch.modalities ? lane : 0);
-    const uint64_t list = at<const uint64_t>(launch.addresses)[mine];
-    const uint32_t modality = at<const uint32_t>(launch.indices)[mine];
-    const TensorRecord tensor = at<const TensorRecord>(launch.tensors)[chunk.tensor];
+    const uint64_t slot = static_cast<uint64_t>(chunk.tensor) * blender.modalities;
+    const uint64_t mine = slot + (lane < blender.modalities ? lane : 0);
+    const uint64_t list = at<const uint64_t>(table.addresses)[mine];
+    const uint32_t modality = at<const uint32_t>(table.indices)[mine];
+    const TensorRecord tensor = at<const TensorRecord>(table.tensors)[chunk.tensor];
     const uint64_t offset = chunk.start * (tensor.dtype == F32 ? 4 : 2);
-    const bool adds = launch.what & ACCUMULATE;
+    const bool adds = what & ACCUMULATE;
     const bool dots = DOTS && tensor.train != 0 && tensor.present != 0;
     const bool blends = BLENDS && tensor.blended != 0 && (tensor.present != 0 || !adds);
     if (lane == 0) {
         work.lists[TRAIN] = tensor.train + offset;
         work.lists[VALID] = tensor.valid + offset;
         work.lists[BLENDED] = tensor.blended + offset;
-        work.modalities = launch.addresses + slot * sizeof(uint64_t);
-        work.indices = launch.indices + slot * sizeof(uint32_t);
+        work.modalities = table.addresses + slot * sizeof(uint64_t);
+        work.indices = table.indices + slot * sizeof(uint32_t);
         work.offset = offset;
         work.len = chunk.len;
         work.alignment = tensor.alignment;
@@ -313,24 +313,25 @@ __device__ __forceinline__ bool look_up(const Launch &launch, const float *weigh
 }
 
 template <bool DOTS, bool BLENDS>
-__device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
-    const uint32_t thread = threadIdx.x, k = launch.modalities;
+__device__ __forceinline__ void pass(const TableArgs &table, const BlenderArgs &blender,
+                                     const ObservationArgs &observation, uint32_t what, Shared &shared) {
+    const uint32_t thread = threadIdx.x, k = blender.modalities;
     if (BLENDS && thread < k) {
-        shared.weights[thread] = at<State>(launch.state)->weights_f32[thread];
+        shared.weights[thread] = at<State>(blender.state)->weights_f32[thread];
     }
     if (thread == 0) {
         shared.span = blockIdx.x;
     }
     __syncthreads();
     // No plan has more than 2^31 spans.
-    while (shared.span < launch.count) {
+    while (shared.span < table.count) {
         Work &work = shared.work[thread / WARP];
         uint32_t next = 0;
         if (thread == 0) {
             // Asked for early, and not touched before it is needed: the answer comes while the chunk is looked up.
-            next = atomicInc(&at<Progress>(launch.progress)->taken, UINT32_MAX);
+            next = atomicInc(&at<Progress>(blender.progress)->claimed, UINT32_MAX);
         }
-        const Span span = at<const Span>(launch.spans)[shared.span];
+        const Span span = at<const Span>(table.spans)[shared.span];
         // All warps share a chunk that is alone in its span.
         const bool alone = span.end - span.first == 1;
         const uint32_t number = alone ? span.first : span.first + thread / WARP;
@@ -339,17 +340,17 @@ __device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
         }
         uint32_t dtype = F32;
         const bool works =
-            number < span.end && look_up<DOTS, BLENDS>(launch, shared.weights, number, alone ? THREADS : WARP, dtype, work);
+            number < span.end && look_up<DOTS, BLENDS>(table, blender, what, shared.weights, number, alone ? THREADS_PER_BLOCK : WARP, dtype, work);
         if (thread == 0) {
             shared.next = gridDim.x + next;
         }
         if (works) {
             if (dtype == F32) {
-                take<Float, DOTS, BLENDS>(work, shared.weights, launch.zeros, k);
+                take<Float, DOTS, BLENDS>(work, shared.weights, blender.zeros, k);
             } else if (dtype == F16) {
-                take<Half, DOTS, BLENDS>(work, shared.weights, launch.zeros, k);
+                take<Half, DOTS, BLENDS>(work, shared.weights, blender.zeros, k);
             } else {
-                take<Bfloat, DOTS, BLENDS>(work, shared.weights, launch.zeros, k);
+                take<Bfloat, DOTS, BLENDS>(work, shared.weights, blender.zeros, k);
             }
         }
         __syncwarp();
@@ -364,24 +365,30 @@ __device__ __forceinline__ void pass(const Launch &launch, Shared &shared) {
             for (uint32_t warp = 0; warp < WARPS; ++warp) {
                 sum += shared.work[warp].sums[thread];
             }
-            at<double>(launch.partials)[index * 2 * k + thread] = sum;
+            at<double>(table.partials)[index * 2 * k + thread] = sum;
         }
         __syncthreads();
     }
-    finish<DOTS>(launch, shared);
+    finish<DOTS>(table, blender, observation, what, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) dot(const __grid_constant__ Launch launch) {
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, MIN_BLOCKS_PER_SM)
+    dot(const __grid_constant__ TableArgs table, const __grid_constant__ BlenderArgs blender,
+        const __grid_constant__ ObservationArgs observation, uint32_t what) {
     __shared__ Shared shared;
-    pass<true, false>(launch, shared);
+    pass<true, false>(table, blender, observation, what, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) blend(const __grid_constant__ Launch launch) {
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, MIN_BLOCKS_PER_SM)
+    blend(const __grid_constant__ TableArgs table, const __grid_constant__ BlenderArgs blender,
+        const __grid_constant__ ObservationArgs observation, uint32_t what) {
     __shared__ Shared shared;
-    pass<false, true>(launch, shared);
+    pass<false, true>(table, blender, observation, what, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) dot_blend(const __grid_constant__ Launch launch) {
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, MIN_BLOCKS_PER_SM)
+    dot_blend(const __grid_constant__ TableArgs table, const __grid_constant__ BlenderArgs blender,
+        const __grid_constant__ ObservationArgs observation, uint32_t what) {
     __shared__ Shared shared;
-    pass<true, true>(launch, shared);
+    pass<true, true>(table, blender, observation, what, shared);
 }

@@ -93,9 +93,9 @@ __device__ __forceinline__ bool correlated(Solver &s, uint32_t modalities, doubl
 }
 
 // Puts in force what the moments say; keeps the weights where there is nothing to go by. For one warp.
-__device__ __forceinline__ void reweight(const Launch &launch, Solver &s) {
-    const uint32_t modalities = launch.modalities, lane = threadIdx.x % WARP;
-    State *state = at<State>(launch.state);
+__device__ __forceinline__ void reweight(const BlenderArgs &blender, Solver &s) {
+    const uint32_t modalities = blender.modalities, lane = threadIdx.x % WARP;
+    State *state = at<State>(blender.state);
     const bool empty = state->observed == 0;
     const double normaliser = state->normaliser;
     double m = 0.0;
@@ -129,13 +129,13 @@ __device__ __forceinline__ void reweight(const Launch &launch, Solver &s) {
         for (uint32_t k = 0; k < modalities; ++k) {
             trace += s.matrix[k][k];
         }
-        damping = launch.damping * (trace / static_cast<double>(modalities));
+        damping = blender.damping * (trace / static_cast<double>(modalities));
     }
     bool clamped = false, solved = false;
     // S of fewer than K observations is singular.
-    if (launch.overfitting == CORRELATED && state->observed >= modalities) {
+    if (blender.overfitting == CORRELATED && state->observed >= modalities) {
         bool dropped = false;
-        solved = correlated(s, modalities, damping, launch.negative, dropped);
+        solved = correlated(s, modalities, damping, blender.negative, dropped);
         clamped = solved && dropped;
     }
     if (!solved) {
@@ -144,7 +144,7 @@ __device__ __forceinline__ void reweight(const Launch &launch, Solver &s) {
         if (lane < modalities) {
             a = m / (s.matrix[lane][lane] + damping);
             // 0 / 0: no overfitting and no generalisation, hence no weight.
-            if (m == 0.0 || (launch.negative == CLAMP && a < 0.0)) {
+            if (m == 0.0 || (blender.negative == CLAMP && a < 0.0)) {
                 negative = a < 0.0;
                 a = 0.0;
             }
