@@ -1,169 +1,24 @@
-// What the kernels share: the generated records, vector loads and stores, and sums over a warp. The only casts and
-// shuffles are here.
+// What all kernels share: the records of src/abi.rs, addresses as pointers, and the sum over a warp.
 //
-// The sources use CUDA's own words and no inline PTX, so that a host compiler can build them too, given those words.
+// The sources are CUDA C++ without inline PTX, so that a host compiler can compile them against tests/emulator/cuda.hpp.
 #pragma once
 
-#include <string.h>
-
 #include "abi.cuh"
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
 
-constexpr uint32_t WARP = 32;
-constexpr uint32_t WARPS = THREADS_PER_BLOCK / WARP;
+constexpr uint32_t WARP = 32;                         // threads of a warp
+constexpr uint32_t WARPS = THREADS_PER_BLOCK / WARP;  // warps of a thread block
 
-// An address of the record's as a pointer.
+// The pointer for an address of a record.
 template <class T>
 __device__ __forceinline__ T *at(uint64_t address) {
     return reinterpret_cast<T *>(address);
 }
 
-// ---- Units: 16 bytes of a list, the most that one load brings. ----
-
-// Gradients are read once and the blend is not read again, so both pass by the cache (`cs`: evict first).
-
-__device__ __forceinline__ uint4 load(uint64_t address) { return __ldcs(at<const uint4>(address)); }
-
-// A unit if it is there, else zeros. On a GPU they are read from `zeros`, which all threads share and which are near: of
-// many branches in a row the compiler makes moves that wait for one load before the next is on its way.
-__device__ __forceinline__ uint4 load_if(bool there, uint64_t address, uint64_t zeros) {
-#ifdef __CUDACC__
-    return load(there ? address : zeros);
-#else
-    (void)zeros;
-    return there ? load(address) : make_uint4(0, 0, 0, 0);
-#endif
-}
-
-__device__ __forceinline__ void store(uint64_t address, uint4 unit) { __stcs(at<uint4>(address), unit); }
-
-// Reads the first `bytes` of a unit in pieces of BYTES, all on their way at once. The rest is zero.
-template <uint32_t BYTES>
-__device__ __forceinline__ uint4 load_pieces(uint64_t address, uint32_t bytes) {
-    static_assert(BYTES == 8 || BYTES == 4 || BYTES == 2, "pieces that divide a unit");
-    uint32_t words[4];
-    if constexpr (BYTES == 8) {
-#pragma unroll
-        for (uint32_t i = 0; i < 2; ++i) {
-            const uint2 piece = 8 * i < bytes ? __ldcs(at<const uint2>(address) + i) : make_uint2(0, 0);
-            words[2 * i] = piece.x;
-            words[2 * i + 1] = piece.y;
-        }
-    } else if constexpr (BYTES == 4) {
-#pragma unroll
-        for (uint32_t i = 0; i < 4; ++i) {
-            words[i] = 4 * i < bytes ? __ldcs(at<const uint32_t>(address) + i) : 0;
-        }
-    } else {
-        uint32_t pieces[8];
-#pragma unroll
-        for (uint32_t i = 0; i < 8; ++i) {
-            pieces[i] = 2 * i < bytes ? __ldcs(at<const unsigned short>(address) + i) : 0;
-        }
-#pragma unroll
-        for (uint32_t i = 0; i < 4; ++i) {
-            words[i] = pieces[2 * i] | pieces[2 * i + 1] << 16;
-        }
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// A unit of a list that is aligned to 2 bytes, or zeros: three words from the first that is aligned, and the halves that are left at
-// its ends. No branch tells where those are, so that the loads of other units can be on their way too.
-__device__ __forceinline__ uint4 load_halves(bool there, uint64_t list, uint32_t offset) {
-    // Units lie 16 bytes apart.
-    const uint32_t odd = list & 2;
-    const uint64_t address = list + offset;
-    uint32_t words[3];
-#pragma unroll
-    for (uint32_t i = 0; i < 3; ++i) {
-        words[i] = there ? __ldcs(at<const uint32_t>(address + odd) + i) : 0;
-    }
-    const uint32_t half = there ? __ldcs(at<const unsigned short>(address + 12 - 6 * odd)) : 0;
-    const uint32_t last = there ? __ldcs(at<const unsigned short>(address + 14)) : 0;
-    return make_uint4(__funnelshift_l(half << 16, words[0], 8 * odd), __funnelshift_l(words[0], words[1], 8 * odd),
-                      __funnelshift_l(words[1], words[2], 8 * odd), (odd ? words[2] >> 16 : half) | last << 16);
-}
-
-// The first `bytes` of an aligned unit, which are not all, by at most three loads. The rest is zero.
-template <uint32_t BYTES>
-__device__ __forceinline__ uint4 load_end(uint64_t address, uint32_t bytes) {
-    const uint2 first = bytes & 8 ? __ldcs(at<const uint2>(address)) : make_uint2(0, 0);
-    const uint32_t word = bytes & 4 ? __ldcs(at<const uint32_t>(address + (bytes & 8))) : 0;
-    const uint32_t half = BYTES == 2 && (bytes & 2) ? __ldcs(at<const unsigned short>(address + (bytes & 12))) : 0;
-    const uint32_t next = bytes & 4 ? word : half, last = bytes & 4 ? half : 0;
-    return bytes & 8 ? make_uint4(first.x, first.y, next, last) : make_uint4(next, last, 0, 0);
-}
-
-// Writes the first `bytes` of a unit in pieces of BYTES.
-template <uint32_t BYTES>
-__device__ __forceinline__ void store_pieces(uint64_t address, uint32_t bytes, uint4 unit) {
-    static_assert(BYTES == 8 || BYTES == 4 || BYTES == 2, "pieces that divide a unit");
-    const uint32_t words[4] = {unit.x, unit.y, unit.z, unit.w};
-#pragma unroll
-    for (uint32_t i = 0; i < 16 / BYTES; ++i) {
-        if (BYTES * i < bytes) {
-            if constexpr (BYTES == 8) {
-                __stcs(at<uint2>(address) + i, make_uint2(words[2 * i], words[2 * i + 1]));
-            } else if constexpr (BYTES == 4) {
-                __stcs(at<uint32_t>(address) + i, words[i]);
-            } else {
-                __stcs(at<unsigned short>(address) + i, static_cast<unsigned short>(words[i / 2] >> 16 * (i % 2)));
-            }
-        }
-    }
-}
-
-// ---- Dtypes: how many elements a word of 4 bytes has, and what they are as f32. `narrow` rounds to nearest, ties to
-// even. ----
-
-template <class Pair>
-__device__ __forceinline__ uint32_t pair_bits(Pair pair) {
-    uint32_t bits;
-    static_assert(sizeof bits == sizeof pair, "two of 16 bits");
-    memcpy(&bits, &pair, sizeof bits);
-    return bits;
-}
-
-struct Float {
-    static constexpr uint32_t BYTES = 4, PER_WORD = 1, PER_UNIT = 4;
-    static __device__ __forceinline__ void widen(uint32_t word, float (&x)[PER_WORD]) { x[0] = __uint_as_float(word); }
-    static __device__ __forceinline__ uint32_t narrow(const float (&x)[PER_WORD]) { return __float_as_uint(x[0]); }
-};
-
-struct Half {
-    static constexpr uint32_t BYTES = 2, PER_WORD = 2, PER_UNIT = 8;
-    static __device__ __forceinline__ void widen(uint32_t word, float (&x)[PER_WORD]) {
-        x[0] = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
-        x[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
-    }
-    static __device__ __forceinline__ uint32_t narrow(const float (&x)[PER_WORD]) {
-        return pair_bits(__floats2half2_rn(x[0], x[1]));
-    }
-};
-
-// The upper half of a binary32.
-struct Bfloat {
-    static constexpr uint32_t BYTES = 2, PER_WORD = 2, PER_UNIT = 8;
-    static __device__ __forceinline__ void widen(uint32_t word, float (&x)[PER_WORD]) {
-        x[0] = __uint_as_float(word << 16);
-        x[1] = __uint_as_float(word & 0xffff0000u);
-    }
-    static __device__ __forceinline__ uint32_t narrow(const float (&x)[PER_WORD]) {
-        return pair_bits(__floats2bfloat162_rn(x[0], x[1]));
-    }
-};
-
-// ---- Sums over a warp. ----
-
-// Sum of `x` over the warp, in every lane, by halves: lane i meets i xor 16, then 8, 4, 2, 1.
+// The sum of `x` over the warp, in every lane: a butterfly over lane distances 16, 8, 4, 2, 1.
 __device__ __forceinline__ double warp_sum(double x) {
 #pragma unroll
-    for (uint32_t other = WARP / 2; other > 0; other /= 2) {
-        x += __shfl_xor_sync(0xffffffffu, x, other);
+    for (uint32_t distance = WARP / 2; distance > 0; distance /= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, distance);
     }
     return x;
 }

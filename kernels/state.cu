@@ -1,21 +1,21 @@
-// Operations on the state alone: one block, no gradient.
+// Operations on the state alone: one thread block, no gradient.
 
-#include "observe.cuh"
+#include "moments.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK)
     observe(const __grid_constant__ BlenderArgs blender, const __grid_constant__ ObservationArgs observation) {
-    __shared__ Shared shared;
-    observe(blender, shared, look_back(blender, observation));
+    __shared__ ObservationStorage storage;
+    observe_and_reweight(blender, load_state(blender, observation), storage);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK) reweight(const __grid_constant__ BlenderArgs blender) {
-    __shared__ Solver solver;
+    __shared__ SolveStorage storage;
     if (threadIdx.x < WARP) {
-        reweight(blender, solver);
+        update_weights(blender, storage);
     }
 }
 
-// Forgets everything but the weights.
+// Zeroes everything but the weights.
 extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK) reset(const __grid_constant__ BlenderArgs blender) {
     State *state = at<State>(blender.state);
     for (uint32_t i = threadIdx.x; i < MAX_MODALITIES * MAX_MODALITIES; i += THREADS_PER_BLOCK) {

@@ -8,7 +8,7 @@
 
 #include "driver.hpp"
 
-#include "common.cuh"
+#include "vec128.cuh"
 
 // ---- Kernels ----
 
