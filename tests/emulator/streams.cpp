@@ -203,7 +203,7 @@ EXPORT int cuEventCreate(Event **event, unsigned flags) {
     });
 }
 
-API(cuEventDestroy_v2, CONTEXT, (Event * event), destroy(driver.events, event))
+API(cuEventDestroy_v2, CONTEXT, (Event *event), destroy(driver.events, event))
 
 EXPORT int cuEventRecord(Event *handle, void *stream_handle) {
     return call(__func__, CONTEXT, [&] {
@@ -324,7 +324,7 @@ EXPORT int cuGraphNodeGetType(const Node *handle, int *type) {
     });
 }
 
-API(cuGraphInstantiateWithFlags, CONTEXT, (Graph * *executable, Graph *graph, unsigned long long),
+API(cuGraphInstantiateWithFlags, CONTEXT, (Graph **executable, Graph *graph, unsigned long long),
     return_new(executable, driver.executables, get(driver.graphs, graph)))
 
 EXPORT int cuGraphLaunch(Graph *executable, void *stream) {
@@ -336,5 +336,5 @@ EXPORT int cuGraphLaunch(Graph *executable, void *stream) {
     });
 }
 
-API(cuGraphExecDestroy, CONTEXT, (Graph * executable), destroy(driver.executables, executable))
-API(cuGraphDestroy, CONTEXT, (Graph * graph), destroy(driver.graphs, graph))
+API(cuGraphExecDestroy, CONTEXT, (Graph *executable), destroy(driver.executables, executable))
+API(cuGraphDestroy, CONTEXT, (Graph *graph), destroy(driver.graphs, graph))
