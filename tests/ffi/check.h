@@ -25,17 +25,15 @@ static unsigned thin = 1;
 /* The case under test, printed by a check that fails. */
 static _Thread_local char test_case[256];
 
-__attribute__((format(printf, 1, 2))) static inline void begin_case(const char *format, ...)
-{
+__attribute__((format(printf, 1, 2))) static inline void begin_case(const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(test_case, sizeof test_case, format, args);
     va_end(args);
 }
 
-__attribute__((format(printf, 3, 4))) _Noreturn static inline void fail(const char *file, int line, const char *format,
-                                                                        ...)
-{
+__attribute__((format(printf, 3, 4))) _Noreturn static inline void fail(const char *file, int line,
+                                                                        const char *format, ...) {
     char message[512];
     gradblend_last_error(message, sizeof message);
     va_list args;
@@ -50,31 +48,13 @@ __attribute__((format(printf, 3, 4))) _Noreturn static inline void fail(const ch
 
 #define CHECK(condition) ((condition) ? (void)0 : fail(__FILE__, __LINE__, "%s", #condition))
 
-static inline void check_status(gradblend_status got, gradblend_status want, const char *call, const char *file,
-                                int line)
-{
+static inline void check_status(gradblend_status got, gradblend_status want, const char *call, int line) {
     if (got != want) {
-        const char *names[] = {gradblend_status_name(got), gradblend_status_name(want)};
-        fail(file, line, "%s is %s, expected %s", call, names[0], names[1]);
+        fail("status", line, "%s is %s, expected %s", call, gradblend_status_name(got), gradblend_status_name(want));
     }
 }
-#define RETURNS(want, call) check_status(call, want, #call, __FILE__, __LINE__)
+#define RETURNS(want, call) check_status(call, want, #call, __LINE__)
 #define OK(call) RETURNS(GRADBLEND_OK, call)
-
-/* SplitMix64 (Steele, Lea, Flood 2014). */
-static inline uint64_t random_next(uint64_t *state)
-{
-    uint64_t z = *state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
-/* Uniform in [-1, 1). */
-static inline float random_float(uint64_t *state)
-{
-    return (float)((double)(random_next(state) >> 11) / 4503599627370496.0 - 1.0);
-}
 
 /*
  * Memory that the device works on and that the host reads after a synchronize: malloc on the CPU, managed memory on a
@@ -88,21 +68,18 @@ static struct {
     int (*synchronize)(void *);
 } cuda;
 
-static inline void cuda_function(void *function, const char *name, bool required)
-{
+static inline void cuda_function(void *function, const char *name, bool required) {
     void *symbol = dlsym(cuda.library, name);
     CHECK(symbol || !required);
     memcpy(function, &symbol, sizeof symbol);
 }
 
 /* Makes the device's context current on this thread. */
-static inline void cuda_enter_thread(void)
-{
+static inline void cuda_enter_thread(void) {
     CHECK(!cuda.library || cuda.set_current(cuda.context) == 0);
 }
 
-static inline void cuda_open(void)
-{
+static inline void cuda_open(void) {
     int (*init)(unsigned), (*retain)(void **, int);
     cuda.library = dlopen("libcuda.so.1", RTLD_NOW);
     CHECK(cuda.library);
@@ -116,22 +93,15 @@ static inline void cuda_open(void)
     cuda_enter_thread();
 }
 
-static inline void *memory_new(size_t bytes)
-{
-    void *memory;
-    if (cuda.alloc_managed) {
-        uint64_t address;
-        CHECK(cuda.alloc_managed(&address, bytes, 1) == 0);
-        memory = (void *)(uintptr_t)address;
-    } else {
-        memory = malloc(bytes);
-    }
+static inline void *memory_new(size_t bytes) {
+    uint64_t address = 0;
+    CHECK(!cuda.alloc_managed || cuda.alloc_managed(&address, bytes, 1) == 0);
+    void *memory = cuda.alloc_managed ? (void *)(uintptr_t)address : malloc(bytes);
     CHECK(memory);
     return memory;
 }
 
-static inline void memory_free(void *memory)
-{
+static inline void memory_free(void *memory) {
     if (cuda.alloc_managed) {
         CHECK(cuda.release((uint64_t)(uintptr_t)memory) == 0);
     } else {
@@ -139,11 +109,11 @@ static inline void memory_free(void *memory)
     }
 }
 
-static inline float *memory_random(size_t floats, uint64_t seed)
-{
+/* Random floats from -1 to 1. */
+static inline float *memory_random(size_t floats, unsigned seed) {
     float *memory = memory_new(floats * sizeof *memory);
     for (size_t i = 0; i < floats; i++) {
-        memory[i] = random_float(&seed);
+        memory[i] = (float)rand_r(&seed) / ((float)RAND_MAX / 2) - 1;
     }
     return memory;
 }
@@ -156,8 +126,7 @@ typedef struct {
     gradblend_tensor tensor;
 } gradients;
 
-static inline void gradients_new(gradients *g, uint64_t len, uint64_t seed)
-{
+static inline void gradients_new(gradients *g, uint64_t len, unsigned seed) {
     g->memory = memory_random((K + 3) * len, seed);
     for (int k = 0; k < K; k++) {
         g->modalities[k] = g->memory + (2 + (size_t)k) * len;
@@ -167,13 +136,11 @@ static inline void gradients_new(gradients *g, uint64_t len, uint64_t seed)
 }
 
 /* Synchronizes the default stream. */
-static inline void synchronize(void)
-{
+static inline void synchronize(void) {
     CHECK(!cuda.library || cuda.synchronize(NULL) == 0);
 }
 
-static inline void start(int count, char **args)
-{
+static inline void start(int count, char **args) {
     CHECK(count % 2 == 1);
     for (int i = 1; i < count; i += 2) {
         long value = strtol(args[i + 1], NULL, 10);
@@ -192,21 +159,18 @@ static inline void start(int count, char **args)
 }
 
 /* The number of rounds for this run. */
-static inline unsigned rounds(unsigned all)
-{
+static inline unsigned rounds(unsigned all) {
     return (all + thin - 1) / thin;
 }
 
-static inline gradblend_config config_new(uint32_t modalities, uint32_t threads)
-{
+static inline gradblend_config config_new(uint32_t modalities, uint32_t threads) {
     gradblend_config config;
     OK(gradblend_config_default(modalities, &config));
     config.threads = threads;
     return config;
 }
 
-static inline gradblend_blender *blender_new(const gradblend_config *config)
-{
+static inline gradblend_blender *blender_new(const gradblend_config *config) {
     gradblend_blender *blender = NULL;
     OK(gradblend_blender_create(device, config, &blender));
     CHECK(blender);
@@ -214,8 +178,7 @@ static inline gradblend_blender *blender_new(const gradblend_config *config)
 }
 
 static inline gradblend_plan *plan_new(const gradblend_blender *blender, const gradblend_tensor *tensors,
-                                       uint64_t count)
-{
+                                       uint64_t count) {
     gradblend_plan *plan = NULL;
     OK(gradblend_plan_create(blender, tensors, count, &plan));
     CHECK(plan);
@@ -223,8 +186,7 @@ static inline gradblend_plan *plan_new(const gradblend_blender *blender, const g
 }
 
 /* The saved state of a blender, to be freed. */
-static inline unsigned char *saved_state(gradblend_blender *blender, size_t *bytes)
-{
+static inline unsigned char *saved_state(gradblend_blender *blender, size_t *bytes) {
     OK(gradblend_save(blender, NULL, bytes, NULL));
     unsigned char *saved = malloc(*bytes);
     CHECK(saved);

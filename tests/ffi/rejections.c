@@ -83,10 +83,7 @@ typedef struct {
 } call;
 
 #define DEFINE(name, ...)                                                                                              \
-    static gradblend_status run_##name(const arguments *a)                                                             \
-    {                                                                                                                  \
-        return gradblend_##name(__VA_ARGS__);                                                                          \
-    }                                                                                                                  \
+    static gradblend_status run_##name(const arguments *a) { return gradblend_##name(__VA_ARGS__); }                   \
     static const call name = {#name, #__VA_ARGS__ ",", run_##name};
 CALLS(DEFINE)
 
@@ -94,7 +91,8 @@ CALLS(DEFINE)
 static const call *const ALL[] = {CALLS(ADDRESS)};
 
 static outputs out, out_before;
-static inputs in, in_before;
+static inputs in = {.numerator = {1, 2}, .second_moment = {1, 0.5, 0.5, 2}, .in_force = {0.75, 0.25},
+                    .weights = {0.25, 0.75, 1}}, in_before;
 static arguments valid;
 static float *memory, memory_before[TENSORS * BUFFERS * ROOM];
 static gradblend_blender *own, *other;
@@ -103,13 +101,11 @@ static unsigned char *own_saved, *other_saved;
 static size_t saved_bytes;
 static unsigned rejections;
 
-static float *buffer_of(int tensor, int buffer)
-{
+static float *buffer_of(int tensor, int buffer) {
     return memory + (tensor * BUFFERS + buffer) * ROOM;
 }
 
-static void prepare(void)
-{
+static void prepare(void) {
     memory = memory_random(COUNT(memory_before), 61);
     in.config = config_new(2, 1);
     own = blender_new(&in.config);
@@ -136,10 +132,6 @@ static void prepare(void)
     memcpy(memory_before, memory, sizeof memory_before);
     CHECK(saved_bytes <= sizeof in.saved - 16 && saved_bytes <= sizeof out.buffer);
     memcpy(in.saved, own_saved, saved_bytes);
-    memcpy(in.numerator, (double[]){1, 2}, sizeof in.numerator);
-    memcpy(in.second_moment, (double[]){1, 0.5, 0.5, 2}, sizeof in.second_moment);
-    memcpy(in.in_force, (double[]){0.75, 0.25}, sizeof in.in_force);
-    memcpy(in.weights, (double[]){0.25, 0.75, 1}, sizeof in.weights);
     valid = (arguments){
         .modalities = 2, .to_config = &out.config, .config = &in.config, .numerator = in.numerator,
         .second_moment = in.second_moment, .in_force = in.in_force, .to_weights = out.weights, .to_flags = &out.flags,
@@ -156,8 +148,7 @@ static void prepare(void)
 }
 
 /* Restores everything that a successful call changes. */
-static void restore(void)
-{
+static void restore(void) {
     OK(gradblend_set_grad_scale(own, NULL));
     OK(gradblend_load(own, own_saved, saved_bytes, NULL));
     in = in_before;
@@ -167,8 +158,7 @@ static void restore(void)
     memcpy(&out, &out_before, sizeof out);
 }
 
-static void check_unchanged(void)
-{
+static void check_unchanged(void) {
     size_t bytes;
     CHECK(memcmp(&out, &out_before, sizeof out) == 0);
     unsigned char *saved = saved_state(own, &bytes);
@@ -182,8 +172,7 @@ static void check_unchanged(void)
 }
 
 /* Checks that the last message has each of the words, which `|` separates. */
-static void check_message(const char *words)
-{
+static void check_message(const char *words) {
     char message[512], word[64];
     CHECK(gradblend_last_error(message, sizeof message) > 0);
     for (int used; sscanf(words, "%63[^|]%n", word, &used) == 1; words += used + (words[used] == '|')) {
@@ -193,13 +182,12 @@ static void check_message(const char *words)
     }
 }
 
-static void reject_with(const call *call, const arguments *arguments, gradblend_status want, const char *words)
-{
+static void reject_with(const call *call, const arguments *arguments, gradblend_status want, const char *words) {
     /* Another error first, so that its message cannot be taken for the one under test. */
     char message[512];
     RETURNS(GRADBLEND_INVALID_ARGUMENT, gradblend_config_default(99, &out.config));
     inputs before = in;
-    check_status(call->run(arguments), want, call->name, __FILE__, __LINE__);
+    check_status(call->run(arguments), want, call->name, __LINE__);
     check_message(words);
     gradblend_last_error(message, sizeof message);
     CHECK(!strstr(message, "got 99") && memcmp(&before, &in, sizeof in) == 0);
@@ -207,13 +195,11 @@ static void reject_with(const call *call, const arguments *arguments, gradblend_
     rejections++;
 }
 
-static void reject(const call *call, const arguments *arguments, const char *words)
-{
+static void reject(const call *call, const arguments *arguments, const char *words) {
     reject_with(call, arguments, GRADBLEND_INVALID_ARGUMENT, words);
 }
 
-static void accepts_valid_arguments(void)
-{
+static void accepts_valid_arguments(void) {
     for (size_t i = 0; i < COUNT(ALL); i++) {
         begin_case("%s with valid arguments", ALL[i]->name);
         OK(ALL[i]->run(&valid));
@@ -244,8 +230,7 @@ static const struct {
     POINTER(to_count, 4, false),
 };
 
-static void rejects_pointers(void)
-{
+static void rejects_pointers(void) {
     gradblend_blender *destroyed = blender_new(&in.config);
     gradblend_plan *destroyed_plan = plan_new(destroyed, in.tensors, TENSORS);
     gradblend_plan *orphan = plan_new(destroyed, in.tensors, TENSORS);
@@ -369,8 +354,7 @@ static const integer INTEGERS[] = {
     ARGUMENT(set_weights, weights_count, "weights|2", UINT32_MAX),
 };
 
-static void rejects_integers(void)
-{
+static void rejects_integers(void) {
     for (size_t i = 0; i < COUNT(INTEGERS); i++) {
         const integer *integer = &INTEGERS[i];
         invalid = valid;
@@ -409,8 +393,7 @@ static void rejects_integers(void)
     restore();
 }
 
-static void rejects_saved_states(void)
-{
+static void rejects_saved_states(void) {
     for (size_t bytes = 0; bytes < saved_bytes + 16; bytes++) {
         begin_case("load of %zu bytes", bytes);
         /* An allocation of this size, so that sanitizers see a read past the end. */
@@ -449,8 +432,7 @@ static void rejects_saved_states(void)
     restore();
 }
 
-static void names_and_messages(void)
-{
+static void names_and_messages(void) {
     static const char *const names[] = {
         "GRADBLEND_OK", "GRADBLEND_INVALID_ARGUMENT", "GRADBLEND_NOT_BUILT", "GRADBLEND_NO_DRIVER",
         "GRADBLEND_NO_DEVICE", "GRADBLEND_UNSUPPORTED_DEVICE", "GRADBLEND_OUT_OF_MEMORY", "GRADBLEND_CUDA",
@@ -480,8 +462,7 @@ static void names_and_messages(void)
     restore();
 }
 
-int main(int count, char **args)
-{
+int main(int count, char **args) {
     char message[2] = "x";
     CHECK(gradblend_last_error(message, sizeof message) == 0 && *message == 0);
     start(count, args);

@@ -16,8 +16,7 @@ static gradblend_plan *shared_plan;
 static gradients shared_gradients;
 
 /* Runs `body` on THREADS threads, each with its own element of `arguments`. */
-static void run_threads(void *(*body)(void *), void *arguments, size_t size)
-{
+static void run_threads(void *(*body)(void *), void *arguments, size_t size) {
     pthread_t threads[THREADS];
     for (int i = 0; i < THREADS; i++) {
         CHECK(pthread_create(&threads[i], NULL, body, (char *)arguments + (size_t)i * size) == 0);
@@ -28,13 +27,12 @@ static void run_threads(void *(*body)(void *), void *arguments, size_t size)
 }
 
 typedef struct {
-    uint64_t seed;
+    unsigned seed;
     unsigned char *saved;
     size_t bytes;
 } training;
 
-static void *train(void *argument)
-{
+static void *train(void *argument) {
     training *training = argument;
     cuda_enter_thread();
     char message[256], want[32];
@@ -48,7 +46,7 @@ static void *train(void *argument)
         OK(gradblend_step(blender, plan, NULL));
         OK(gradblend_plan_update(plan, &gradients.tensor, 1, NULL));
         /* An error on each thread, while others get theirs. */
-        uint32_t modalities = 100 + (uint32_t)training->seed;
+        uint32_t modalities = 100 + training->seed;
         snprintf(want, sizeof want, "got %" PRIu32, modalities);
         RETURNS(GRADBLEND_INVALID_ARGUMENT, gradblend_config_default(modalities, &config));
         OK(gradblend_reweight(blender, NULL));
@@ -62,11 +60,10 @@ static void *train(void *argument)
     return NULL;
 }
 
-static void one_blender_a_thread(void)
-{
+static void one_blender_a_thread(void) {
     training alone[THREADS], together[THREADS];
     for (int i = 0; i < THREADS; i++) {
-        alone[i] = together[i] = (training){(uint64_t)i, NULL, 0};
+        alone[i] = together[i] = (training){(unsigned)i, NULL, 0};
         train(&alone[i]);
     }
     run_threads(train, together, sizeof *together);
@@ -79,8 +76,7 @@ static void one_blender_a_thread(void)
 }
 
 /* The functions that take a const blender. */
-static void *use_const(void *argument)
-{
+static void *use_const(void *argument) {
     const float *weights = NULL, **first_weights = argument;
     double *sums = NULL;
     uint32_t count = 0;
@@ -102,9 +98,8 @@ static void *use_const(void *argument)
  * Every call at once on one blender and one plan, against the rule; some threads destroy and create both, so that the
  * handles of others go stale. The gradients and the addresses that the library returns are not touched meanwhile.
  */
-static void *misuse(void *argument)
-{
-    uint64_t thread = *(uint64_t *)argument, random = thread;
+static void *misuse(void *argument) {
+    unsigned thread = *(unsigned *)argument, seed = thread;
     gradblend_config config = config_new(K, 1);
     cuda_enter_thread();
     for (unsigned i = 0; i < rounds(5000); i++) {
@@ -115,7 +110,7 @@ static void *misuse(void *argument)
         static const double weights[K] = {1, 2, 3};
         gradblend_blender *blender = __atomic_load_n(&shared, __ATOMIC_SEQ_CST);
         gradblend_plan *plan = __atomic_load_n(&shared_plan, __ATOMIC_SEQ_CST), *created;
-        switch (random_next(&random) % 10) {
+        switch (rand_r(&seed) % 10) {
         case 0: status = gradblend_step(blender, plan, NULL); break;
         case 1: status = gradblend_dot(blender, plan, NULL); break;
         case 2: status = gradblend_plan_update(plan, &shared_gradients.tensor, 1, NULL); break;
@@ -141,8 +136,7 @@ static void *misuse(void *argument)
     return NULL;
 }
 
-static void check_forked(gradblend_status status)
-{
+static void check_forked(gradblend_status status) {
     char message[256];
     gradblend_last_error(message, sizeof message);
     CHECK(status == GRADBLEND_INVALID_ARGUMENT && strstr(message, "forked"));
@@ -150,8 +144,7 @@ static void check_forked(gradblend_status status)
 
 /* Calls on the parent's objects are errors, destroying them does not wait for threads that the child lacks, and new
  * objects work. The alarm ends a child that hangs. */
-static void run_child(const gradblend_config *config)
-{
+static void run_child(const gradblend_config *config) {
     gradblend_plan *none = NULL;
     alarm(300);
     check_forked(gradblend_step(shared, shared_plan, NULL));
@@ -174,8 +167,7 @@ static void run_child(const gradblend_config *config)
     CHECK(!"no /bin/sh");
 }
 
-int main(int count, char **args)
-{
+int main(int count, char **args) {
     start(count, args);
     RETURNS(GRADBLEND_INVALID_ARGUMENT, gradblend_config_default(0, NULL));
     one_blender_a_thread();
@@ -197,7 +189,7 @@ int main(int count, char **args)
     CHECK(waitpid(process, &status, 0) == process && status == 0);
     OK(gradblend_step(shared, shared_plan, NULL));
 
-    run_threads(misuse, (uint64_t[THREADS]){0, 1, 2, 3}, sizeof(uint64_t));
+    run_threads(misuse, (unsigned[THREADS]){0, 1, 2, 3}, sizeof(unsigned));
     gradblend_plan_destroy(shared_plan);
     gradblend_blender_destroy(shared);
     memory_free(shared_gradients.memory);
