@@ -125,7 +125,11 @@ impl Case {
                 let part = |part: &'static Part| {
                     let bits = |ks: &Vec<u32>| ks.iter().fold(0, |bits, k| bits | 1 << k);
                     let reached_by = part.reached_by.as_ref().map_or(all, bits);
-                    let tensor = move |shape: &Vec<usize>| Tensor { reached_by, fused: part.fused, ..whole(shape.iter().product()) };
+                    let tensor = move |shape: &Vec<usize>| Tensor {
+                        reached_by,
+                        fused: part.fused,
+                        ..whole(shape.iter().product())
+                    };
                     part.tensors.iter().map(tensor)
                 };
                 model.parts.iter().flat_map(part).collect()

@@ -96,7 +96,12 @@ impl Backend for Cpu {
         Ok((made?, bytes))
     }
 
-    fn time(&self, implementation: &mut dyn Implementation<Inputs>, inputs: &mut Inputs, repeats: usize) -> Result<f64> {
+    fn time(
+        &self,
+        implementation: &mut dyn Implementation<Inputs>,
+        inputs: &mut Inputs,
+        repeats: usize,
+    ) -> Result<f64> {
         let start = Instant::now();
         for _ in 0..repeats {
             implementation.run(inputs, 0)?;
@@ -168,7 +173,8 @@ impl Read {
 impl Implementation<Inputs> for Read {
     fn run(&mut self, inputs: &mut Inputs, _: usize) -> Result<()> {
         let buffers: Vec<&[u8]> = inputs.buffers().collect();
-        let sum = |(place, start, bytes): &(usize, usize, usize)| read(&buffers[*place][*start..][..*bytes], self.streams);
+        let sum =
+            |(place, start, bytes): &(usize, usize, usize)| read(&buffers[*place][*start..][..*bytes], self.streams);
         black_box(if self.single {
             self.pieces.iter().map(sum).fold(0, u64::wrapping_add)
         } else {

@@ -153,7 +153,8 @@ impl<T: Convert> Naive<T> {
     }
 
     fn all(&mut self, inputs: &mut Inputs) {
-        let (Kernels { difference, dot: product, scale, axpy }, zeros) = (self.kernels, || vec![0.0; inputs.modalities]);
+        let (Kernels { difference, dot: product, scale, axpy }, zeros) =
+            (self.kernels, || vec![0.0; inputs.modalities]);
         let (mut c, mut d) = (zeros(), zeros());
         let weights = inputs.weights.clone();
         for place in 0..inputs.tensors.len() {

@@ -74,7 +74,11 @@ impl Calls {
     }
 
     /// The sums after the first run, which is done. `read` copies the pending sums from their address.
-    pub(crate) fn sums(&mut self, stream: Stream, read: impl FnOnce(*const f64, &mut [f64]) -> Result<()>) -> Result<Sums> {
+    pub(crate) fn sums(
+        &mut self,
+        stream: Stream,
+        read: impl FnOnce(*const f64, &mut [f64]) -> Result<()>,
+    ) -> Result<Sums> {
         if self.operation == Operation::Step {
             // After one observation the mean is c_k, and S_kk is the square of d_k.
             let report = self.blender.report(stream)?;

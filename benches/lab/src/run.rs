@@ -70,8 +70,11 @@ pub(crate) struct Entry<I> {
     pub(crate) kind: Kind,
     /// None without a result to check.
     pub(crate) bound: Option<Bound>,
-    pub(crate) make: fn(&mut I, Operation) -> Result<Box<dyn Implementation<I>>>,
+    pub(crate) make: fn(&mut I, Operation) -> Made<I>,
 }
+
+/// An implementation that is ready to run.
+pub(crate) type Made<I> = Result<Box<dyn Implementation<I>>>;
 
 /// A device and the implementations on it.
 pub(crate) trait Backend {
@@ -93,9 +96,19 @@ pub(crate) trait Backend {
     /// The inputs on the host, with the blended gradient of the first set.
     fn host<'a>(&self, inputs: &'a mut Self::Inputs) -> Result<&'a Inputs>;
     /// Makes an implementation and runs it once on the first set; also returns the bytes by which memory grew.
-    fn prepare(&self, entry: &Entry<Self::Inputs>, operation: Operation, inputs: &mut Self::Inputs) -> Result<Prepared<Self::Inputs>>;
+    fn prepare(
+        &self,
+        entry: &Entry<Self::Inputs>,
+        operation: Operation,
+        inputs: &mut Self::Inputs,
+    ) -> Result<Prepared<Self::Inputs>>;
     /// Seconds of one execution, from this many in a row.
-    fn time(&self, implementation: &mut dyn Implementation<Self::Inputs>, inputs: &mut Self::Inputs, repeats: usize) -> Result<f64>;
+    fn time(
+        &self,
+        implementation: &mut dyn Implementation<Self::Inputs>,
+        inputs: &mut Self::Inputs,
+        repeats: usize,
+    ) -> Result<f64>;
     /// Seconds that one call takes on the host, where that is another time.
     fn host_time(&self, _: &mut dyn Implementation<Self::Inputs>, _: &mut Self::Inputs) -> Result<Option<f64>> {
         Ok(None)
@@ -142,9 +155,8 @@ fn run_on<B: Backend>(options: &Options, backend: &B) -> Result<()> {
         (false, true) => case::quick_cases(),
         (false, false) => case::full_cases(),
     };
-    let wanted = |case: &Case| {
-        options.case.is_empty() || options.case.iter().any(|filter| case.to_string().contains(filter))
-    };
+    let wanted =
+        |case: &Case| options.case.is_empty() || options.case.iter().any(|filter| case.to_string().contains(filter));
     let cases: Vec<Case> = cases.into_iter().filter(wanted).collect();
     ensure!(!cases.is_empty(), "no case has a name that contains {}", options.case.join(" or "));
     let start = Instant::now();
@@ -176,7 +188,9 @@ struct Running<I> {
 
 impl<B: Backend> Measurement<'_, B> {
     fn operations(&self) -> impl Iterator<Item = Operation> {
-        Operation::ALL.into_iter().filter(|one| self.options.operation.is_empty() || self.options.operation.contains(one))
+        Operation::ALL
+            .into_iter()
+            .filter(|one| self.options.operation.is_empty() || self.options.operation.contains(one))
     }
 
     fn run(&self, log: &mut Log) -> Result<()> {
@@ -208,7 +222,13 @@ impl<B: Backend> Measurement<'_, B> {
     }
 
     /// The implementations whose results are right.
-    fn check_all(&self, operation: Operation, inputs: &mut B::Inputs, exact: &Exact, log: &mut Log) -> Result<Vec<Running<B::Inputs>>> {
+    fn check_all(
+        &self,
+        operation: Operation,
+        inputs: &mut B::Inputs,
+        exact: &Exact,
+        log: &mut Log,
+    ) -> Result<Vec<Running<B::Inputs>>> {
         let wanted = |entry: &Entry<_>| {
             let filters = &self.options.implementation;
             let kind = format!("{:?}", entry.kind).to_lowercase();
@@ -232,7 +252,13 @@ impl<B: Backend> Measurement<'_, B> {
         Ok(running)
     }
 
-    fn check(&self, entry: &Entry<B::Inputs>, operation: Operation, inputs: &mut B::Inputs, exact: &Exact) -> Result<Running<B::Inputs>> {
+    fn check(
+        &self,
+        entry: &Entry<B::Inputs>,
+        operation: Operation,
+        inputs: &mut B::Inputs,
+        exact: &Exact,
+    ) -> Result<Running<B::Inputs>> {
         let (backend, case) = (self.backend, self.case);
         backend.poison(inputs)?;
         let (mut implementation, extra_bytes) = backend.prepare(entry, operation, inputs)?;
@@ -315,7 +341,13 @@ impl<B: Backend> Measurement<'_, B> {
     }
 
     /// Records for each operation, or for one, why nothing was measured.
-    fn skip(&self, log: &mut Log, operation: Option<Operation>, implementation: Option<&str>, reason: &str) -> Result<()> {
+    fn skip(
+        &self,
+        log: &mut Log,
+        operation: Option<Operation>,
+        implementation: Option<&str>,
+        reason: &str,
+    ) -> Result<()> {
         let case = self.case.to_string();
         for operation in self.operations().filter(|one| operation.is_none_or(|only| only == *one)) {
             println!("{operation:<6}{case:<28}{} skipped: {reason}", implementation.unwrap_or("all"));
