@@ -1,11 +1,9 @@
 //! Run calls and updates allocate nothing. One test alone in its program: the allocator counts for all threads.
 
-mod common;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::{Outcome, Place, Random, STREAM, Tensor};
+use gradblend_testkit::{Outcome, Face, Random, STREAM, Tensor};
 use gradblend::{Cadence, Config, Overfitting, Pass, Policy};
 
 struct Counting;
@@ -29,7 +27,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-fn calls(work: impl FnOnce() -> gradblend::Result<()>) -> gradblend::Result<u64> {
+fn calls(work: impl FnOnce() -> Result<()>) -> Result<u64> {
     let before = CALLS.load(Ordering::SeqCst);
     work()?;
     Ok(CALLS.load(Ordering::SeqCst) - before)
@@ -43,35 +41,35 @@ fn run_calls_and_updates_allocate_nothing() -> Outcome {
     Ok(())
 }
 
-fn body(place: Place) -> Outcome {
-    let threads: &[u32] = if place == Place::Cpu { &[1, 2, 4] } else { &[1] };
+fn body(face: Face) -> Outcome {
+    let threads: &[u32] = if face == Face::CPU { &[1, 2, 4] } else { &[1] };
     for &threads in threads {
         let policy = Policy { overfitting: Overfitting::Correlated, ..Policy::default() };
         let config = Config { threads, policy, cadence: Cadence::EveryObservation, ..Config::new(5) };
-        let mut blender = place.blender_with(config)?;
+        let mut blender = face.blender_with(config)?;
         let mut random = Random(51);
         let mut tensors: Vec<Tensor<f32>> = (0..8).map(|i| Tensor::random(&mut random, 30_000 * i, 5, 0, 4)).collect();
         let mut others = tensors.clone();
-        let (mut tensors, mut others) = (place.put(&mut tensors), place.put(&mut others));
+        let (mut tensors, mut others) = (face.place(&mut tensors), face.place(&mut others));
         let mut plan = blender.plan(&tensors.grads())?;
         let grads = others.grads();
-        let mut turns = |turns| {
-            for _ in 0..turns {
-                blender.step(&plan, STREAM())?;
-                blender.dot(&plan, STREAM())?;
-                blender.pass(&plan, Pass::BLEND | Pass::ACCUMULATE, STREAM())?;
-                blender.observe(STREAM())?;
-                blender.reweight(STREAM())?;
-                blender.reset(STREAM())?;
-                plan.update(&grads, STREAM())?;
+        let mut rounds = |rounds| {
+            for _ in 0..rounds {
+                blender.step(&plan)?;
+                blender.dot(&plan)?;
+                blender.pass(&plan, Pass::BLEND | Pass::ACCUMULATE)?;
+                blender.observe()?;
+                blender.reweight()?;
+                blender.reset()?;
+                plan.update(&grads)?;
             }
             Ok(())
         };
         // The system's locks and conditions, and the binding to a driver, set themselves up at their first use.
-        turns(1)?;
-        let count = calls(|| turns(5))?;
+        rounds(1)?;
+        let count = calls(|| rounds(5))?;
         assert_eq!(count, 0, "{threads} threads");
-        assert!(calls(|| blender.report(STREAM()).map(drop))? > 0, "the count counts");
+        assert!(calls(|| blender.report().map(drop))? > 0, "the count counts");
     }
     Ok(())
 }

@@ -1,11 +1,9 @@
 //! `TensorGrads::from_dlpack`: arrays of other frameworks without a copy, and what cannot be one.
 
-mod common;
-
 use std::ffi::c_void;
 use std::ptr::null_mut;
 
-use common::{Outcome, STREAM};
+use gradblend_testkit::{Outcome, STREAM};
 use gradblend::dlpack::{
     DLDataType, DLDevice, DLManagedTensor, DLManagedTensorVersioned, DLPackVersion, DLTensor, Dlpack,
 };
@@ -96,9 +94,9 @@ fn steps() -> Outcome {
     assert_eq!((tensor.len(), tensor.dtype()), (2, DType::F32));
     let mut blender = Blender::new(&Device::cpu(), Config::new(2))?;
     let plan = blender.plan(&[tensor])?;
-    blender.step(&plan, STREAM())?;
-    blender.reweight(STREAM())?;
-    assert!((blender.report(STREAM())?.weights[0] - 0.8).abs() < 1e-9);
+    blender.step(&plan)?;
+    blender.reweight()?;
+    assert!((blender.report()?.weights[0] - 0.8).abs() < 1e-9);
     drop(plan);
     assert_eq!(out, [0.75, 0.75]);
     Ok(())
@@ -140,7 +138,7 @@ fn refused() -> Outcome {
     ];
     for (expected, change) in cases {
         match array(change) {
-            Err(error @ Error::Dlpack { list: List::Train, .. }) => {
+            Err(error @ Error::Dlpack { role: Role::Train, .. }) => {
                 let message = error.to_string();
                 assert!(message.starts_with("train gradient: ") && message.contains(expected), "{message}");
             }

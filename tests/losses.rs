@@ -1,15 +1,13 @@
 //! The loss-based estimator, and a test for each mistake seen in public implementations of it (end of docs/method.md).
 
-mod common;
-
-use common::Outcome;
+use gradblend_testkit::Outcome;
 use gradblend::{Error, Flags, Losses, MeanLoss, Negative, Policy, Schedule, Trainee, gb_estimate, ogr};
 
 fn losses(train: f64, valid: f64) -> Losses {
     Losses { train, valid }
 }
 
-fn weights(before: &[Losses], after: &[Losses]) -> gradblend::Result<Vec<f64>> {
+fn weights(before: &[Losses], after: &[Losses]) -> Result<Vec<f64>> {
     Ok(ogr(before, after, &Policy::default())?.solution.weights.unwrap_or_default())
 }
 

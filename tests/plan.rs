@@ -1,23 +1,21 @@
 //! Every error, provoked once by name; each leaves everything as it was.
 #![allow(clippy::panic)]
 
-mod common;
-
 use std::ffi::c_void;
 
-use common::{Outcome, Place, Random, STREAM, Tensor, bits};
+use gradblend_testkit::{Outcome, Face, Random, STREAM, Tensor, bits};
 use gradblend::{
     Average, Blender, Config, DType, Device, Error, GradScale, List, Losses, Pass, Policy, Schedule, TensorGrads, f16,
     ogr, solve,
 };
 
-tests! {
+gradblend_testkit::tests! {
     once: plans, weights_and_scales, saved_states;
 }
 
 const A: [f32; 4] = [1.0, 2.0, 3.0, 4.0];
 
-fn refused<T: std::fmt::Debug>(result: gradblend::Result<T>, want: &Error, message: &str) {
+fn refused<T: std::fmt::Debug>(result: Result<T>, want: &Error, message: &str) {
     match result {
         // A NaN inside an error differs from itself; its text does not.
         Err(got) => assert!(got == *want || got.to_string() == want.to_string(), "{got:?} against {want:?}"),
@@ -90,7 +88,7 @@ fn configuration() {
 
 #[test]
 fn tensors() -> Outcome {
-    let blender = Place::Cpu.blender(2)?;
+    let blender = Face::CPU.blender(2)?;
     let good = || TensorGrads::new(&A, &A, &[Some(&A[..]), None]);
     let mut out = A;
     let check = |bad: TensorGrads<'_>, want: Error, message: &str| {
@@ -105,51 +103,51 @@ fn tensors() -> Outcome {
         "got 6",
     );
     let short = |list, got| Error::Length { tensor: 1, list, expected: 4, got };
-    check(TensorGrads::new(&A, &A[1..], &[None, None]), short(List::Valid, 3), "validation gradient has 3");
-    check(TensorGrads::new(&A, &A, &[None, Some(&A[2..])]), short(List::Modality(1), 2), "modality 1 has 2");
-    check(TensorGrads::new(&A, &A, &[None, None]).blended(&mut out[1..]), short(List::Blended, 3), "blended gradient");
+    check(TensorGrads::new(&A, &A[1..], &[None, None]), short(Role::Valid, 3), "validation gradient has 3");
+    check(TensorGrads::new(&A, &A, &[None, Some(&A[2..])]), short(Role::Modality(1), 2), "modality 1 has 2");
+    check(TensorGrads::new(&A, &A, &[None, None]).blended(&mut out[1..]), short(Role::Blended, 3), "blended gradient");
     let mut halves = [f16::ONE; 4];
     check(
         TensorGrads::new(&A, &A, &[None, None]).blended(&mut halves),
-        Error::MixedDTypes { tensor: 1, list: List::Blended, expected: "f32", got: "f16" },
+        Error::MixedDTypes { tensor: 1, role: Role::Blended, expected: "f32", got: "f16" },
         "blended gradient is f16, expected f32",
     );
     let unpaired = |missing| Error::Unpaired { tensor: 1, missing };
-    check(raw(4, DType::F32, 64, 0, &[0, 0], 0), unpaired(List::Valid), "validation gradient is absent");
-    check(raw(4, DType::F32, 0, 64, &[0, 0], 0), unpaired(List::Train), "train gradient is absent");
+    check(raw(4, DType::F32, 64, 0, &[0, 0], 0), unpaired(Role::Valid), "validation gradient is absent");
+    check(raw(4, DType::F32, 0, 64, &[0, 0], 0), unpaired(Role::Train), "train gradient is absent");
     let misaligned = |list, address, alignment| Error::Misaligned { tensor: 1, list, address, alignment };
-    check(raw(4, DType::F32, 64, 66, &[64, 0], 0), misaligned(List::Valid, 66, 4), "0x42");
-    check(raw(4, DType::F32, 64, 64, &[0, 65], 0), misaligned(List::Modality(1), 65, 4), "modality 1");
-    check(raw(4, DType::BF16, 64, 64, &[0, 66], 129), misaligned(List::Blended, 129, 2), "2 bytes");
+    check(raw(4, DType::F32, 64, 66, &[64, 0], 0), misaligned(Role::Valid, 66, 4), "0x42");
+    check(raw(4, DType::F32, 64, 64, &[0, 65], 0), misaligned(Role::Modality(1), 65, 4), "modality 1");
+    check(raw(4, DType::BF16, 64, 64, &[0, 66], 129), misaligned(Role::Blended, 129, 2), "2 bytes");
     let (address, len) = (usize::MAX - 15, 8);
-    let far = Error::OutOfRange { tensor: 1, list: List::Modality(0), address: address as u64, len };
+    let far = Error::OutOfRange { tensor: 1, role: Role::Modality(0), address: address as u64, len };
     check(raw(len, DType::F32, 0, 0, &[address, 0], 0), far, "past the end of memory");
     let len = u64::MAX / 2;
-    let far = Error::OutOfRange { tensor: 1, list: List::Train, address: 64, len };
+    let far = Error::OutOfRange { tensor: 1, role: Role::Train, address: 64, len };
     check(raw(len, DType::F16, 64, 64, &[0, 0], 0), far, "tensor 1: train gradient");
     Ok(())
 }
 
 #[test]
 fn overlap() -> Outcome {
-    let blender = Place::Cpu.blender(2)?;
+    let blender = Face::CPU.blender(2)?;
     // Tensors of 4 f32 take 16 bytes.
     let at = |train, modalities: &[usize], blended| raw(4, DType::F32, train, train, modalities, blended);
     let first = || at(0x1000, &[0x2000, 0x3000], 0x4000);
     let cases = [
-        (at(0x5000, &[0x6000, 0x7000], 0x6004), (1, List::Modality(0), 1), "part of a modality"),
-        (at(0x5000, &[0x6000, 0x7000], 0x5000), (1, List::Train, 1), "the train gradient"),
-        (at(0x5000, &[0x6000, 0x7000], 0x2000), (1, List::Modality(0), 0), "another tensor's modality"),
-        (at(0x5000, &[0x4004, 0x7000], 0), (0, List::Modality(0), 1), "read over another tensor's blend"),
-        (at(0x5000, &[0x6000, 0x7000], 0x400c), (0, List::Blended, 1), "two blends"),
-        (at(0x5000, &[0x6000, 0x6000], 0x6000), (1, List::Modality(1), 1), "two modalities, one blend"),
+        (at(0x5000, &[0x6000, 0x7000], 0x6004), (1, Role::Modality(0), 1), "part of a modality"),
+        (at(0x5000, &[0x6000, 0x7000], 0x5000), (1, Role::Train, 1), "the train gradient"),
+        (at(0x5000, &[0x6000, 0x7000], 0x2000), (1, Role::Modality(0), 0), "another tensor's modality"),
+        (at(0x5000, &[0x4004, 0x7000], 0), (0, Role::Modality(0), 1), "read over another tensor's blend"),
+        (at(0x5000, &[0x6000, 0x7000], 0x400c), (0, Role::Blended, 1), "two blends"),
+        (at(0x5000, &[0x6000, 0x6000], 0x6000), (1, Role::Modality(1), 1), "two modalities, one blend"),
     ];
     for (bad, (tensor, other, other_tensor), case) in cases {
         let want = Error::Overlap { tensor, other, other_tensor };
         assert_eq!(blender.plan(&[first(), bad]).map(drop), Err(want), "{case}");
     }
     for (good, case) in [
-        (at(0x5000, &[0x6000, 0x7000], 0x6000), "in place"),
+        (at(0x5000, &[0x6000, 0x7000], 0x6000), "in face"),
         (at(0x5000, &[0x6000, 0x7000], 0x6010), "right behind"),
         (at(0x5000, &[0x4010, 0x7000], 0), "an input right behind another tensor's blend"),
         (at(0x2000, &[0x2000, 0x2008], 0), "inputs may share memory"),
@@ -160,40 +158,40 @@ fn overlap() -> Outcome {
     Ok(())
 }
 
-fn plans(place: Place) -> Outcome {
-    let (mut own, mut other) = (place.blender(2)?, place.blender(2)?);
+fn plans(face: Face) -> Outcome {
+    let (mut own, mut other) = (face.blender(2)?, face.blender(2)?);
     let mut tensors = [Tensor::<f32>::random(&mut Random(61), 4, 2, 0, 0)];
     let before = tensors.clone();
-    let mut lists = place.put(&mut tensors);
+    let mut lists = face.place(&mut tensors);
     let mut plan = own.plan(&lists.grads())?;
-    let saved = own.save(STREAM())?;
-    let other_saved = other.save(STREAM())?;
-    refused(other.step(&plan, STREAM()), &Error::ForeignPlan, "another blender");
-    assert_eq!(other.save(STREAM())?, other_saved);
+    let saved = own.save()?;
+    let other_saved = other.save()?;
+    refused(other.step(&plan), &Error::ForeignPlan, "another blender");
+    assert_eq!(other.save()?, other_saved);
     for bits in [0, 4, 5, 16, 4 | 8] {
         let what = Pass::from_bits_retain(bits);
-        refused(own.pass(&plan, what, STREAM()), &Error::Pass { bits }, &format!("{bits:#x}"));
+        refused(own.pass(&plan, what), &Error::Pass { bits }, &format!("{bits:#x}"));
     }
-    refused(plan.update(&[], STREAM()), &Error::PlanTensors { expected: 1, got: 0 }, "plan's 1");
-    let length = Error::Length { tensor: 0, list: List::Train, expected: 4, got: 3 };
+    refused(plan.update(&[]), &Error::PlanTensors { expected: 1, got: 0 }, "plan's 1");
+    let length = Error::Length { tensor: 0, role: Role::Train, expected: 4, got: 3 };
     let short = [TensorGrads::new(&A[1..], &A[1..], &[None, None])];
-    refused(plan.update(&short, STREAM()), &length, "expected 4");
+    refused(plan.update(&short), &length, "expected 4");
     let halves = [f16::ONE; 4];
-    let dtype = Error::MixedDTypes { tensor: 0, list: List::Train, expected: "f32", got: "f16" };
-    refused(plan.update(&[TensorGrads::new(&halves, &halves, &[None, None])], STREAM()), &dtype, "f16");
-    assert_eq!(own.save(STREAM())?, saved, "nothing changed");
-    own.blend(&plan, STREAM())?;
-    refused(own.dot(&plan.release(), STREAM()), &Error::ReleasedPlan, "released");
+    let dtype = Error::MixedDTypes { tensor: 0, role: Role::Train, expected: "f32", got: "f16" };
+    refused(plan.update(&[TensorGrads::new(&halves, &halves, &[None, None])]), &dtype, "f16");
+    assert_eq!(own.save()?, saved, "nothing changed");
+    own.blend(&plan)?;
+    refused(own.dot(&plan.release()), &Error::ReleasedPlan, "released");
     lists.fetch();
     tensors[0].check_blend(&[0.5; 2], None, "the plan ran as it was");
     assert_eq!(bits(&tensors[0].train), bits(&before[0].train));
     // A tensor without any list has a length and a dtype all the same.
     let mut unlisted = own.plan(&[raw(4, DType::F32, 0, 0, &[0, 0], 0)])?;
-    let length = Error::Length { tensor: 0, list: List::Absent, expected: 4, got: 3 };
-    refused(unlisted.update(&[raw(3, DType::F32, 0, 0, &[0, 0], 0)], STREAM()), &length, "each absent list has 3");
-    let dtype = Error::MixedDTypes { tensor: 0, list: List::Absent, expected: "f32", got: "bf16" };
-    refused(unlisted.update(&[raw(4, DType::BF16, 0, 0, &[0, 0], 0)], STREAM()), &dtype, "bf16");
-    unlisted.update(&[raw(4, DType::F32, 0, 0, &[0, 0], 0)], STREAM())?;
+    let length = Error::Length { tensor: 0, role: Role::Tensor, expected: 4, got: 3 };
+    refused(unlisted.update(&[raw(3, DType::F32, 0, 0, &[0, 0], 0)]), &length, "each absent list has 3");
+    let dtype = Error::MixedDTypes { tensor: 0, role: Role::Tensor, expected: "f32", got: "bf16" };
+    refused(unlisted.update(&[raw(4, DType::BF16, 0, 0, &[0, 0], 0)]), &dtype, "bf16");
+    unlisted.update(&[raw(4, DType::F32, 0, 0, &[0, 0], 0)])?;
     let huge = raw(1 << 60, DType::F32, 0, 0, &[0, 0], 0);
     let bytes = (1_u64 << 44) * 16;
     refused(own.plan(&[huge]), &Error::OutOfMemory { what: "the plan", bytes }, "out of memory");
@@ -203,7 +201,7 @@ fn plans(place: Place) -> Outcome {
 /// A tensor that is lent stays lent, whatever is added to it; a refused plan takes nothing.
 #[test]
 fn lent_slices() -> Outcome {
-    let (one, two) = (Place::Cpu.blender(1)?, Place::Cpu.blender(1)?);
+    let (one, two) = (Face::CPU.blender(1)?, Face::CPU.blender(1)?);
     let (mut v, mut w, mut x) = (A, A, A);
     let first = [TensorGrads::new(&A, &A, &[None]).in_place(0, &mut v)];
     let plan = one.plan(&first)?;
@@ -219,13 +217,13 @@ fn lent_slices() -> Outcome {
     Ok(())
 }
 
-fn weights_and_scales(place: Place) -> Outcome {
-    let mut blender = place.blender(2)?;
-    let saved = blender.save(STREAM())?;
+fn weights_and_scales(face: Face) -> Outcome {
+    let mut blender = face.blender(2)?;
+    let saved = blender.save()?;
     let count = Error::Count { what: "the weights", expected: 2, got: 3 };
-    refused(blender.set_weights(&[1.0; 3], STREAM()), &count, "got 3");
+    refused(blender.set_weights(&[1.0; 3]), &count, "got 3");
     for got in [f64::NAN, f64::INFINITY, 1e300] {
-        refused(blender.set_weights(&[1.0, got], STREAM()), &Error::Weight { modality: 1, got }, "modality 1");
+        refused(blender.set_weights(&[1.0, got]), &Error::Weight { modality: 1, got }, "modality 1");
     }
     // SAFETY: a misaligned scale is refused, not read.
     let scale = unsafe { GradScale::from_raw(0x1002 as *const f32) };
@@ -233,7 +231,7 @@ fn weights_and_scales(place: Place) -> Outcome {
     for got in [0.0, f32::NAN, f32::INFINITY] {
         refused(blender.set_grad_scale(GradScale::value(got)), &Error::Scale { got }, "gradient scale");
     }
-    assert_eq!(blender.save(STREAM())?, saved, "nothing changed");
+    assert_eq!(blender.save()?, saved, "nothing changed");
     Ok(())
 }
 
@@ -246,10 +244,10 @@ fn numbers() -> Outcome {
     refused(solve(&[1.0; 2], &[1.0; 2], &policy), &count, "expected 4");
     let got = f64::NAN;
     refused(solve(&[1.0, got], &[1.0; 4], &policy), &Error::Numerator { modality: 1, got }, "modality 1");
-    for (place, got) in [(1, f64::INFINITY), (3, -1.0)] {
+    for (face, got) in [(1, f64::INFINITY), (3, -1.0)] {
         let mut s = [1.0, 0.0, 0.0, 1.0];
-        s[place] = got;
-        let want = Error::SecondMoment { row: place / 2, column: 1, got };
+        s[face] = got;
+        let want = Error::SecondMoment { row: face / 2, column: 1, got };
         refused(solve(&[1.0; 2], &s, &policy), &want, "and 1");
     }
     let (good, bad) = (Losses { train: 1.0, valid: 1.0 }, Losses { train: 1.0, valid: f64::NAN });
@@ -266,25 +264,25 @@ fn numbers() -> Outcome {
     Ok(())
 }
 
-fn saved_states(place: Place) -> Outcome {
-    let mut blender = place.blender(2)?;
-    let mut saved = blender.save(STREAM())?;
-    let other = |config| place.blender_with(config)?.save(STREAM());
+fn saved_states(face: Face) -> Outcome {
+    let mut blender = face.blender(2)?;
+    let mut saved = blender.save()?;
+    let other = |config| face.blender_with(config)?.save();
     let mismatch =
         |what, expected: &str, got: &str| Error::StateMismatch { what, expected: expected.into(), got: got.into() };
     let three = other(Config::new(3))?;
-    refused(blender.load(&three, STREAM()), &mismatch("modalities", "2", "3"), "this blender has 2");
+    refused(blender.load(&three), &mismatch("modalities", "2", "3"), "this blender has 2");
     let mean = other(Config { average: Average::Mean, ..Config::new(2) })?;
-    refused(blender.load(&mean, STREAM()), &mismatch("average", "ema", "mean"), "mean");
+    refused(blender.load(&mean), &mismatch("average", "ema", "mean"), "mean");
     let slow = other(Config { average: Average::Ema { decay: 0.5 }, ..Config::new(2) })?;
-    refused(blender.load(&slow, STREAM()), &mismatch("decay", "0.99", "0.5"), "0.5");
+    refused(blender.load(&slow), &mismatch("decay", "0.99", "0.5"), "0.5");
     let corrupt = |reason: &str| Error::CorruptState { reason: reason.into() };
-    refused(blender.load(&[], STREAM()), &corrupt("shorter than a header"), "shorter");
+    refused(blender.load(&[]), &corrupt("shorter than a header"), "shorter");
     let foreign = corrupt("does not start with the mark of a gradblend state");
-    refused(blender.load(&[0; 400], STREAM()), &foreign, "mark");
+    refused(blender.load(&[0; 400]), &foreign, "mark");
     let last = saved.len() - 20;
     saved[last] ^= 1;
-    refused(blender.load(&saved, STREAM()), &corrupt("checksum differs"), "checksum");
+    refused(blender.load(&saved), &corrupt("checksum differs"), "checksum");
     // Where the checksum was made anew, for K = 2: the normaliser is at 36, n at 44, the first mean at 108.
     let forge = |changes: &[(usize, u64)]| {
         let mut forged = saved.clone();
@@ -295,7 +293,7 @@ fn saved_states(place: Place) -> Outcome {
         forged[body..].copy_from_slice(&sum);
         forged
     };
-    blender.load(&forge(&[]), STREAM())?;
+    blender.load(&forge(&[]))?;
     let weight = corrupt("observations without a weight, or with too much");
     let moment = corrupt("a moment is not finite, or there without an observation");
     let number = |x: f64| x.to_bits();
@@ -307,11 +305,11 @@ fn saved_states(place: Place) -> Outcome {
         (&[(108, number(1.0))], &moment),
         (&[(36, number(1e-300)), (44, 1), (108, number(1e300))], &moment),
     ] {
-        refused(blender.load(&forge(changes), STREAM()), want, "not a saved state");
+        refused(blender.load(&forge(changes)), want, "not a saved state");
     }
     // -0 is the same decay as 0.
     let decay = |decay| Config { average: Average::Ema { decay }, ..Config::new(2) };
-    let minus = place.blender_with(decay(-0.0))?.save(STREAM())?;
-    place.blender_with(decay(0.0))?.load(&minus, STREAM())?;
+    let minus = face.blender_with(decay(-0.0))?.save()?;
+    face.blender_with(decay(0.0))?.load(&minus)?;
     Ok(())
 }

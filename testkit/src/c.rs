@@ -161,8 +161,7 @@ impl CBlender {
         let tensors: Vec<_> = inputs.iter().map(|(tensor, _)| *tensor).collect();
         let mut plan = null_mut();
         // SAFETY: as many records; the addresses live in `inputs`, and the buffers as long as the plan.
-        let status =
-            unsafe { ffi::gradblend_plan_create(self.0, tensors.as_ptr(), tensors.len() as u64, &mut plan) };
+        let status = unsafe { ffi::gradblend_plan_create(self.0, tensors.as_ptr(), tensors.len() as u64, &mut plan) };
         Failure::check(status)?;
         Ok(CPlan(plan, PhantomData))
     }

@@ -208,14 +208,7 @@ impl<'a> Input<'a> {
     ///
     /// # Safety
     /// As for [`TensorGrads::from_raw`].
-    pub unsafe fn at(
-        len: u64,
-        dtype: DType,
-        train: usize,
-        valid: usize,
-        modalities: &[usize],
-        blended: usize,
-    ) -> Self {
+    pub unsafe fn at(len: u64, dtype: DType, train: usize, valid: usize, modalities: &[usize], blended: usize) -> Self {
         let address = |address: usize| address as *const c_void;
         Input::Addresses(Addresses {
             len,
@@ -259,11 +252,8 @@ impl<T: Sample> Tensor<T> {
 
     fn host_addresses(&mut self) -> Addresses {
         let (train, valid) = (self.train.as_mut_ptr(), self.valid.as_mut_ptr());
-        let v: Vec<*mut T> = self
-            .modalities
-            .iter_mut()
-            .map(|v| v.as_mut().map_or(std::ptr::null_mut(), |v| v.as_mut_ptr()))
-            .collect();
+        let v: Vec<*mut T> =
+            self.modalities.iter_mut().map(|v| v.as_mut().map_or(std::ptr::null_mut(), |v| v.as_mut_ptr())).collect();
         let blended = self.blended.as_mut_ptr();
         self.addresses(train, valid, &v, blended)
     }
@@ -287,7 +277,8 @@ impl<T: Sample> Placed<'_, T> {
             return pairs.map(|(device, tensor)| Input::Addresses(device.addresses(tensor))).collect();
         }
         let c = self.face.c;
-        let input = |tensor| if c { Input::Addresses(Tensor::host_addresses(tensor)) } else { Input::Slices(tensor.grads()) };
+        let input =
+            |tensor| if c { Input::Addresses(Tensor::host_addresses(tensor)) } else { Input::Slices(tensor.grads()) };
         self.tensors.iter_mut().map(input).collect()
     }
 
@@ -550,31 +541,29 @@ impl TestBlender {
     }
 }
 
-/// Stamps test bodies on every face: `cpu::name`, `ffi::name`, `cuda::name`; those of `each_dtype` on every dtype too, as
-/// `cpu::bf16s::name`. Bodies of `once` also run through the C functions on CUDA; those of `host`, which use addresses of
-/// the host, never run on CUDA.
+/// Stamps test bodies on every face: `cpu::name`, `ffi::name`, `cuda::name`. Those of `each_dtype` run on every dtype too,
+/// as `cpu::f16s::name`; through the C functions, which pass a dtype on as a number, on one. Bodies of `once` also run
+/// through the C functions on CUDA; those of `host`, which use addresses of the host, never run on CUDA.
 #[macro_export]
 macro_rules! tests {
     ($(each_dtype: $($typed:ident),+ $(,)?;)? $(once: $($once:ident),+ $(,)?;)? $(host: $($host:ident),+ $(,)?;)?) => {
-        $crate::tests!(@face cpu: [$($($typed)+)?] [$($($once)+)? $($($host)+)?]);
-        $crate::tests!(@face ffi: [$($($typed)+)?] [$($($once)+)? $($($host)+)?]);
+        $crate::tests!(@face cpu: [$($($typed)+)?] [f32s f32] [f16s gradblend::f16] [bf16s gradblend::bf16];
+            $($($once)+)? $($($host)+)?);
+        $crate::tests!(@face ffi: [$($($typed)+)?] [bf16s gradblend::bf16]; $($($once)+)? $($($host)+)?);
         #[cfg(feature = "cuda")]
-        $crate::tests!(@face cuda: [$($($typed)+)?] [$($($once)+)?]);
+        $crate::tests!(@face cuda: [$($($typed)+)?] [f32s f32] [f16s gradblend::f16] [bf16s gradblend::bf16];
+            $($($once)+)?);
         #[cfg(feature = "cuda")]
-        $crate::tests!(@face ffi_cuda: [] [$($($once)+)?]);
+        $crate::tests!(@face ffi_cuda: []; $($($once)+)?);
     };
-    (@face $face:ident: [] [$($once:ident)*]) => {
-        mod $face { $(#[test] fn $once() -> $crate::Outcome { $crate::$face(super::$once) })* }
-    };
-    (@face $face:ident: $typed:tt [$($once:ident)*]) => {
+    (@face $face:ident: $typed:tt $([$module:ident $dtype:ty])*; $($once:ident)*) => {
         mod $face {
-            mod f32s { $crate::tests!(@typed $face f32: $typed); }
-            mod f16s { $crate::tests!(@typed $face gradblend::f16: $typed); }
-            mod bf16s { $crate::tests!(@typed $face gradblend::bf16: $typed); }
+            $($crate::tests!(@typed $face $module $dtype: $typed);)*
             $(#[test] fn $once() -> $crate::Outcome { $crate::$face(super::$once) })*
         }
     };
-    (@typed $face:ident $dtype:ty: [$($body:ident)+]) => {
-        $(#[test] fn $body() -> $crate::Outcome { $crate::$face(super::super::$body::<$dtype>) })+
+    (@typed $face:ident $module:ident $dtype:ty: []) => {};
+    (@typed $face:ident $module:ident $dtype:ty: [$($body:ident)+]) => {
+        mod $module { $(#[test] fn $body() -> $crate::Outcome { $crate::$face(super::super::$body::<$dtype>) })+ }
     };
 }
