@@ -109,7 +109,7 @@ fn impossible_states_are_rejected(face: Face) -> Outcome {
     // From here on a state without an observation.
     let empty = face.blender(2)?.save()?;
     let one = 1_u64.to_le_bytes();
-    let (weight, moment) = ("observations without a weight, or with too much", "there without an observation");
+    let (weight, moment) = ("weight", "moment");
     let cases: [(&[(usize, f64)], bool, &str); 6] = [
         (&[], true, weight),
         (&[(36, 0.5)], false, weight),
