@@ -1,11 +1,11 @@
 //! What a CUDA device adds: the CPU's bits from the same sums, streams, contexts, threads, and slices in the host's memory.
 #![cfg(feature = "cuda")]
 
-use gradblend_testkit::cuda::{Own, current, on_cuda, skip, within};
-use gradblend_testkit::{Outcome, Face, Random, STREAM, Sample, Sums, Tensor, bits};
 use gradblend::{
     Average, Blender, Cadence, Config, Error, GradScale, Negative, Overfitting, Pass, Policy, TensorGrads,
 };
+use gradblend_testkit::cuda::{Own, current, on_cuda, skip, within};
+use gradblend_testkit::{Face, Outcome, Random, STREAM, Sample, Sums, Tensor, bits};
 
 fn any<N: Copy>(random: &mut Random, of: &[N]) -> N {
     of[random.below(of.len())]

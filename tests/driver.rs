@@ -4,10 +4,10 @@
 
 use std::process::Command;
 
-use gradblend_testkit::cuda::{Memory, alone_on_cuda, current, done, on_emulator, skip, within};
-use gradblend_testkit::{Outcome, Face, Random, STREAM, Tensor, bits};
 use cudarc::driver::sys::{self, CUresult};
 use gradblend::{Blender, Device, Error, GradScale, List, TensorGrads};
+use gradblend_testkit::cuda::{Memory, alone_on_cuda, current, done, on_emulator, skip, within};
+use gradblend_testkit::{Face, Outcome, Random, STREAM, Tensor, bits};
 
 /// The error, which says all of these.
 #[track_caller]
@@ -120,8 +120,7 @@ fn old_driver() -> Outcome {
         for result in [CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION, CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU] {
             emulator.set("image", result as i64);
             emulator.set("driver_version", 11_080);
-            let error =
-                refused(Face::CUDA.blender(2), &["Stand-in 0", "CUDA 11.8", "toolkit", &format!("{result:?}")]);
+            let error = refused(Face::CUDA.blender(2), &["Stand-in 0", "CUDA 11.8", "toolkit", &format!("{result:?}")]);
             assert!(matches!(error, Error::UnsupportedDevice { ordinal: 0, .. }), "{error:?}");
             emulator.reset();
             works()?;
@@ -290,8 +289,7 @@ fn another_device_stays_current() -> Outcome {
         let mut second = [Tensor::<f32>::random(&mut Random(304), 5000, 2, 0, 0)];
         let mut first = second.clone();
         // A device is chosen by its ordinal, whatever is current. Both read the host's memory here.
-        let mut blenders =
-            [Face::CUDA.blender(2)?, Blender::new(&Device::cuda(1)?, *Face::CUDA.blender(2)?.config())?];
+        let mut blenders = [Face::CUDA.blender(2)?, Blender::new(&Device::cuda(1)?, *Face::CUDA.blender(2)?.config())?];
         for (blender, tensors) in blenders.iter_mut().zip([&mut first, &mut second]) {
             let plan = blender.plan(&[tensors[0].grads()])?;
             blender.step(&plan)?;

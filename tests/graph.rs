@@ -4,9 +4,9 @@
 //! a graph does, spoils the captures of all threads.
 #![cfg(feature = "cuda")]
 
-use gradblend_testkit::cuda::{Own, alone_on_cuda};
-use gradblend_testkit::{Outcome, Face, Random, Tensor, bits};
 use gradblend::{Blender, Error, Pass, Plan, Stream, TensorGrads};
+use gradblend_testkit::cuda::{Own, alone_on_cuda};
+use gradblend_testkit::{Face, Outcome, Random, Tensor, bits};
 
 type Operation = fn(&mut Blender, &Plan<'_>, Stream) -> Result<()>;
 

@@ -1,9 +1,9 @@
 //! What the emulator counts: bytes, launches, waits, allocations; and how many multiprocessors it says it has.
 #![cfg(feature = "cuda")]
 
-use gradblend_testkit::cuda::{Own, Emulator, on_emulator, within};
-use gradblend_testkit::{Outcome, Face, Random, STREAM, Sample, Output, Tensor, bits};
 use gradblend::{Blender, DType, Pass, Plan, Stream, TensorGrads, bf16, f16};
+use gradblend_testkit::cuda::{Emulator, Own, on_emulator, within};
+use gradblend_testkit::{Face, Outcome, Output, Random, STREAM, Sample, Tensor, bits};
 
 /// What `work` adds to counters.
 fn counted<const N: usize>(
@@ -176,8 +176,9 @@ fn partial_sums_are_read_once() -> Outcome {
             let mut tensors: Vec<Tensor<bf16>> =
                 (0..count).map(|i| Tensor::random(&mut random, 1 + i % 5, k, 0, 0)).collect();
             let mut blender = Face::CUDA.blender(k)?;
-            let [blocks, table] =
-                counted(emulator, ["blocks", "table"], || Face::CUDA.run(&mut blender, &mut tensors, TestBlender::dot))?;
+            let [blocks, table] = counted(emulator, ["blocks", "table"], || {
+                Face::CUDA.run(&mut blender, &mut tensors, TestBlender::dot)
+            })?;
             assert_eq!(blocks as usize, count.div_ceil(8), "K = {k}");
             assert_eq!(table, blocks * 2 * k as u64 * 8, "K = {k}");
         }

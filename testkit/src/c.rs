@@ -77,15 +77,25 @@ pub(crate) unsafe fn from_dlpack(
     };
     let (train, valid, blended) = (record(&train), record(&valid), record(&blended));
     let gradients: Vec<_> = modalities.iter().map(record).collect();
-    let mut addresses = vec![null(); modalities.len()];
-    let mut tensor = MaybeUninit::uninit();
-    // SAFETY: records of the right types and room for K addresses and one tensor; the rest is the caller's promise.
-    let tensor = unsafe {
-        let (k, v) = (modalities.len() as u32, gradients.as_ptr());
-        let (addresses, out) = (addresses.as_mut_ptr(), tensor.as_mut_ptr());
-        Failure::check(ffi::gradblend_tensor_from_dlpack(device, k, &train, &valid, v, &blended, addresses, out))?;
-        tensor.assume_init()
+    let unwritten = std::ptr::without_provenance::<c_void>(0xa5a5);
+    let mut addresses = vec![unwritten; modalities.len()];
+    let mut tensor = ffi::gradblend_tensor {
+        len: 77,
+        dtype: 77,
+        train: unwritten,
+        valid: unwritten,
+        modalities: null(),
+        blended: unwritten.cast_mut(),
     };
+    let (k, v, out) = (modalities.len() as u32, gradients.as_ptr(), addresses.as_mut_ptr());
+    // SAFETY: records of the right types and room for K addresses and one tensor; the rest is the caller's promise.
+    let status = unsafe { ffi::gradblend_tensor_from_dlpack(device, k, &train, &valid, v, &blended, out, &mut tensor) };
+    if status != 0 {
+        let same = (tensor.len, tensor.dtype, tensor.train, tensor.valid, tensor.blended);
+        assert_eq!(same, (77, 77, unwritten, unwritten, unwritten.cast_mut()), "a rejected call writes nothing");
+        assert!(tensor.modalities.is_null() && addresses.iter().all(|address| *address == unwritten));
+    }
+    Failure::check(status)?;
     assert_eq!(tensor.modalities, addresses.as_ptr());
     Ok(Addresses {
         len: tensor.len,
@@ -162,6 +172,7 @@ impl CBlender {
         let mut plan = null_mut();
         // SAFETY: as many records; the addresses live in `inputs`, and the buffers as long as the plan.
         let status = unsafe { ffi::gradblend_plan_create(self.0, tensors.as_ptr(), tensors.len() as u64, &mut plan) };
+        assert!(status == 0 || plan.is_null(), "a rejected call writes nothing");
         Failure::check(status)?;
         Ok(CPlan(plan, PhantomData))
     }

@@ -92,11 +92,14 @@ pub fn current_context() -> sys::CUcontext {
 
 /// # Safety
 /// `from` has `len` numbers in memory of the device, which only work on the default stream writes to.
-pub(crate) unsafe fn read<N: Copy + Default>(from: *const N, len: usize) -> Vec<N> {
-    let mut numbers = vec![N::default(); len];
-    let bytes = std::mem::size_of_val(&*numbers);
+pub(crate) unsafe fn read<N: Copy>(from: *const N, len: usize) -> Vec<N> {
+    let mut numbers = Vec::with_capacity(len);
+    let (to, bytes) = (numbers.as_mut_ptr(), len * size_of::<N>());
     // SAFETY: `numbers` has room for `bytes` bytes, and `from` has as many by the caller's promise.
-    with_context(|| check(unsafe { sys::cuMemcpyDtoH_v2(numbers.as_mut_ptr().cast(), from as u64, bytes) }));
+    unsafe {
+        with_context(|| check(sys::cuMemcpyDtoH_v2(to.cast(), from as u64, bytes)));
+        numbers.set_len(len);
+    }
     numbers
 }
 

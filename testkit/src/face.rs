@@ -151,6 +151,7 @@ impl Face {
     pub fn array<N: Copy>(self, numbers: Vec<N>) -> DeviceArray<N> {
         DeviceArray {
             face: self,
+            len: numbers.len(),
             #[cfg(feature = "cuda")]
             memory: self.cuda.then(|| cuda::Memory::of(&numbers)),
             host: if self.cuda { Vec::new() } else { numbers.into_iter().map(UnsafeCell::new).collect() },
@@ -159,7 +160,7 @@ impl Face {
 
     /// # Safety
     /// `from` has `len` numbers in memory of the device, which only work on the default stream writes to.
-    unsafe fn read<N: Copy + Default>(self, from: *const N, len: usize) -> Vec<N> {
+    unsafe fn read<N: Copy>(self, from: *const N, len: usize) -> Vec<N> {
         #[cfg(feature = "cuda")]
         if self.cuda {
             // SAFETY: the caller's promise.
@@ -224,11 +225,21 @@ impl<'a> Input<'a> {
     pub fn grads(self) -> TensorGrads<'a> {
         match self {
             Input::Slices(grads) => grads,
-            // SAFETY: whoever made the addresses promised what this asks for.
-            Input::Addresses(a) => unsafe {
-                TensorGrads::from_raw(a.len, a.dtype, a.train, a.valid, &a.modalities, a.blended)
-            },
+            // SAFETY: who made the addresses keeps the contract of `from_raw`.
+            Input::Addresses(addresses) => unsafe { addresses.grads() },
         }
+    }
+}
+
+impl Addresses {
+    /// The Rust API's record of this tensor.
+    ///
+    /// # Safety
+    /// As for [`TensorGrads::from_raw`].
+    pub unsafe fn grads<'a>(&self) -> TensorGrads<'a> {
+        let (train, valid) = (self.train, self.valid);
+        // SAFETY: the caller's promise.
+        unsafe { TensorGrads::from_raw(self.len, self.dtype, train, valid, &self.modalities, self.blended) }
     }
 }
 
@@ -295,6 +306,7 @@ impl<T: Sample> Placed<'_, T> {
 #[derive(Debug)]
 pub struct DeviceArray<N> {
     face: Face,
+    len: usize,
     host: Vec<UnsafeCell<N>>,
     #[cfg(feature = "cuda")]
     memory: Option<cuda::Memory>,
@@ -308,6 +320,12 @@ impl<N: Copy> DeviceArray<N> {
             return memory.address(0);
         }
         UnsafeCell::raw_get(self.host.as_ptr())
+    }
+
+    /// The numbers, once the default stream is done.
+    pub fn read(&self) -> Vec<N> {
+        // SAFETY: the array's own memory, and no work on it is pending.
+        unsafe { self.face.read(self.address(), self.len) }
     }
 
     /// Replaces the first number, once the default stream is done.

@@ -76,24 +76,22 @@ fn status(error: &Error) -> i32 {
 /// The Rust API returns `want` itself; C the status of `want` and the same message.
 #[track_caller]
 pub fn rejected<T: fmt::Debug>(result: std::result::Result<T, impl Into<Failure>>, want: &Error, words: &str) {
-    let got = match result {
-        Ok(got) => return assert!(false, "{got:?} instead of {want:?}"),
-        Err(failure) => failure.into(),
-    };
-    assert_eq!((got.status, &got.message), (status(want), &want.to_string()));
+    let got = rejected_as(result.map_err(Into::into), status(want), words);
+    assert_eq!(got.message, want.to_string());
     // A NaN inside an error differs from itself; its text does not.
     assert!(got.error.is_none_or(|error| format!("{error:?}") == format!("{want:?}")), "{want:?}");
-    for word in words.split('|') {
-        assert!(got.message.contains(word), "{:?} does not say {word:?}", got.message);
-    }
 }
 
-/// Checks that a call was rejected with this status and a message that has each of the `words`.
+/// Checks that a call was rejected with this status and a message that has each of the `words`, and returns the failure.
 #[track_caller]
-pub fn rejected_as<T: fmt::Debug>(result: Result<T>, status: i32, words: &str) {
-    let got = result.map(|got| format!("{got:?}")).expect_err(words);
+pub fn rejected_as<T: fmt::Debug>(result: Result<T>, status: i32, words: &str) -> Failure {
+    let got = match result {
+        Ok(got) => Failure { status: 0, message: format!("{got:?}"), error: None },
+        Err(failure) => failure,
+    };
     assert_eq!(got.status, status, "{got}");
     for word in words.split('|') {
         assert!(got.message.contains(word), "{:?} does not say {word:?}", got.message);
     }
+    got
 }
