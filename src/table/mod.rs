@@ -137,6 +137,7 @@ impl Table {
     }
 
     /// The buffers in force.
+    #[allow(dead_code, reason = "without the feature cuda, no backend checks memory")]
     pub(crate) fn buffers(&self) -> impl Iterator<Item = Buffer> {
         self.rows.buffers(self.modalities)
     }
