@@ -2,18 +2,16 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::panic)]
 
-mod common;
-
 use std::process::Command;
 
-use common::cuda::{Memory, alone_on_cuda, current, done, on_standin, skip, within};
-use common::{Outcome, Place, Random, STREAM, Tensor, bits};
 use cudarc::driver::sys::{self, CUresult};
 use gradblend::{Blender, Device, Error, GradScale, List, TensorGrads};
+use gradblend_testkit::cuda::{Memory, alone_on_cuda, current, done, on_emulator, skip, within};
+use gradblend_testkit::{Face, Outcome, Random, STREAM, Tensor, bits};
 
 /// The error, which says all of these.
 #[track_caller]
-fn refused<T: std::fmt::Debug>(result: gradblend::Result<T>, says: &[&str]) -> Error {
+fn refused<T: std::fmt::Debug>(result: Result<T>, says: &[&str]) -> Error {
     match result {
         Ok(got) => panic!("{got:?} instead of an error"),
         Err(error) => {
@@ -26,10 +24,10 @@ fn refused<T: std::fmt::Debug>(result: gradblend::Result<T>, says: &[&str]) -> E
 /// That a step goes through and is right.
 fn works() -> Outcome {
     let mut tensors = [Tensor::<f32>::random(&mut Random(301), 5000, 2, 0, 0)];
-    let mut blender = Place::Cuda.blender(2)?;
-    Place::Cuda.run(&mut blender, &mut tensors, Blender::step)?;
+    let mut blender = Face::CUDA.blender(2)?;
+    Face::CUDA.run(&mut blender, &mut tensors, TestBlender::step)?;
     tensors[0].check_blend(&[0.5; 2], None, "afterwards");
-    assert_eq!(blender.report(STREAM())?.observed, 1);
+    assert_eq!(blender.report()?.observed, 1);
     Ok(())
 }
 
@@ -46,10 +44,10 @@ fn no_such_device() -> Outcome {
 
 #[test]
 fn no_device_at_all() -> Outcome {
-    on_standin(|standin| {
-        standin.set("devices", 0);
+    on_emulator(|emulator| {
+        emulator.set("devices", 0);
         assert_eq!(Device::cuda(0), Err(Error::NoDevice { ordinal: 0, devices: 0 }));
-        standin.set("devices", 1);
+        emulator.set("devices", 1);
         works()
     })
 }
@@ -106,26 +104,25 @@ fn no_driver() -> Outcome {
 
 #[test]
 fn old_device() -> Outcome {
-    on_standin(|standin| {
-        standin.set("major", 7);
-        standin.set("minor", 5);
+    on_emulator(|emulator| {
+        emulator.set("major", 7);
+        emulator.set("minor", 5);
         let error = refused(Device::cuda(0), &["device 0", "Stand-in 0", "7.5", "kernels for"]);
         assert!(matches!(error, Error::UnsupportedDevice { ordinal: 0, .. }), "{error:?}");
-        standin.reset();
+        emulator.reset();
         works()
     })
 }
 
 #[test]
 fn old_driver() -> Outcome {
-    on_standin(|standin| {
+    on_emulator(|emulator| {
         for result in [CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION, CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU] {
-            standin.set("image", result as i64);
-            standin.set("driver_version", 11_080);
-            let error =
-                refused(Place::Cuda.blender(2), &["Stand-in 0", "CUDA 11.8", "toolkit", &format!("{result:?}")]);
+            emulator.set("image", result as i64);
+            emulator.set("driver_version", 11_080);
+            let error = refused(Face::CUDA.blender(2), &["Stand-in 0", "CUDA 11.8", "toolkit", &format!("{result:?}")]);
             assert!(matches!(error, Error::UnsupportedDevice { ordinal: 0, .. }), "{error:?}");
-            standin.reset();
+            emulator.reset();
             works()?;
         }
         Ok(())
@@ -134,17 +131,17 @@ fn old_driver() -> Outcome {
 
 #[test]
 fn out_of_memory() -> Outcome {
-    on_standin(|standin| {
-        standin.set("memory", 4096);
-        let error = refused(Place::Cuda.blender(2), &["for the blender"]);
+    on_emulator(|emulator| {
+        emulator.set("memory", 4096);
+        let error = refused(Face::CUDA.blender(2), &["for the blender"]);
         assert!(matches!(error, Error::OutOfMemory { what: "the blender", bytes: 4096.. }), "{error:?}");
-        standin.reset();
-        let blender = Place::Cuda.blender(2)?;
-        standin.set("memory", standin.count("live_bytes") as i64 + 1000);
+        emulator.reset();
+        let blender = Face::CUDA.blender(2)?;
+        emulator.set("memory", emulator.count("live_bytes") as i64 + 1000);
         let tensors: Vec<TensorGrads<'_>> = (0..100).map(|_| TensorGrads::blend_only::<f32>(&[None, None])).collect();
         let error = refused(blender.plan(&tensors), &["for the plan"]);
         assert!(matches!(error, Error::OutOfMemory { what: "the plan", bytes: 1000.. }), "{error:?}");
-        standin.reset();
+        emulator.reset();
         blender.plan(&tensors)?;
         works()
     })
@@ -152,16 +149,16 @@ fn out_of_memory() -> Outcome {
 
 #[test]
 fn launch_that_fails() -> Outcome {
-    on_standin(|standin| {
-        let mut blender = Place::Cuda.blender(2)?;
-        let saved = blender.save(STREAM())?;
+    on_emulator(|emulator| {
+        let mut blender = Face::CUDA.blender(2)?;
+        let saved = blender.save()?;
         let code = CUresult::CUDA_ERROR_LAUNCH_FAILED;
-        standin.fail("cuLaunchKernel", code, 0);
+        emulator.fail("cuLaunchKernel", code, 0);
         let name = format!("{code:?}");
-        let error = refused(blender.observe(STREAM()), &["cuLaunchKernel", &name, "719"]);
+        let error = refused(blender.observe(), &["cuLaunchKernel", &name, "719"]);
         assert_eq!(error, Error::Cuda { call: "cuLaunchKernel", code: code as u32, name });
-        assert_eq!(blender.save(STREAM())?, saved);
-        blender.observe(STREAM())?;
+        assert_eq!(blender.save()?, saved);
+        blender.observe()?;
         works()
     })
 }
@@ -169,10 +166,10 @@ fn launch_that_fails() -> Outcome {
 /// Whichever call of the driver fails, it is named, nothing stays behind, and the next try goes through.
 #[test]
 fn any_call_that_fails() -> Outcome {
-    on_standin(|standin| {
+    on_emulator(|emulator| {
         let names = ["live", "streams", "modules", "contexts"];
         let mut tensors = [Tensor::<f32>::random(&mut Random(302), 5000, 2, 0, 0)];
-        let mut lists = Place::Cuda.put(&mut tensors);
+        let mut lists = Face::CUDA.put(&mut tensors);
         let grads = lists.grads();
         let mut failures = 0;
         for function in [
@@ -196,14 +193,14 @@ fn any_call_that_fails() -> Outcome {
             "cuLaunchKernel",
         ] {
             for after in 0..20 {
-                let before = names.map(|name| standin.count(name));
-                standin.fail(function, CUresult::CUDA_ERROR_UNKNOWN, after);
+                let before = names.map(|name| emulator.count(name));
+                emulator.fail(function, CUresult::CUDA_ERROR_UNKNOWN, after);
                 let all = || {
-                    let mut blender = Place::Cuda.blender(2)?;
+                    let mut blender = Face::CUDA.blender(2)?;
                     let mut plan = blender.plan(&grads)?;
-                    plan.update(&grads, STREAM())?;
-                    blender.step(&plan, STREAM())?;
-                    blender.report(STREAM()).map(drop)
+                    plan.update(&grads)?;
+                    blender.step(&plan)?;
+                    blender.report().map(drop)
                 };
                 match all() {
                     Err(Error::Cuda { call, code: 999, .. }) => assert_eq!(call, function),
@@ -211,9 +208,9 @@ fn any_call_that_fails() -> Outcome {
                     // It was not called so often; or failed where there is nobody to tell, in a drop.
                     Ok(()) => {}
                 }
-                failures += u32::from(standin.count(function) > 0);
-                standin.reset();
-                let after_it = names.map(|name| standin.count(name));
+                failures += u32::from(emulator.count(function) > 0);
+                emulator.reset();
+                let after_it = names.map(|name| emulator.count(name));
                 // A call that fails while something is dropped may keep that from being freed, but nothing else does.
                 if !["cuCtxPushCurrent_v2", "cuThreadExchangeStreamCaptureMode"].contains(&function) {
                     assert_eq!(after_it, before, "{function} fails after {after}: {names:?}");
@@ -229,11 +226,11 @@ fn any_call_that_fails() -> Outcome {
 /// Memory that the driver was never told of, where the device cannot read it.
 #[test]
 fn unknown_memory() -> Outcome {
-    on_standin(|standin| {
-        standin.set("pageable", 0);
+    on_emulator(|emulator| {
+        emulator.set("pageable", 0);
         let mut tensors = [Tensor::<f32>::random(&mut Random(303), 100, 2, 0, 0)];
-        let mut lists = Place::Cuda.put(&mut tensors);
-        let mut blender = Place::Cuda.blender(2)?;
+        let mut lists = Face::CUDA.put(&mut tensors);
+        let mut blender = Face::CUDA.blender(2)?;
         let mut plan = blender.plan(&lists.grads())?;
         let (host, device) = (vec![0.0_f32; 100], Memory::of(&[0.0_f32; 100]));
         let at = |list: &[f32]| list.as_ptr() as u64;
@@ -245,15 +242,15 @@ fn unknown_memory() -> Outcome {
         };
         let unknown = |tensor, list, address| Error::UnknownMemory { tensor, list, address };
         let slices = [own(100, 0), TensorGrads::new(&host, &host, &[v, v])];
-        let want = unknown(1, List::Train, at(&host));
+        let want = unknown(1, Role::Train, at(&host));
         assert_eq!(refused(blender.plan(&slices), &["tensor 1", "train gradient"]), want);
         let past = device.address::<u8>(0) as u64 + 404 - 1;
-        assert_eq!(refused(blender.plan(&[own(101, 0)]), &["tensor 0"]), unknown(0, List::Train, past));
-        assert_eq!(refused(blender.plan(&[own(100, 1)]), &["tensor 0"]), unknown(0, List::Train, past));
+        assert_eq!(refused(blender.plan(&[own(101, 0)]), &["tensor 0"]), unknown(0, Role::Train, past));
+        assert_eq!(refused(blender.plan(&[own(100, 1)]), &["tensor 0"]), unknown(0, Role::Train, past));
         let mixed = [TensorGrads::blend_only(&[None, v])];
-        let want = unknown(0, List::Modality(1), at(&host));
+        let want = unknown(0, Role::Modality(1), at(&host));
         assert_eq!(refused(blender.plan(&mixed), &["gradient of modality 1"]), want);
-        assert_eq!(refused(plan.update(&mixed, STREAM()), &["modality 1"]), want);
+        assert_eq!(refused(plan.update(&mixed), &["modality 1"]), want);
         blender.plan(&[own(100, 0), own(99, 1), TensorGrads::new::<f32>(&[], &[], &[None, None])])?;
         let cell = Box::new(1.0_f32);
         // SAFETY: refused.
@@ -261,8 +258,8 @@ fn unknown_memory() -> Outcome {
         let address = (&raw const *cell) as u64;
         assert_eq!(refused(blender.set_grad_scale(scale), &["scale"]), Error::UnknownScale { address });
         // The plan is as it was.
-        blender.step(&plan, STREAM())?;
-        assert_eq!(blender.report(STREAM())?.observed, 1);
+        blender.step(&plan)?;
+        assert_eq!(blender.report()?.observed, 1);
         drop(plan);
         lists.fetch();
         tensors[0].check_blend(&[0.5; 2], None, "after refused updates");
@@ -273,10 +270,10 @@ fn unknown_memory() -> Outcome {
 /// Another device's context is current again after each call.
 #[test]
 fn another_device_stays_current() -> Outcome {
-    on_standin(|standin| {
-        standin.set("devices", 2);
+    on_emulator(|emulator| {
+        emulator.set("devices", 2);
         let mut other = std::ptr::null_mut();
-        // SAFETY: a place for the context of a device that is there.
+        // SAFETY: a face for the context of a device that is there.
         within(|| done(unsafe { sys::cuDevicePrimaryCtxRetain(&mut other, 1) }));
         // SAFETY: retained.
         done(unsafe { sys::cuCtxPushCurrent_v2(other) });
@@ -292,11 +289,10 @@ fn another_device_stays_current() -> Outcome {
         let mut second = [Tensor::<f32>::random(&mut Random(304), 5000, 2, 0, 0)];
         let mut first = second.clone();
         // A device is chosen by its ordinal, whatever is current. Both read the host's memory here.
-        let mut blenders =
-            [Place::Cuda.blender(2)?, Blender::new(&Device::cuda(1)?, *Place::Cuda.blender(2)?.config())?];
+        let mut blenders = [Face::CUDA.blender(2)?, Blender::new(&Device::cuda(1)?, *Face::CUDA.blender(2)?.config())?];
         for (blender, tensors) in blenders.iter_mut().zip([&mut first, &mut second]) {
             let plan = blender.plan(&[tensors[0].grads()])?;
-            blender.step(&plan, STREAM())?;
+            blender.step(&plan)?;
         }
         assert_eq!(bits(&first[0].blended), bits(&second[0].blended));
         Ok(())

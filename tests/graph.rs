@@ -4,13 +4,11 @@
 //! a graph does, spoils the captures of all threads.
 #![cfg(feature = "cuda")]
 
-mod common;
-
-use common::cuda::{Own, alone_on_cuda};
-use common::{Outcome, Place, Random, Tensor, bits};
 use gradblend::{Blender, Error, Pass, Plan, Stream, TensorGrads};
+use gradblend_testkit::cuda::{Own, alone_on_cuda};
+use gradblend_testkit::{Face, Outcome, Random, Tensor, bits};
 
-type Operation = fn(&mut Blender, &Plan<'_>, Stream) -> gradblend::Result<()>;
+type Operation = fn(&mut Blender, &Plan<'_>, Stream) -> Result<()>;
 
 const OPERATIONS: [(&str, Operation); 10] = [
     ("dot", |blender, plan, stream| blender.dot(plan, stream)),
@@ -43,24 +41,24 @@ fn blends(tensors: &[Tensor<f32>]) -> Vec<Vec<u32>> {
 }
 
 /// A blender that has seen something.
-fn seasoned(place: Place) -> gradblend::Result<Blender> {
-    let mut blender = place.blender(3)?;
-    place.run(&mut blender, &mut tensors(90, 0), Blender::step)?;
+fn seasoned(face: Face) -> Result<Blender> {
+    let mut blender = face.blender(3)?;
+    face.run(&mut blender, &mut tensors(90, 0), TestBlender::step)?;
     Ok(blender)
 }
 
 #[test]
 fn replays_do_what_calls_do() -> Outcome {
-    alone_on_cuda(|place| {
+    alone_on_cuda(|face| {
         for (name, operation) in OPERATIONS {
             let own = Own::new();
             let (mut called, mut replayed) = (tensors(91, 4), tensors(91, 4));
-            let mut caller = seasoned(place)?;
-            place.run(&mut caller, &mut called, |blender, plan, stream| {
+            let mut caller = seasoned(face)?;
+            face.run(&mut caller, &mut called, |blender, plan, stream| {
                 (0..3).try_for_each(|_| operation(blender, plan, stream))
             })?;
-            let mut blender = seasoned(place)?;
-            let mut lists = place.put(&mut replayed);
+            let mut blender = seasoned(face)?;
+            let mut lists = face.place(&mut replayed);
             let plan = blender.plan(&lists.grads())?;
             let before = blender.save(own.stream())?;
             let graph = own.capture(|stream| operation(&mut blender, &plan, stream))?;
@@ -78,12 +76,12 @@ fn replays_do_what_calls_do() -> Outcome {
 /// A graph that was captured before an update works on the new addresses, and on what is absent now.
 #[test]
 fn graphs_see_updates() -> Outcome {
-    alone_on_cuda(|place| {
+    alone_on_cuda(|face| {
         let own = Own::new();
         let (mut first, mut second, mut called) = (tensors(92, 0), tensors(93, 2), tensors(93, 2));
         let untouched = blends(&first);
-        let mut blender = place.blender(3)?;
-        let (mut first_lists, mut second_lists) = (place.put(&mut first), place.put(&mut second));
+        let mut blender = face.blender(3)?;
+        let (mut first_lists, mut second_lists) = (face.place(&mut first), face.place(&mut second));
         let mut plan = blender.plan(&first_lists.grads())?;
         let graph = own.capture(|stream| blender.step(&plan, stream))?;
         plan.update(&second_lists.grads(), own.stream())?;
@@ -93,8 +91,8 @@ fn graphs_see_updates() -> Outcome {
         drop((graph, plan));
         first_lists.fetch();
         second_lists.fetch();
-        let mut caller = place.blender(3)?;
-        place.run(&mut caller, &mut called, |blender, plan, stream| {
+        let mut caller = face.blender(3)?;
+        face.run(&mut caller, &mut called, |blender, plan, stream| {
             blender.step(plan, stream)?;
             blender.step(plan, stream)
         })?;
@@ -108,11 +106,11 @@ fn graphs_see_updates() -> Outcome {
 /// Nor does the end of a blender and of a plan that are in no graph spoil the capture of another.
 #[test]
 fn drops_do_not_spoil_captures() -> Outcome {
-    alone_on_cuda(|place| {
+    alone_on_cuda(|face| {
         let own = Own::new();
         let (mut all, mut others) = (tensors(98, 0), tensors(99, 0));
-        let (mut lists, mut other_lists) = (place.put(&mut all), place.put(&mut others));
-        let (mut blender, mut other) = (place.blender(3)?, place.blender(3)?);
+        let (mut lists, mut other_lists) = (face.place(&mut all), face.place(&mut others));
+        let (mut blender, mut other) = (face.blender(3)?, face.blender(3)?);
         let (plan, other_plan) = (blender.plan(&lists.grads())?, other.plan(&other_lists.grads())?);
         other.step(&other_plan, Stream::default())?;
         own.capture(|stream| {
@@ -123,20 +121,20 @@ fn drops_do_not_spoil_captures() -> Outcome {
     })
 }
 
-fn refused<T: std::fmt::Debug>(result: gradblend::Result<T>) {
+fn refused<T: std::fmt::Debug>(result: Result<T>) {
     assert!(matches!(result, Err(Error::Capturing { .. })), "{result:?}");
 }
 
 /// What has to wait or to copy is refused on a stream that captures, and the capture goes on.
 #[test]
 fn what_cannot_be_captured_is_refused() -> Outcome {
-    alone_on_cuda(|place| {
+    alone_on_cuda(|face| {
         let own = Own::new();
         let (mut all, mut others, mut called) = (tensors(94, 0), tensors(95, 0), tensors(94, 0));
-        let (mut blender, mut caller) = (seasoned(place)?, seasoned(place)?);
-        place.run(&mut caller, &mut called, Blender::step)?;
+        let (mut blender, mut caller) = (seasoned(face)?, seasoned(face)?);
+        face.run(&mut caller, &mut called, TestBlender::step)?;
         let saved = blender.save(own.stream())?;
-        let (mut lists, mut other_lists) = (place.put(&mut all), place.put(&mut others));
+        let (mut lists, mut other_lists) = (face.place(&mut all), face.place(&mut others));
         let grads = other_lists.grads();
         let mut plan = blender.plan(&lists.grads())?;
         let mut host = tensors(96, 0);
@@ -167,17 +165,17 @@ fn what_cannot_be_captured_is_refused() -> Outcome {
 /// A capture leaves other streams, other blenders, and the making of more of them alone.
 #[test]
 fn captures_do_not_forbid_other_work() -> Outcome {
-    alone_on_cuda(|place| {
+    alone_on_cuda(|face| {
         let (own, other) = (Own::new(), Own::new());
         let (mut all, mut more, mut called) = (tensors(97, 0), tensors(97, 0), tensors(97, 0));
-        let (mut blender, mut caller) = (place.blender(3)?, place.blender(3)?);
-        place.run(&mut caller, &mut called, Blender::step)?;
-        let (mut lists, mut more_lists) = (place.put(&mut all), place.put(&mut more));
+        let (mut blender, mut caller) = (face.blender(3)?, face.blender(3)?);
+        face.run(&mut caller, &mut called, TestBlender::step)?;
+        let (mut lists, mut more_lists) = (face.place(&mut all), face.place(&mut more));
         let plan = blender.plan(&lists.grads())?;
         let grads = more_lists.grads();
         let mut made = None;
         let graph = own.capture(|stream| {
-            let mut second = place.blender(3)?;
+            let mut second = face.blender(3)?;
             let second_plan = second.plan(&grads)?;
             second.step(&second_plan, other.stream())?;
             assert_eq!(second.save(other.stream())?, caller.save(other.stream())?);

@@ -1,9 +1,7 @@
 //! The loss-based estimator, and a test for each mistake seen in public implementations of it (end of docs/method.md).
 
-mod common;
-
-use common::Outcome;
 use gradblend::{Error, Flags, Losses, MeanLoss, Negative, Policy, Schedule, Trainee, gb_estimate, ogr};
+use gradblend_testkit::{Outcome, rejected};
 
 fn losses(train: f64, valid: f64) -> Losses {
     Losses { train, valid }
@@ -66,7 +64,7 @@ fn loaders_of_different_length_compare() {
     }
     assert_eq!((short.mean(), long.mean()), (2.0, 2.0));
     short.add(f64::NAN, 0);
-    assert_eq!(short.mean(), 2.0, "an empty batch has no say");
+    assert_eq!(short.mean(), 2.0, "an empty batch counts for nothing");
     assert!(MeanLoss::default().mean().is_nan(), "no sample, no loss");
 }
 
@@ -159,7 +157,7 @@ impl Trainee for Scripted {
 }
 
 #[test]
-fn gb_estimate_trains_each_alone_and_goes_back() -> Result<(), Failure> {
+fn gb_estimate_trains_each_alone_and_restores() -> Result<(), Failure> {
     let mut trainee = Scripted { state: vec![3; 3], ..Scripted::default() };
     let estimate = gb_estimate(&mut trainee, 5, &Policy::default())?;
     assert_eq!(trainee.state, [3; 3]);
@@ -170,13 +168,13 @@ fn gb_estimate_trains_each_alone_and_goes_back() -> Result<(), Failure> {
 }
 
 #[test]
-fn gb_estimate_goes_back_after_an_error() {
+fn gb_estimate_restores_after_an_error() {
     let mut trainee = Scripted { state: vec![3; 3], fails_at: Some(1), ..Scripted::default() };
     assert_eq!(gb_estimate(&mut trainee, 5, &Policy::default()), Err(Failure::Training(1)));
     assert_eq!(trainee.state, [3; 3]);
     let mut trainee = Scripted { state: vec![3; 3], nan_at: Some(2), ..Scripted::default() };
     match gb_estimate(&mut trainee, 5, &Policy::default()) {
-        Err(Failure::Estimate(Error::Loss { modality: 2, list: "training", when: "after training", got })) => {
+        Err(Failure::Estimate(Error::Loss { modality: 2, which: "training", when: "after training", got })) => {
             assert!(got.is_nan());
         }
         other => panic!("{other:?}"),
@@ -196,4 +194,20 @@ fn schedules() -> Outcome {
     assert_eq!((online.len(9), online.len(10)), (Some(10), Some(5)));
     assert!(!online.ends(u64::MAX));
     Ok(())
+}
+
+#[test]
+fn invalid_input() {
+    let policy = Policy::default();
+    let (good, bad) = (losses(1.0, 1.0), losses(1.0, f64::NAN));
+    let want = Error::Loss { modality: 1, which: "validation", when: "at the checkpoint", got: f64::NAN };
+    rejected(ogr(&[good, bad], &[good; 2], &policy), &want, "validation loss of modality 1");
+    let (up, down) = (losses(1.0, 1e308), losses(1.0, -1e308));
+    let (which, when) = ("difference of the", "before and after training");
+    let want = Error::Loss { modality: 1, which, when, got: f64::INFINITY };
+    rejected(ogr(&[good, up], &[good, down], &policy), &want, "modality 1");
+    let count = Error::Count { what: "the losses after training", expected: 2, got: 1 };
+    rejected(ogr(&[good; 2], &[good], &policy), &count, "got 1");
+    rejected(Schedule::online(0, 5), &Error::Schedule { what: "warm-up" }, "warm-up");
+    rejected(Schedule::online(5, 0), &Error::Schedule { what: "super-epoch" }, "super-epoch");
 }
