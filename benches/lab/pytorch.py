@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Times PyTorch's ways to the sums and the blend of Gradient-Blending, on the cases of a results file.
 
-FILE is what `gradblend-lab run --results FILE` wrote. Its `case` records give the shapes, the exact sums and the weights;
-the inputs are made from the formula in README.md, and records of the same kinds are appended, with the commit of the last
-run. Every result is checked before it is timed: equal sums also show that the inputs are the same. gradblend, called through
+FILE is what `gradblend-lab run --results FILE` wrote. Its `case` records give shapes, exact sums and weights; the inputs
+are made from the formula in benches/README.md. Records of the same kinds are appended, with the commit of the last run.
+Every result is checked before it is timed: equal sums also show that the inputs are the same. gradblend, called through
 its C functions, takes part in the rounds, as only times of one run can be compared. Needs PyTorch, and no Rust.
 
     PyTorch loop      for each tensor: torch.dot; torch.mul, then add_(alpha=w)
