@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Times PyTorch's ways to the sums and the blend of Gradient-Blending, on the cases of a results file.
 
-FILE is what `gradblend-lab run --results FILE` wrote. Its `case` records give the shapes, the exact sums and the weights; the
-inputs are made from the formula in README.md, and records of the same kinds are appended. Every result is checked before it
-is timed: equal sums also show that the inputs are the same. gradblend, called through its C functions, has its place in the
-rounds, as only times of one run can be compared. Needs PyTorch, and no Rust.
+FILE is what `gradblend-lab run --results FILE` wrote. Its `case` records give shapes, exact sums and weights; the inputs
+are made from the formula in benches/README.md. Records of the same kinds are appended, with the commit of the last run.
+Every result is checked before it is timed: equal sums also show that the inputs are the same. gradblend, called through
+its C functions, takes part in the rounds, as only times of one run can be compared. Needs PyTorch, and no Rust.
 
     PyTorch loop      for each tensor: torch.dot; torch.mul, then add_(alpha=w)
     PyTorch foreach   the _foreach functions, and sums in f32
@@ -19,12 +19,10 @@ import ctypes as c
 import datetime
 import json
 import math
-import os
 import pathlib
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 import time
 
@@ -96,29 +94,22 @@ class Inputs:
         for length in self.lengths:
             starts.append(-(-end * itemsize // ALIGNMENT) * ALIGNMENT // itemsize + case["misaligned"])
             end = starts[-1] + length
-        self.arenas = []
+        self.arenas, buffers = [], []
         for buffer in range(self.k + 3):
             memory = torch.zeros(end + ALIGNMENT // itemsize, dtype=DTYPES[self.dtype], device=device)
             arena = memory[-memory.data_ptr() % ALIGNMENT // itemsize :]
-            self.arenas.append(arena)
             tensors, first = [arena[start : start + n] for start, n in zip(starts, self.lengths)], 0
             for i, tensor in enumerate(tensors):
-                there = has_fused[i] if buffer < 2 else buffer == self.k + 2 or buffer - 2 in self.present[i]
-                if not there:
+                if not (has_fused[i] if buffer < 2 else buffer == self.k + 2 or buffer - 2 in self.present[i]):
                     tensors[i] = None
                 elif buffer < self.k + 2:
                     for at in range(0, len(tensor), 1 << 22):
                         part = tensor[at : at + (1 << 22)]
                         part.copy_(numbers(buffer, first + at, len(part), device))
                 first += self.lengths[i]
-            if buffer == 0:
-                self.t = tensors
-            elif buffer == 1:
-                self.g = tensors
-            elif buffer < self.k + 2:
-                self.v = [*getattr(self, "v", []), tensors]
-            else:
-                self.out = tensors
+            self.arenas.append(arena)
+            buffers.append(tensors)
+        self.t, self.g, *self.v, self.out = buffers
 
     def bytes(self):
         return sum(arena.nbytes for arena in self.arenas)
@@ -340,7 +331,7 @@ IMPLEMENTATIONS = (Gradblend, Loop, Foreach, Compile, Matmul)
 
 
 def check(implementation, x, result):
-    """The largest errors, relative to the sum of the absolute terms. ValueError names a result that is out of bounds."""
+    """The largest errors, relative to the sum of the absolute terms. ValueError: a result is out of bounds."""
     case, ours = implementation.case, implementation.kind == "ours"
     c_got, d_got, blended = result
     errors = {"error_c": None, "error_d": None, "error_blend": None}
@@ -385,7 +376,7 @@ def check(implementation, x, result):
 
 
 class Cpu:
-    device, cuda, cache_bytes, driver = torch.device("cpu"), False, None, None
+    device, cache_bytes, driver = torch.device("cpu"), None, None
 
     def name(self):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -408,7 +399,7 @@ class Cpu:
 
 
 class Gpu:
-    device, cuda = torch.device("cuda", 0), True
+    device = torch.device("cuda", 0)
 
     def __init__(self):
         self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
@@ -447,8 +438,10 @@ def measure(device, case, inputs, test, write):
     """Checks all implementations on a case, and times them one after another in each round."""
     running = []
     for kind in IMPLEMENTATIONS:
-        if kind is Gradblend and kind.library is None or test and kind is Compile and case["shapes"] != {"flat": 1000}:
+        if kind is Gradblend and kind.library is None:
             continue
+        if test and kind is Compile and (case["operation"], case["case"]) != ("step", "flat 1e3/K4/f32"):
+            continue  # each compilation takes seconds
         for tensor in inputs[0].out if case["operation"] != "dot" else []:
             tensor.fill_(math.nan)  # what is not written shows
 
@@ -482,20 +475,9 @@ def measure(device, case, inputs, test, write):
     write(case)
     for _, _, line in running:
         write(line)
-    medians = (f"{line['implementation']} {sorted(line['times_ns'])[rounds // 2] / 1e3:.0f} us" for _, rounds, line in running)
-    print(f"{case['operation']:6}{case['case']:28}{', '.join(medians)}", flush=True)
-
-
-def commit():
-    if given := os.environ.get("GRADBLEND_COMMIT"):
-        return given
-    folder = pathlib.Path(__file__).resolve().parent
-    try:
-        git = subprocess.run(["git", "describe", "--always"], cwd=folder, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ":/", ":!/benches/results"], cwd=folder)
-        return git.stdout.strip() + ("-dirty" if changed.returncode else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    medians = {line["implementation"]: sorted(line["times_ns"])[rounds // 2] / 1e3 for _, rounds, line in running}
+    text = ", ".join(f"{name} {time:.0f} us" for name, time in medians.items())
+    print(f"{case['operation']:6}{case['case']:28}{text}", flush=True)
 
 
 def main():
@@ -512,9 +494,11 @@ def main():
     device = Gpu() if options.device == "cuda" else Cpu()
     if options.library:
         Gradblend.library = c.CDLL(options.library)
-    cases, wanted = {}, lambda name: not options.case or any(text in name for text in options.case)
+    cases, commit = {}, None
     for line in map(json.loads, options.results.read_text().splitlines()):
-        if line["record"] == "case" and wanted(line["case"]):
+        if line["record"] == "run":
+            commit = line["commit"]
+        elif line["record"] == "case" and (not options.case or any(text in line["case"] for text in options.case)):
             cases.setdefault(line["case"], {})[line["operation"]] = line
     if not cases:
         sys.exit(f"{options.results} has no such cases")
@@ -528,19 +512,18 @@ def main():
         command = "python3 benches/lab/pytorch.py " + shlex.join(sys.argv[1:])
         machine = {"device": options.device, "name": device.name(), "driver": device.driver}
         machine |= {"cache_bytes": device.cache_bytes, "software": f"PyTorch {torch.__version__}"}
-        write({"record": "run", "date": date, "commit": commit(), "command": command, **machine})
+        write({"record": "run", "date": date, "commit": commit, "command": command, **machine})
         for operations in cases.values():
             if time.monotonic() > deadline:
                 break
-            inputs = [Inputs(next(iter(operations.values())), device.device)]
-            # Beside the inputs, matmul holds as much again.
-            if device.free_bytes() < 1.2 * inputs[0].bytes():
-                print(f"{next(iter(operations.values()))['case']}: skipped: no memory", flush=True)
+            first = next(iter(operations.values()))
+            inputs = [Inputs(first, device.device)]
+            if device.free_bytes() < 1.2 * inputs[0].bytes():  # matmul holds as much again
+                print(f"{first['case']}: skipped: no memory", flush=True)
                 continue
-            if device.cuda:  # four times the cache, so that no set is still in it when its turn comes
-                sets = min(math.ceil(4 * device.cache_bytes / inputs[0].bytes()), MOST_SETS)
-                first = next(iter(operations.values()))
-                inputs += [Inputs(first, device.device) for _ in range(sets - 1)]
+            # Four times a GPU's cache, so that no set is still in it when its turn comes.
+            sets = min(math.ceil(4 * (device.cache_bytes or 0) / inputs[0].bytes()), MOST_SETS)
+            inputs += [Inputs(first, device.device) for _ in range(sets - 1)]
             for case in operations.values():
                 measure(device, case, inputs, options.test, write)
 

@@ -1,5 +1,5 @@
-// What a user writes first: one kernel for each step of the arithmetic, an element a thread. And two that the laboratory
-// needs beside them: plain reading, and the sum of cuBLAS's results over all tensors. Nothing is shared with gradblend.
+// What a user writes first: one kernel for each step of the arithmetic, an element a thread. And two that the
+// laboratory needs beside them: plain reading, and the sum of cuBLAS's results over all tensors. No code of gradblend.
 #include <stdint.h>
 #include <string.h>
 #ifdef __CUDACC__

@@ -1,4 +1,4 @@
-//! The inputs of a case. README.md beside this crate gives the formula, so that other programs make the same numbers.
+//! The inputs of a case. benches/README.md gives the formula, so that other programs make the same numbers.
 
 use std::ops::Range;
 
@@ -72,7 +72,8 @@ unsafe impl Zeroable for Unit {}
 // SAFETY: as for `Zeroable`: any bytes are a valid value.
 unsafe impl Pod for Unit {}
 
-/// The gradients of a case. Each role has one buffer, with the tensors in order; what lies between them, or is absent, is 0.
+/// The gradients of a case. Each role has one buffer, with the tensors in order. What lies between them, or is absent,
+/// is 0.
 pub(crate) struct Inputs {
     pub(crate) dtype: DType,
     pub(crate) modalities: usize,

@@ -16,7 +16,7 @@ mod run;
 
 use clap::Parser;
 
-/// The laboratory of gradblend: benches/lab/README.md describes the implementations, the inputs and the raw results.
+/// The laboratory of gradblend: benches/README.md describes the implementations, the inputs and the raw results.
 #[derive(Parser)]
 enum Command {
     /// Check implementations against f64 and time them in rounds

@@ -40,7 +40,8 @@ pub(crate) static NDARRAY: Kernels = Kernels {
     axpy: |w, v, out| ArrayViewMut1::from(out).scaled_add(w, &ArrayView1::from(v)),
 };
 
-/// Sums side by side, which a compiler keeps in vector registers; a single one is four times slower even beyond the cache.
+/// Sums side by side, which a compiler keeps in vector registers: a single one is four times slower, even beyond the
+/// cache.
 fn plain_dot(a: &[f32], b: &[f32]) -> f32 {
     const SUMS: usize = 32;
     let mut sums = [0.0_f32; SUMS];

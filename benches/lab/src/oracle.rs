@@ -43,8 +43,8 @@ pub(crate) struct Exact {
     d_size_of_products: Vec<f64>,
 }
 
-/// How far an implementation's arithmetic may be from the exact result. The bounds hold for random inputs, with a few times
-/// the error that the roundings add up to; the errors that were found are in the raw results.
+/// How far an implementation's arithmetic may be from the exact result. The bounds are for random inputs: a few times the
+/// error that their roundings add up to. The errors that were found are in the raw results.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bound {
     /// Of c_k and d_k, relative to the sum of the absolute terms.

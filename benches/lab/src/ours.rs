@@ -29,6 +29,7 @@ impl Calls {
         Ok(Calls { operation, three_calls, blender, modalities: inputs.modalities, plans: Vec::new() })
     }
 
+    #[cfg(feature = "cuda")]
     pub(crate) fn plans(&self) -> usize {
         self.plans.len()
     }

@@ -1,4 +1,4 @@
-//! Raw results: one JSON object a line, tagged by `record`. README.md beside this crate describes the fields.
+//! Raw results: one JSON object a line, tagged by `record`. benches/README.md describes the fields.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;

@@ -20,7 +20,7 @@ pub(crate) struct Options {
     /// Raw results; NAME.jsonl gets NAME.md and NAME.svg beside it
     #[arg(required = true)]
     files: Vec<PathBuf>,
-    /// A document with lines `<!-- report: begin NAME -->` and `<!-- report: end NAME -->`: the summary goes between them
+    /// A document: the summary goes between its lines `<!-- report: begin NAME -->` and `<!-- report: end NAME -->`
     #[arg(long, value_name = "DOCUMENT")]
     write: Option<PathBuf>,
     /// Write nothing; fail if a file is not what this would write
@@ -178,8 +178,9 @@ impl Results {
     /// Everything.
     fn page(&self, name: &str) -> String {
         let mut page = format!(
-            "# {name}\n\n{}.\n\nRatios are times over gradblend's, the median of the rounds of one run; the share is the \
-             limit's. ± is half the interquartile range. Errors are relative to the sum of the absolute terms.\n\n![plot]({name}.svg)\n",
+            "# {name}\n\n{}.\n\nRatios are times over gradblend's, the median of the rounds of one run; the share is \
+             the limit's. ± is half the interquartile range. Errors are relative to the sum of the absolute terms.\n\n\
+             ![plot]({name}.svg)\n",
             self.caption()
         );
         for operation in Operation::ALL {
@@ -338,28 +339,38 @@ fn relative(document: &Path, file: &Path) -> Result<String> {
 mod tests {
     use super::*;
 
-    const RAW: &str = r#"{"record":"run","date":"2026-01-02T03:04:05Z","commit":"abc","command":"cargo run","device":"cpu","name":"CPU","driver":null,"cache_bytes":null,"software":"rustc"}
-{"record":"case","operation":"step","case":"ResNet-50/K3/bf16","shapes":{"model":"ResNet-50"},"modalities":3,"dtype":"bf16","misaligned":false,"tensors":161,"bytes":600,"weights":[1.0],"c":[],"d":[],"c_size":[],"d_size":[]}
-{"record":"time","operation":"step","case":"ResNet-50/K3/bf16","implementation":"read","kind":"limit","times_ns":[8,9,10],"repeats":1,"sets":1,"host_ns":null,"extra_bytes":null,"error_c":null,"error_d":null,"error_blend":null}
-{"record":"time","operation":"step","case":"ResNet-50/K3/bf16","implementation":"gradblend","kind":"ours","times_ns":[10,10,20],"repeats":1,"sets":1,"host_ns":null,"extra_bytes":4,"error_c":0.0,"error_d":0.0,"error_blend":0.0}
-{"record":"time","operation":"step","case":"ResNet-50/K3/bf16","implementation":"PyTorch loop","kind":"baseline","times_ns":[50],"repeats":1,"sets":1,"host_ns":null,"extra_bytes":4,"error_c":0.0,"error_d":0.0,"error_blend":0.0}"#;
+    const RUN: &str = r#"{"record":"run","date":"2026-01-02T03:04:05Z","commit":"abc","command":"cargo run","device":"cpu",
+        "name":"CPU","driver":null,"cache_bytes":null,"software":"rustc"}"#;
+    const CASE: &str = r#"{"record":"case","operation":"step","case":"ResNet-50/K3/bf16","shapes":{"model":"ResNet-50"},
+        "modalities":3,"dtype":"bf16","misaligned":false,"tensors":161,"bytes":600,"weights":[],"c":[],"d":[],
+        "c_size":[],"d_size":[]}"#;
+
+    fn time(implementation: &str, kind: &str, times: &str) -> String {
+        format!(
+            r#"{{"record":"time","operation":"step","case":"ResNet-50/K3/bf16","implementation":"{implementation}",
+            "kind":"{kind}","times_ns":{times},"repeats":1,"sets":1}}"#
+        )
+    }
+
+    fn parse(lines: &[&str]) -> Result<Results> {
+        Results::parse(&lines.iter().map(|line| line.replace('\n', "")).collect::<Vec<_>>().join("\n"))
+    }
 
     #[test]
     fn ratios_are_of_the_same_round_and_run() -> Result<()> {
-        let results = Results::parse(RAW)?;
+        let (read, ours) = (time("read", "limit", "[8,9,10]"), time(OURS, "ours", "[10,10,20]"));
+        let (a, b) = (time("PyTorch loop", "baseline", "[50]"), time("PyTorch foreach", "baseline", "[60]"));
+        let results = parse(&[RUN, CASE, &read, &ours, &a])?;
         let summary = results.summary("results/x.md");
         assert!(summary.starts_with("CPU, 2026-01-02, commit abc ([all rows](results/x.md), [plot](results/x.svg)):"));
-        assert!(
-            summary.contains("| `step` | ResNet-50/K3/bf16 | 66.7 GB/s | 60.0 GB/s ± 25.0 % | 0.80 | 5.00x (loop) |"),
-            "{summary}"
-        );
-        // A second run without gradblend cannot be compared; a second one of the same program replaces the first.
-        let run = RAW.lines().next().unwrap_or_default();
-        let last = RAW.lines().last().unwrap_or_default();
-        let alone = format!("{RAW}\n{}\n{}", run.replace("cargo run", "python3 x"), last.replace("loop", "foreach"));
-        let results = Results::parse(&alone)?;
+        let row = "| `step` | ResNet-50/K3/bf16 | 66.7 GB/s | 60.0 GB/s ± 25.0 % | 0.80 | 5.00x (loop) |";
+        assert!(summary.contains(row), "{summary}");
+        // A run without gradblend cannot be compared.
+        let other = RUN.replace("cargo run", "python3 x");
+        let results = parse(&[RUN, CASE, &read, &ours, &a, &other, &b])?;
         assert_eq!(results.rows[0].find("PyTorch foreach").map(|cell| cell.ratio), Some(None));
-        assert_eq!(Results::parse(&format!("{RAW}\n{run}\n{last}"))?.rows[0].cells.len(), 1);
+        // A second run of the same program replaces the first.
+        assert_eq!(parse(&[RUN, CASE, &read, &ours, RUN, &a])?.rows[0].cells.len(), 1);
         Ok(())
     }
 

@@ -120,7 +120,8 @@ pub(crate) type Prepared<I> = (Box<dyn Implementation<I>>, u64);
 
 /// Executions in a round, at most.
 const MOST_REPEATS: usize = 1 << 16;
-/// Input sets at most. Sets that still fit into a GPU's cache are so small that their launch takes longer than reading them.
+/// Input sets at most. Sets that still fit into a GPU's cache are so small that their launch takes longer than reading
+/// them.
 const MOST_SETS: usize = 256;
 /// A baseline that takes this many seconds has `SLOW_ROUNDS`: so large a ratio needs no better estimate.
 const SLOW: f64 = 0.4;
@@ -284,8 +285,8 @@ impl<B: Backend> Measurement<'_, B> {
         Ok(Running { implementation, rounds: B::ROUNDS, time })
     }
 
-    /// Times the implementations one after another, again and again, so that whatever slows the machine for a while slows
-    /// all of them.
+    /// Times the implementations one after another, again and again, so that whatever slows the machine for a while
+    /// slows all of them.
     fn rounds(&self, inputs: &mut B::Inputs, running: &mut [Running<B::Inputs>]) -> Result<()> {
         let round = if self.options.test { 0.0 } else { B::ROUND.as_secs_f64() };
         let most = if self.options.test { 1 } else { B::ROUNDS };

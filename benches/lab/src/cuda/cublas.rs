@@ -58,7 +58,7 @@ impl Blas {
         let workspace = Memory::new(WORKSPACE)?;
         let address = workspace.address as *mut c_void;
         let blas = Blas { handle: create()?, _workspace: workspace, dtype: data_type(inputs.host.dtype) };
-        // SAFETY: a live handle; stream and workspace outlive it. Setting a stream resets the workspace, so it is first.
+        // SAFETY: a live handle; stream and workspace outlive it. The stream is first, as setting it resets the workspace.
         unsafe {
             result::set_stream(blas.handle, inputs.device.stream.cu_stream().cast())?;
             sys::cublasSetPointerMode_v2(blas.handle, mode).result()?;
@@ -204,7 +204,8 @@ impl Implementation<Inputs> for Vectors {
     }
 }
 
-/// Products of matrices whose columns are whole buffers: [t g]' V for the sums, V w for the blend. d is a difference of sums.
+/// Products of matrices whose columns are whole buffers: [t g]' V for the sums, V w for the blend. d is a difference of
+/// sums.
 pub(super) struct Matrices {
     operation: Operation,
     blas: Blas,

@@ -178,8 +178,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: `malloc_sync` returned the address; freeing waits for pending work. Its error, if any, is that of work
-        // that is reported elsewhere.
+        // SAFETY: `malloc_sync` returned the address; freeing waits for pending work. An error would be that of such
+        // work, which is reported elsewhere.
         let _ = unsafe { result::free_sync(self.address) };
     }
 }

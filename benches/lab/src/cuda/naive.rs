@@ -1,4 +1,5 @@
-//! The naive kernels: t - g into a buffer, two products a modality, then scale and axpys, one launch each. And plain reading.
+//! The naive kernels: t - g into a buffer, two products a modality, then scale and axpys, one launch each. And plain
+//! reading.
 
 use anyhow::Result;
 use cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
