@@ -1,23 +1,24 @@
-// Operations on the state alone: one block, no gradient.
+// Operations on the state alone: one thread block, no gradient.
 
-#include "observe.cuh"
+#include "moments.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS) observe(const __grid_constant__ Launch launch) {
-    __shared__ Shared shared;
-    observe(launch, shared, look_back(launch));
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK)
+    observe(const __grid_constant__ BlenderArgs blender, const __grid_constant__ ObservationArgs observation) {
+    __shared__ ObservationStorage storage;
+    observe_and_reweight(blender, load_state(blender, observation), storage);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) reweight(const __grid_constant__ Launch launch) {
-    __shared__ Solver solver;
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK) reweight(const __grid_constant__ BlenderArgs blender) {
+    __shared__ SolveStorage storage;
     if (threadIdx.x < WARP) {
-        reweight(launch, solver);
+        update_weights(blender, storage);
     }
 }
 
-// Forgets everything but the weights.
-extern "C" __global__ void __launch_bounds__(THREADS) reset(const __grid_constant__ Launch launch) {
-    State *state = at<State>(launch.state);
-    for (uint32_t i = threadIdx.x; i < MAX_MODALITIES * MAX_MODALITIES; i += THREADS) {
+// Zeroes everything but the weights.
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK) reset(const __grid_constant__ BlenderArgs blender) {
+    State *state = at<State>(blender.state);
+    for (uint32_t i = threadIdx.x; i < MAX_MODALITIES * MAX_MODALITIES; i += THREADS_PER_BLOCK) {
         state->second_moment[i] = 0.0;
     }
     if (threadIdx.x < 2 * MAX_MODALITIES) {
@@ -35,10 +36,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) reset(const __grid_constan
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    set_weights(const __grid_constant__ Launch launch, const __grid_constant__ Weights weights) {
-    State *state = at<State>(launch.state);
-    if (threadIdx.x < launch.modalities) {
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK)
+    set_weights(const __grid_constant__ BlenderArgs blender, const __grid_constant__ Weights weights) {
+    State *state = at<State>(blender.state);
+    if (threadIdx.x < blender.modalities) {
         state->weights[threadIdx.x] = weights.values[threadIdx.x];
         state->weights_f32[threadIdx.x] = static_cast<float>(weights.values[threadIdx.x]);
     }

@@ -1,4 +1,4 @@
-//! What a blender is made with, and what a pass is asked for.
+//! Configuration of a blender, and the parts of a pass.
 
 use crate::abi::{self, MAX_MODALITIES};
 use crate::error::{Error, Result};
@@ -8,17 +8,18 @@ use crate::state::Average;
 /// Most CPU threads of a blender. No machine has more cores, so a larger number is a mistake.
 pub(crate) const MAX_CPU_THREADS: u32 = 4096;
 
-/// When the weights are solved for.
+/// When a blender solves for its weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u32)]
 pub enum Cadence {
-    /// When [`Blender::reweight`](crate::Blender::reweight) is called, as at the end of a super-epoch.
+    /// When [`Blender::reweight`](crate::Blender::reweight) is called, for example at the end of a super-epoch.
     #[default]
-    OnRequest,
+    OnRequest = abi::ON_REQUEST,
     /// At each observation that enters the moments.
-    EveryObservation,
+    EveryObservation = abi::EVERY_OBSERVATION,
 }
 
-/// How a blender averages, solves and runs.
+/// Configuration of a [`Blender`](crate::Blender).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Config {
     /// K, from 1 to [`MAX_MODALITIES`], the fused loss included.
@@ -27,14 +28,14 @@ pub struct Config {
     pub average: Average,
     /// How weights are solved for.
     pub policy: Policy,
-    /// When they are.
+    /// When weights are solved for.
     pub cadence: Cadence,
-    /// CPU threads, the caller's included; 0 is all. Results do not depend on it.
+    /// CPU threads, the caller's included; 0 is one per core. Results do not depend on it.
     pub threads: u32,
 }
 
 impl Config {
-    /// K modalities, an EMA of decay 0.99, the default [`Policy`], weights on request, all threads.
+    /// K modalities, an EMA with decay 0.99, the default [`Policy`], weights on request, all CPU threads.
     pub fn new(modalities: u32) -> Self {
         Config {
             modalities,
@@ -45,28 +46,15 @@ impl Config {
         }
     }
 
-    /// The kernels' view of this; the blender's addresses are still 0.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn args(&self) -> abi::BlenderArgs {
-        use crate::solve::{Negative, Overfitting};
-        let (average, decay) = self.average.coded();
-        abi::BlenderArgs {
-            state: 0,
-            progress: 0,
-            zeros: 0,
-            decay,
-            damping: self.policy.damping,
-            modalities: self.modalities,
-            average,
-            overfitting: u32::from(self.policy.overfitting == Overfitting::Correlated),
-            negative: u32::from(self.policy.negative == Negative::Signed),
-            cadence: u32::from(self.cadence == Cadence::EveryObservation),
-            reserved: 0,
-        }
+    /// K as an index type.
+    pub(crate) fn k(&self) -> usize {
+        self.modalities as usize
     }
 
+    /// # Errors
+    /// [`Error::Modalities`], [`Error::Decay`], [`Error::Damping`].
     pub(crate) fn check(&self) -> Result<()> {
-        if self.modalities == 0 || self.modalities as usize > MAX_MODALITIES {
+        if self.modalities == 0 || self.k() > MAX_MODALITIES {
             return Err(Error::Modalities { got: u64::from(self.modalities) });
         }
         match self.average {
@@ -78,7 +66,7 @@ impl Config {
 }
 
 bitflags::bitflags! {
-    /// What one pass over the gradients does.
+    /// The parts of one pass over the gradients.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Pass: u32 {
         /// Add <g, v_k> and <t - g, v_k> to the pending sums.
@@ -89,5 +77,22 @@ bitflags::bitflags! {
         const ACCUMULATE = abi::ACCUMULATE;
         /// Close the pending sums as one observation.
         const OBSERVE = abi::OBSERVE;
+    }
+}
+
+impl Pass {
+    /// # Errors
+    /// [`Error::Pass`] for no bit, an unknown bit, or ACCUMULATE without BLEND.
+    pub(crate) fn check(self) -> Result<()> {
+        let lone = self.contains(Pass::ACCUMULATE) && !self.contains(Pass::BLEND);
+        if self.is_empty() || !Pass::all().contains(self) || lone {
+            return Err(Error::Pass { bits: self.bits() });
+        }
+        Ok(())
+    }
+
+    /// Whether the pass reads gradients.
+    pub(crate) fn reads(self) -> bool {
+        self.intersects(Pass::DOT | Pass::BLEND)
     }
 }

@@ -1,7 +1,7 @@
-//! Gradients as DLPack, the exchange format of array libraries, hands them over: without a copy, from any framework.
+//! Gradients as DLPack arrays, the exchange format of array libraries: from any framework, without a copy.
 //!
-//! The records are those of the DLPack specification 1.0, under its names. A pointer to another crate's or framework's
-//! records of the same specification can be cast to these.
+//! Records and names are those of the DLPack specification 1.0. A pointer to another crate's or framework's records of the
+//! same specification can be cast to these.
 
 use std::ffi::c_void;
 use std::ptr::{null, null_mut};
@@ -11,7 +11,7 @@ use crate::device::Device;
 use crate::error::{Error, Result, Role};
 use crate::tensor::{DType, TensorGrads};
 
-/// Where an array lies.
+/// Device of an array.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct DLDevice {
@@ -21,7 +21,7 @@ pub struct DLDevice {
     pub device_id: i32,
 }
 
-/// What an array's elements are.
+/// Element type of an array.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct DLDataType {
@@ -29,7 +29,7 @@ pub struct DLDataType {
     pub code: u8,
     /// Bits of an element.
     pub bits: u8,
-    /// Numbers in an element: 1.
+    /// Numbers in an element; 1 for gradients.
     pub lanes: u16,
 }
 
@@ -37,17 +37,17 @@ pub struct DLDataType {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct DLTensor {
-    /// Start of its memory.
+    /// Start of the memory.
     pub data: *mut c_void,
-    /// Where that is.
+    /// Device of the memory.
     pub device: DLDevice,
     /// Number of dimensions.
     pub ndim: i32,
-    /// What its elements are.
+    /// Type of the elements.
     pub dtype: DLDataType,
     /// Elements in each dimension.
     pub shape: *mut i64,
-    /// Elements from one index to the next in each dimension, or NULL for a contiguous array in row-major order.
+    /// Elements from one index to the next in each dimension; NULL for a contiguous array in row-major order.
     pub strides: *mut i64,
     /// Bytes from `data` to the first element.
     pub byte_offset: u64,
@@ -59,9 +59,9 @@ pub struct DLTensor {
 pub struct DLManagedTensor {
     /// The array.
     pub dl_tensor: DLTensor,
-    /// The owner's.
+    /// Data of the owner.
     pub manager_ctx: *mut c_void,
-    /// Gives the array back. Never called here.
+    /// Returns the array to its owner. gradblend never calls it.
     pub deleter: Option<unsafe extern "C" fn(*mut DLManagedTensor)>,
 }
 
@@ -69,9 +69,9 @@ pub struct DLManagedTensor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct DLPackVersion {
-    /// Records of another major version are laid out otherwise: 1.
+    /// Major version. Only records of version 1 have this layout.
     pub major: u32,
-    /// Any.
+    /// Minor version.
     pub minor: u32,
 }
 
@@ -79,11 +79,11 @@ pub struct DLPackVersion {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct DLManagedTensorVersioned {
-    /// The specification's.
+    /// Version of the specification.
     pub version: DLPackVersion,
-    /// The owner's.
+    /// Data of the owner.
     pub manager_ctx: *mut c_void,
-    /// Gives the array back. Never called here.
+    /// Returns the array to its owner. gradblend never calls it.
     pub deleter: Option<unsafe extern "C" fn(*mut DLManagedTensorVersioned)>,
     /// Bit 0: the array must not be written to.
     pub flags: u64,
@@ -91,12 +91,12 @@ pub struct DLManagedTensorVersioned {
     pub dl_tensor: DLTensor,
 }
 
-/// One array in either form.
+/// An array in either form.
 #[derive(Clone, Copy, Debug)]
 pub enum Dlpack {
-    /// As a capsule named "dltensor" has it.
+    /// From a capsule named "dltensor".
     Managed(*const DLManagedTensor),
-    /// As a capsule named "dltensor_versioned" has it.
+    /// From a capsule named "dltensor_versioned".
     Versioned(*const DLManagedTensorVersioned),
 }
 
@@ -106,9 +106,9 @@ const CUDA: i32 = 2;
 const CUDA_HOST: i32 = 3;
 const CUDA_MANAGED: i32 = 13;
 
-/// The lists of one tensor.
+/// The gradients of one tensor.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Lists {
+pub(crate) struct Arrays {
     pub(crate) len: u64,
     pub(crate) dtype: DType,
     pub(crate) train: *const c_void,
@@ -118,22 +118,21 @@ pub(crate) struct Lists {
 }
 
 impl TensorGrads<'_> {
-    /// A tensor from arrays of a framework that speaks DLPack. `None` is absent, as NULL is in
-    /// [`from_raw`](Self::from_raw).
+    /// A tensor from DLPack arrays. `None` is absent, as NULL is in [`from_raw`](Self::from_raw).
     ///
     /// Each array is on `device` (the CPU also takes CUDA's pinned and managed memory, a CUDA device too), float32,
     /// float16 or bfloat16, and contiguous in row-major order. All have the same number of elements and one dtype;
     /// shapes may differ otherwise. Arrays of no elements give an empty tensor without addresses.
     ///
     /// # Errors
-    /// [`Error::Dlpack`], which names the list; [`Error::NoArray`] where all are absent; [`Error::Modalities`] for more
+    /// [`Error::Dlpack`], which names the role of the array; [`Error::NoArray`] where all are absent; [`Error::Modalities`] for more
     /// than 32.
     ///
     /// # Safety
-    /// - Each pointer is that of a record of its type, whose `shape` and `strides` have `ndim` numbers where they are
-    ///   not NULL;
-    /// - the memory that the records describe keeps what [`from_raw`](Self::from_raw) asks for; deleters are never
-    ///   called, so who holds the arrays holds them that long.
+    /// - each pointer is the address of a record of its type, whose `shape` and `strides` have `ndim` numbers unless they
+    ///   are NULL;
+    /// - the memory of the arrays fulfils the contract of [`from_raw`](Self::from_raw). Deleters are never called, so the
+    ///   caller keeps the arrays alive that long.
     pub unsafe fn from_dlpack(
         device: &Device,
         train: Option<Dlpack>,
@@ -141,16 +140,16 @@ impl TensorGrads<'_> {
         modalities: &[Option<Dlpack>],
         blended: Option<Dlpack>,
     ) -> Result<Self> {
-        // SAFETY: the caller's promises.
+        // SAFETY: the caller fulfils the contract of `from_dlpack`, which has those of `read` and `from_raw`.
         unsafe {
-            let lists = read(device.ordinal(), train, valid, modalities, blended)?;
-            let v = &lists.modalities[..modalities.len()];
-            Ok(Self::from_raw(lists.len, lists.dtype, lists.train, lists.valid, v, lists.blended))
+            let arrays = read(device.ordinal(), train, valid, modalities, blended)?;
+            let v = &arrays.modalities[..modalities.len()];
+            Ok(Self::from_raw(arrays.len, arrays.dtype, arrays.train, arrays.valid, v, arrays.blended))
         }
     }
 }
 
-/// Reads the records of one tensor's arrays for a device: the ordinal of a CUDA device, or the CPU.
+/// Reads the records of one tensor's arrays for a CUDA device with this ordinal, or for the CPU.
 ///
 /// # Safety
 /// As of [`TensorGrads::from_dlpack`], for the records.
@@ -160,21 +159,21 @@ pub(crate) unsafe fn read(
     valid: Option<Dlpack>,
     modalities: &[Option<Dlpack>],
     blended: Option<Dlpack>,
-) -> Result<Lists> {
+) -> Result<Arrays> {
     if modalities.len() > MAX_MODALITIES {
         return Err(Error::Modalities { got: modalities.len() as u64 });
     }
     let mut shape: Option<(Role, u64, DType)> = None;
-    let mut address = |list: Role, array: Option<Dlpack>| {
+    let mut address = |role: Role, array: Option<Dlpack>| {
         let Some(array) = array else { return Ok(null_mut()) };
-        // SAFETY: the caller's promise.
-        let (address, len, dtype) = unsafe { check(ordinal, list, array) }?;
-        let (first, expected, expected_dtype) = *shape.get_or_insert((list, len, dtype));
+        // SAFETY: the caller guarantees the records.
+        let (address, len, dtype) = unsafe { check(ordinal, role, array) }?;
+        let (first, expected, expected_dtype) = *shape.get_or_insert((role, len, dtype));
         if len != expected {
-            return Err(bad(list, format!("{expected} elements, as the {first} has"), len));
+            return Err(bad(role, format!("{expected} elements, as the {first} has"), len));
         }
         if dtype != expected_dtype {
-            return Err(bad(list, format!("{expected_dtype}, as the {first} is"), dtype));
+            return Err(bad(role, format!("{expected_dtype}, as the {first} is"), dtype));
         }
         Ok(address)
     };
@@ -187,19 +186,19 @@ pub(crate) unsafe fn read(
     let blended = address(Role::Blended, blended)?;
     let (_, len, dtype) = shape.ok_or(Error::NoArray)?;
     if len == 0 {
-        // Frameworks give empty arrays any address: NULL, which would be absent, or one that is shared.
+        // Frameworks give empty arrays any address: NULL, which would mean absent, or an address that several share.
         let modalities = [null(); MAX_MODALITIES];
-        return Ok(Lists { len, dtype, train: null(), valid: null(), modalities, blended: null_mut() });
+        return Ok(Arrays { len, dtype, train: null(), valid: null(), modalities, blended: null_mut() });
     }
-    Ok(Lists { len, dtype, train, valid, modalities: v, blended })
+    Ok(Arrays { len, dtype, train, valid, modalities: v, blended })
 }
 
-/// The address, length and dtype of one array.
+/// Address, length and dtype of one array.
 ///
 /// # Safety
 /// As of [`read`].
-unsafe fn check(ordinal: Option<i32>, list: Role, array: Dlpack) -> Result<(*mut c_void, u64, DType)> {
-    let bad = |expected: &str, got: String| Err(bad(list, expected, got));
+unsafe fn check(ordinal: Option<i32>, role: Role, array: Dlpack) -> Result<(*mut c_void, u64, DType)> {
+    let bad = |expected: &str, got: String| Err(bad(role, expected, got));
     let (missing, misaligned) = match array {
         Dlpack::Managed(managed) => (managed.is_null(), !managed.is_aligned()),
         Dlpack::Versioned(versioned) => (versioned.is_null(), !versioned.is_aligned()),
@@ -208,22 +207,22 @@ unsafe fn check(ordinal: Option<i32>, list: Role, array: Dlpack) -> Result<(*mut
         return bad("the address of a record", if missing { "NULL" } else { "one that is not aligned" }.into());
     }
     let tensor = match array {
-        // SAFETY: a record, by the caller's promise.
+        // SAFETY: the caller guarantees a record of this type.
         Dlpack::Managed(managed) => unsafe { (*managed).dl_tensor },
         Dlpack::Versioned(versioned) => {
-            // SAFETY: a record up to its flags, whatever its version.
+            // SAFETY: `version` and `flags` have the same place in every version of the record.
             let (version, flags) = unsafe { ((*versioned).version, (*versioned).flags) };
             if version.major != 1 {
                 return bad("DLPack of major version 1", format!("{}.{}", version.major, version.minor));
             }
-            if list == Role::Blended && flags & READ_ONLY != 0 {
+            if role == Role::Blended && flags & READ_ONLY != 0 {
                 return bad("an array that may be written to", "a read-only one".into());
             }
-            // SAFETY: a whole record of this version.
+            // SAFETY: the record has the layout of major version 1.
             unsafe { (*versioned).dl_tensor }
         }
     };
-    check_device(ordinal, list, tensor.device)?;
+    check_device(ordinal, role, tensor.device)?;
     let DLDataType { code, bits, lanes } = tensor.dtype;
     let dtype = match (code, bits, lanes) {
         (2, 32, 1) => DType::F32,
@@ -231,8 +230,8 @@ unsafe fn check(ordinal: Option<i32>, list: Role, array: Dlpack) -> Result<(*mut
         (4, 16, 1) => DType::BF16,
         _ => return bad("float32, float16 or bfloat16", format!("type code {code}, {bits} bits, {lanes} lanes")),
     };
-    // SAFETY: the caller's promise of its shape and strides.
-    let len = unsafe { elements(list, &tensor) }?;
+    // SAFETY: the caller guarantees `ndim` numbers of shape and strides.
+    let len = unsafe { elements(role, &tensor) }?;
     if len.checked_mul(dtype.bytes()).is_none_or(|bytes| bytes > isize::MAX as u64) {
         return bad("an array that fits into memory", format!("{len} elements"));
     }
@@ -252,11 +251,11 @@ unsafe fn check(ordinal: Option<i32>, list: Role, array: Dlpack) -> Result<(*mut
     Ok((tensor.data.wrapping_byte_add(tensor.byte_offset as usize), len, dtype))
 }
 
-fn bad(list: Role, expected: impl ToString, got: impl ToString) -> Error {
-    Error::Dlpack { list, expected: expected.to_string(), got: got.to_string() }
+fn bad(role: Role, expected: impl ToString, got: impl ToString) -> Error {
+    Error::Dlpack { role, expected: expected.to_string(), got: got.to_string() }
 }
 
-fn check_device(ordinal: Option<i32>, list: Role, device: DLDevice) -> Result<()> {
+fn check_device(ordinal: Option<i32>, role: Role, device: DLDevice) -> Result<()> {
     let fits = match device.device_type {
         CUDA_HOST | CUDA_MANAGED => true,
         CPU => ordinal.is_none(),
@@ -272,34 +271,34 @@ fn check_device(ordinal: Option<i32>, list: Role, device: DLDevice) -> Result<()
         CUDA => format!("memory of CUDA device {}", device.device_id),
         other => format!("device type {other}"),
     };
-    Err(bad(list, expected, got))
+    Err(bad(role, expected, got))
 }
 
-/// How many elements an array has, if it is contiguous in row-major order.
+/// Number of elements of an array that is contiguous in row-major order.
 ///
 /// # Safety
 /// `shape` and `strides` have `ndim` numbers where they are not NULL.
-unsafe fn elements(list: Role, tensor: &DLTensor) -> Result<u64> {
+unsafe fn elements(role: Role, tensor: &DLTensor) -> Result<u64> {
     let Ok(ndim) = usize::try_from(tensor.ndim) else {
-        return Err(bad(list, "a number of dimensions of at least 0", tensor.ndim));
+        return Err(bad(role, "a number of dimensions of at least 0", tensor.ndim));
     };
     let numbers = |address: *mut i64| {
         if ndim == 0 || address.is_null() {
             return Ok(None);
         }
         if !address.is_aligned() {
-            return Err(bad(list, "an aligned shape and strides", format!("{address:?}")));
+            return Err(bad(role, "an aligned shape and strides", format!("{address:?}")));
         }
-        // SAFETY: `ndim` numbers, by the caller's promise.
+        // SAFETY: the caller guarantees `ndim` numbers, and the address is aligned.
         Ok(Some(unsafe { std::slice::from_raw_parts(address, ndim) }))
     };
     let shape = match numbers(tensor.shape)? {
         Some(shape) => shape,
         None if ndim == 0 => &[],
-        None => return Err(bad(list, "a shape", "NULL")),
+        None => return Err(bad(role, "a shape", "NULL")),
     };
     if let Some(dimension) = shape.iter().find(|dimension| **dimension < 0) {
-        return Err(bad(list, "dimensions of at least 0", dimension));
+        return Err(bad(role, "dimensions of at least 0", dimension));
     }
     if shape.contains(&0) {
         return Ok(0);
@@ -307,14 +306,14 @@ unsafe fn elements(list: Role, tensor: &DLTensor) -> Result<u64> {
     let strides = numbers(tensor.strides)?;
     let mut len = 1_i64;
     for (i, dimension) in shape.iter().enumerate().rev() {
-        // An index that is always 0 goes nowhere, whatever its stride.
+        // The stride of a dimension of size 1 is never used.
         if let Some(strides) = strides.filter(|strides| *dimension > 1 && strides[i] != len) {
             let got = format!("shape {shape:?} with strides {strides:?}");
-            return Err(bad(list, "a contiguous array in row-major order", got));
+            return Err(bad(role, "a contiguous array in row-major order", got));
         }
         len = len
             .checked_mul(*dimension)
-            .ok_or_else(|| bad(list, "an array that fits into memory", format!("shape {shape:?}")))?;
+            .ok_or_else(|| bad(role, "an array that fits into memory", format!("shape {shape:?}")))?;
     }
     Ok(len as u64)
 }

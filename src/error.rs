@@ -1,11 +1,11 @@
-//! What can go wrong, by name. Every error is found before any work is done, so nothing is half finished behind one.
+//! Errors, and the roles of a tensor's buffers. Every error is returned before any work is done.
 
 use std::fmt;
 
 /// Result of a gradblend call.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// One of the lists of gradients that belong to a tensor.
+/// Role of a tensor's buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
     /// The train gradient t.
@@ -16,7 +16,7 @@ pub enum Role {
     Modality(usize),
     /// The blended gradient.
     Blended,
-    /// The tensor itself, where it has no buffer at all: its length and its dtype are checked all the same.
+    /// The tensor itself, where all its buffers are absent: its length and dtype are still checked.
     Tensor,
 }
 
@@ -32,228 +32,228 @@ impl fmt::Display for Role {
     }
 }
 
-/// Everything that a call can refuse. Tensors and modalities are counted from 0.
+/// Everything that a call rejects. Tensors and modalities are counted from 0.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// K is 0 or larger than [`MAX_MODALITIES`](crate::MAX_MODALITIES).
     #[error("expected 1 to 32 modalities, got {got}")]
     Modalities {
-        /// The K asked for.
+        /// The K given.
         got: u64,
     },
-    /// The decay of an exponential moving average is not in [0, 1).
+    /// The decay of an exponential moving average is outside [0, 1).
     #[error("expected a decay of at least 0 and below 1, got {got}")]
     Decay {
-        /// The decay asked for.
+        /// The decay given.
         got: f64,
     },
     /// The damping is negative or not finite.
     #[error("expected a finite damping of at least 0, got {got}")]
     Damping {
-        /// The damping asked for.
+        /// The damping given.
         got: f64,
     },
-    /// More CPU threads than the library or the operating system starts.
+    /// The CPU threads could not be started.
     #[error("could not start {threads} CPU threads: {reason}")]
     Threads {
         /// Threads asked for.
         threads: u32,
-        /// The limit, or what the operating system said.
+        /// The library's limit, or the operating system's message.
         reason: String,
     },
-    /// The backend of this device is not part of this build.
+    /// This build does not have the backend of this device.
     #[error(
         "{backend} is not part of this build of gradblend (asked for device {ordinal}): build it with the feature `cuda`"
     )]
     NotBuilt {
-        /// The backend's name.
+        /// Name of the backend.
         backend: &'static str,
-        /// The device asked for.
+        /// Ordinal of the device asked for.
         ordinal: i32,
     },
-    /// The CUDA driver, or a function of it, is not on this machine.
+    /// The CUDA driver, or a function of it, was not found.
     #[error("no CUDA driver: {reason}")]
     NoDriver {
-        /// What was looked for.
+        /// The names tried, each with the loader's message.
         reason: String,
     },
-    /// There is no device with this ordinal.
+    /// The CUDA device does not exist.
     #[error("no CUDA device {ordinal}: the driver knows {devices}")]
     NoDevice {
-        /// The device asked for.
+        /// Ordinal of the device asked for.
         ordinal: i32,
-        /// How many there are.
+        /// Number of devices.
         devices: i32,
     },
-    /// The device is older than every image in this build, or its driver than the toolkit that built them.
+    /// The device is older than every image of this build, or its driver is older than the toolkit of the build.
     #[error("CUDA device {ordinal} ({device}) cannot run this build: {reason}")]
     UnsupportedDevice {
-        /// The device.
+        /// Ordinal of the device.
         ordinal: i32,
-        /// Its name.
+        /// Name of the device.
         device: String,
-        /// What it has and what is needed.
+        /// The versions found and needed.
         reason: String,
     },
-    /// A call to the driver failed: a launch, a copy, or work that was put on the stream before.
+    /// A driver function failed: a launch, a copy, or work submitted to the stream before.
     #[error("{call} failed: {name} ({code})")]
     Cuda {
-        /// The driver's function.
+        /// Name of the driver function.
         call: &'static str,
-        /// Its result.
+        /// `CUresult` code.
         code: u32,
-        /// The result's name.
+        /// Name of the code.
         name: String,
     },
-    /// A list is not in memory that the driver knows, and the device cannot read other memory.
-    #[error("tensor {tensor}: {list} at {address:#x} is not memory of the device")]
+    /// A buffer is in memory that the driver does not know, and the device cannot access such memory.
+    #[error("tensor {tensor}: {role} at {address:#x} is not memory of the device")]
     UnknownMemory {
-        /// The tensor.
+        /// Index of the tensor.
         tensor: usize,
-        /// The list.
-        list: Role,
-        /// The address that the driver does not know: of its first or of its last byte.
+        /// Role of the buffer.
+        role: Role,
+        /// The unknown address: of the buffer's first or last byte.
         address: u64,
     },
-    /// An array that DLPack hands over cannot be this list.
-    #[error("{list}: expected {expected}, got {got}")]
+    /// A DLPack array does not fit its role.
+    #[error("{role}: expected {expected}, got {got}")]
     Dlpack {
-        /// The list.
-        list: Role,
-        /// What it should be.
+        /// Role of the array.
+        role: Role,
+        /// What the role needs.
         expected: String,
-        /// What it is.
+        /// What the array has.
         got: String,
     },
-    /// All arrays of a tensor are absent, so that its length and dtype are unknown.
+    /// All arrays of a tensor are absent, so its length and dtype are unknown.
     #[error("all arrays are absent: expected at least one")]
     NoArray,
-    /// A gradient scale is not in memory that the driver knows, and the device cannot read other memory.
+    /// A gradient scale is in memory that the driver does not know, and the device cannot access such memory.
     #[error("gradient scale at {address:#x} is not memory of the device")]
     UnknownScale {
-        /// The address.
+        /// Address of the scale.
         address: u64,
     },
-    /// The stream is being captured into a graph, and what was asked for has to wait or to copy from the host.
+    /// The stream is being captured, and the call has to synchronize or to copy from host memory.
     #[error("{what} cannot be captured in a graph")]
     Capturing {
-        /// What was asked for.
+        /// What the call does.
         what: &'static str,
     },
-    /// A dtype code that names no supported dtype.
+    /// The dtype code is unknown.
     #[error("dtype {code} is not supported: expected 0 (f32), 1 (f16) or 2 (bf16)")]
     DType {
         /// The code.
         code: i32,
     },
-    /// A tensor has another number of modality gradients (absent ones included) than the blender has modalities.
+    /// The number of modality gradients of a tensor (absent ones included) is not the blender's K.
     #[error("tensor {tensor}: expected {expected} modalities, got {got}")]
     ModalityCount {
-        /// The tensor.
+        /// Index of the tensor.
         tensor: usize,
         /// The blender's K.
         expected: usize,
-        /// The tensor's.
+        /// The number given.
         got: usize,
     },
-    /// A list's length is not its tensor's, or not the one that the plan was made for.
-    #[error("tensor {tensor}: {list} has {got} elements, expected {expected}")]
+    /// The length of a buffer is not that of its tensor, or not that of the plan.
+    #[error("tensor {tensor}: {role} has {got} elements, expected {expected}")]
     Length {
-        /// The tensor.
+        /// Index of the tensor.
         tensor: usize,
-        /// The list.
-        list: Role,
-        /// Elements of the tensor's first list, or of the plan's.
+        /// Role of the buffer.
+        role: Role,
+        /// Elements of the tensor's first buffer, or of the plan's tensor.
         expected: u64,
-        /// Elements of this list.
+        /// Elements of this buffer.
         got: u64,
     },
-    /// A list's dtype is not its tensor's, or not the one that the plan was made for.
-    #[error("tensor {tensor}: {list} is {got}, expected {expected}")]
+    /// The dtype of a buffer is not that of its tensor, or not that of the plan.
+    #[error("tensor {tensor}: {role} is {got}, expected {expected}")]
     MixedDTypes {
-        /// The tensor.
+        /// Index of the tensor.
         tensor: usize,
-        /// The list.
-        list: Role,
-        /// The dtype's name in the tensor's first list, or in the plan.
+        /// Role of the buffer.
+        role: Role,
+        /// Dtype of the tensor's first buffer, or of the plan's tensor.
         expected: &'static str,
-        /// The dtype's name in this list.
+        /// Dtype of this buffer.
         got: &'static str,
     },
-    /// One of the train and validation gradients is there without the other.
+    /// Only one of the train and the validation gradient is present.
     #[error("tensor {tensor}: {missing} is absent while its counterpart is present; give both or neither")]
     Unpaired {
-        /// The tensor.
+        /// Index of the tensor.
         tensor: usize,
-        /// The absent one.
+        /// Role of the absent one.
         missing: Role,
     },
     /// An address is not a multiple of the element's size.
-    #[error("tensor {tensor}: {list} at {address:#x} is not aligned to its element of {alignment} bytes")]
+    #[error("tensor {tensor}: {role} at {address:#x} is not aligned to its element of {alignment} bytes")]
     Misaligned {
-        /// The tensor.
+        /// Index of the tensor.
         tensor: usize,
-        /// The list.
-        list: Role,
-        /// Its address.
+        /// Role of the buffer.
+        role: Role,
+        /// Address of the buffer.
         address: u64,
-        /// The element's size in bytes.
+        /// Size of an element in bytes.
         alignment: u64,
     },
-    /// A list would reach past the end of the address space.
-    #[error("tensor {tensor}: {list} at {address:#x} with {len} elements reaches past the end of memory")]
+    /// A buffer would extend past the end of the address space.
+    #[error("tensor {tensor}: {role} at {address:#x} with {len} elements reaches past the end of memory")]
     OutOfRange {
-        /// The tensor.
+        /// Index of the tensor.
         tensor: usize,
-        /// The list.
-        list: Role,
-        /// Its address.
+        /// Role of the buffer.
+        role: Role,
+        /// Address of the buffer.
         address: u64,
-        /// Its elements.
+        /// Elements of the buffer.
         len: u64,
     },
-    /// A blended gradient shares memory with another list and is not exactly one of its own tensor's modality gradients.
+    /// A blended gradient overlaps another buffer and is not exactly one of its own tensor's modality gradients.
     #[error("tensor {tensor}: blended gradient overlaps the {other} of tensor {other_tensor}")]
     Overlap {
-        /// The tensor with the blended gradient.
+        /// Index of the tensor with the blended gradient.
         tensor: usize,
-        /// The other list.
+        /// Role of the other buffer.
         other: Role,
-        /// The other list's tensor.
+        /// Index of the other buffer's tensor.
         other_tensor: usize,
     },
-    /// A plan was updated with another number of tensors than it was made for.
+    /// The number of tensors in an update is not that of the plan.
     #[error("expected the plan's {expected} tensors, got {got}")]
     PlanTensors {
-        /// The plan's tensors.
+        /// Tensors of the plan.
         expected: usize,
         /// Tensors given.
         got: usize,
     },
-    /// The plan was made for another blender.
+    /// The plan was made by another blender.
     #[error("the plan belongs to another blender")]
     ForeignPlan,
     /// The plan is released: it has no addresses until it is updated.
     #[error("the plan is released; update it before running it")]
     ReleasedPlan,
-    /// A pass that does nothing, has unknown bits, or accumulates without blending.
+    /// The pass has no bit, an unknown bit, or ACCUMULATE without BLEND.
     #[error("pass {bits:#x} is not a combination of DOT, BLEND, ACCUMULATE (with BLEND) and OBSERVE")]
     Pass {
         /// The bits.
         bits: u32,
     },
-    /// Another number of values than K, or K x K, was given.
+    /// The number of values is not K, or not K x K.
     #[error("expected {expected} values of {what}, got {got}")]
     Count {
-        /// Which values.
+        /// Name of the values.
         what: &'static str,
-        /// How many.
+        /// Number expected.
         expected: usize,
-        /// How many were given.
+        /// Number given.
         got: usize,
     },
-    /// A weight is not finite as f32, the type that `blend` multiplies by.
+    /// A weight is not finite as f32, the type of the factors of `blend`.
     #[error("weight of modality {modality} is {got}, expected a number that is finite as f32")]
     Weight {
         /// The modality.
@@ -261,7 +261,7 @@ pub enum Error {
         /// The weight.
         got: f64,
     },
-    /// A numerator that is not finite was given to `solve`.
+    /// A numerator of `solve` is not finite.
     #[error("numerator of modality {modality} is {got}, expected a finite number")]
     Numerator {
         /// The modality.
@@ -269,7 +269,7 @@ pub enum Error {
         /// The number.
         got: f64,
     },
-    /// A second moment that is not finite, or a negative one on the diagonal, was given to `solve`.
+    /// A second moment of `solve` is not finite, or negative on the diagonal.
     #[error(
         "second moment of modalities {row} and {column} is {got}, expected a finite number, at least 0 on the diagonal"
     )]
@@ -281,19 +281,19 @@ pub enum Error {
         /// The number.
         got: f64,
     },
-    /// A loss that is not finite was measured.
-    #[error("{list} loss of modality {modality} {when} is {got}, expected a finite number")]
+    /// A measured loss is not finite.
+    #[error("{which} loss of modality {modality} {when} is {got}, expected a finite number")]
     Loss {
         /// The modality.
         modality: usize,
         /// `"training"`, `"validation"` or `"difference of the"`.
-        list: &'static str,
+        which: &'static str,
         /// `"at the checkpoint"`, `"after training"` or `"before and after training"`.
         when: &'static str,
         /// The loss.
         got: f64,
     },
-    /// A super-epoch of zero epochs.
+    /// A super-epoch has no epoch.
     #[error("a {what} of 0 epochs never ends; expected at least 1")]
     Schedule {
         /// `"warm-up"` or `"super-epoch"`.
@@ -302,37 +302,37 @@ pub enum Error {
     /// The address of a gradient scale is not aligned to an f32.
     #[error("gradient scale at {address:#x} is not aligned to its element of 4 bytes")]
     MisalignedScale {
-        /// The address.
+        /// Address of the scale.
         address: u64,
     },
-    /// A gradient scale that cannot be divided by.
+    /// A gradient scale is 0 or not finite, so nothing can be divided by it.
     #[error("gradient scale is {got}, expected a finite number other than 0")]
     Scale {
         /// The scale.
         got: f32,
     },
-    /// A saved state was written by a blender of another configuration.
+    /// A saved state was written by a blender with another configuration.
     #[error("the saved state has {what} {got}, this blender has {expected}")]
     StateMismatch {
-        /// What differs.
+        /// Name of what differs.
         what: &'static str,
-        /// This blender's.
+        /// This blender's value.
         expected: String,
-        /// The saved one.
+        /// The saved value.
         got: String,
     },
-    /// A saved state is foreign, truncated, altered or of an unknown version.
+    /// A saved state is foreign, truncated, altered, or of an unknown version.
     #[error("not a saved state that can be read: {reason}")]
     CorruptState {
-        /// What is wrong with it.
+        /// The first check that failed.
         reason: String,
     },
-    /// Memory for a plan or a blender is not to be had.
+    /// An allocation failed.
     #[error("out of memory: {bytes} bytes for {what}")]
     OutOfMemory {
-        /// What it was for.
+        /// What the memory was for.
         what: &'static str,
-        /// How much.
+        /// Size of the allocation.
         bytes: u64,
     },
 }

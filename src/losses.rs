@@ -1,10 +1,10 @@
-//! The loss-based estimator: overfitting-to-generalisation ratios from four losses a modality (GB_Estimate of the paper).
+//! Loss-based estimator: overfitting-to-generalisation ratios from four losses a modality (GB_Estimate of the paper).
 
 use crate::abi::MAX_MODALITIES;
 use crate::error::{Error, Result};
 use crate::solve::{Policy, Solution, solve};
 
-/// Mean losses of one modality at one moment.
+/// Mean losses of one modality at one point of training.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Losses {
     /// T: mean loss over the training samples.
@@ -13,9 +13,9 @@ pub struct Losses {
     pub valid: f64,
 }
 
-/// Mean loss over samples that come in batches of any sizes.
+/// Mean loss over samples in batches of any sizes.
 ///
-/// A mean, so that a training and a validation loader of different length compare.
+/// A mean and not a sum, so that loaders of different length compare.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct MeanLoss {
     sum: f64,
@@ -25,7 +25,7 @@ pub struct MeanLoss {
 impl MeanLoss {
     /// Adds a batch of `samples` with this mean loss.
     pub fn add(&mut self, mean: f64, samples: u64) {
-        // An empty batch has no mean, and must not make the whole one NaN.
+        // An empty batch has no mean and must not make the total NaN.
         if samples > 0 {
             self.sum += mean * samples as f64;
             self.samples = self.samples.saturating_add(samples);
@@ -38,12 +38,12 @@ impl MeanLoss {
     }
 }
 
-/// What [`ogr`] and [`gb_estimate`] found, K values each.
+/// Result of [`ogr`] and [`gb_estimate`], K values each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Estimate {
-    /// dG_k = V_N - V_{N+n}: what validation gained; negative if it lost.
+    /// dG_k = V_N - V_{N+n}: decrease of the validation loss; negative if it rose.
     pub delta_g: Vec<f64>,
-    /// dO_k = (V_{N+n} - T_{N+n}) - (V_N - T_N): how much the gap between the two widened.
+    /// dO_k = (V_{N+n} - T_{N+n}) - (V_N - T_N): growth of the gap between the two losses.
     pub delta_o: Vec<f64>,
     /// |dO_k / dG_k|; 0 / 0 is NaN.
     pub ogr: Vec<f64>,
@@ -51,7 +51,7 @@ pub struct Estimate {
     pub solution: Solution,
 }
 
-/// Weights from the losses of each modality at a checkpoint and after it was trained alone.
+/// Weights from the losses of each modality at a checkpoint and after training it alone.
 ///
 /// w_k = dG_k / dO_k^2, normalised, by `policy`. Source: Wang, Tran, Feiszli, CVPR 2020, section 3.
 ///
@@ -80,9 +80,9 @@ pub fn ogr(before: &[Losses], after: &[Losses], policy: &Policy) -> Result<Estim
     policy.check()?;
     for (when, losses) in [("at the checkpoint", before), ("after training", after)] {
         for (modality, loss) in losses.iter().enumerate() {
-            for (list, got) in [("training", loss.train), ("validation", loss.valid)] {
+            for (which, got) in [("training", loss.train), ("validation", loss.valid)] {
                 if !got.is_finite() {
-                    return Err(Error::Loss { modality, list, when, got });
+                    return Err(Error::Loss { modality, which, when, got });
                 }
             }
         }
@@ -93,10 +93,10 @@ pub fn ogr(before: &[Losses], after: &[Losses], policy: &Policy) -> Result<Estim
     for (modality, got) in delta_g.iter().chain(&delta_o).copied().enumerate() {
         if !got.is_finite() {
             let modality = modality % modalities;
-            return Err(Error::Loss { modality, list: "difference of the", when: "before and after training", got });
+            return Err(Error::Loss { modality, which: "difference of the", when: "before and after training", got });
         }
     }
-    // Weights do not change when all gaps are scaled; near 1, their squares neither vanish nor overflow.
+    // Scaling all gaps does not change the weights; near 1 their squares neither underflow nor overflow.
     let largest = delta_o.iter().fold(0.0, |max: f64, gap| max.max(gap.abs()));
     let mut second_moment = vec![0.0; modalities * modalities];
     for (k, gap) in delta_o.iter().enumerate().filter(|_| largest > 0.0) {
@@ -110,43 +110,42 @@ pub fn ogr(before: &[Losses], after: &[Losses], policy: &Policy) -> Result<Estim
     })
 }
 
-/// A network that [`gb_estimate`] can train one modality at a time. Modalities are counted from 0, the fused one
-/// included.
+/// A network that [`gb_estimate`] trains one modality at a time. Modalities are counted from 0, the fused one included.
 pub trait Trainee {
-    /// Weights, optimiser state, and whatever else training changes.
+    /// Everything that training changes: weights, optimiser state, random state.
     type Checkpoint;
-    /// What can go wrong while training. The estimator's own errors are turned into it.
+    /// Error of the trainee. The estimator's errors are converted to it.
     type Error: From<Error>;
 
     /// K.
     fn modalities(&self) -> usize;
-    /// Takes a checkpoint.
+    /// Makes a checkpoint.
     ///
     /// # Errors
-    /// The trainee's own.
+    /// Those of the trainee.
     fn save(&mut self) -> std::result::Result<Self::Checkpoint, Self::Error>;
-    /// Goes back to a checkpoint.
+    /// Restores a checkpoint.
     ///
     /// # Errors
-    /// The trainee's own.
+    /// Those of the trainee.
     fn restore(&mut self, checkpoint: &Self::Checkpoint) -> std::result::Result<(), Self::Error>;
     /// Trains on the loss of one modality alone.
     ///
     /// # Errors
-    /// The trainee's own.
+    /// Those of the trainee.
     fn train_modality(&mut self, modality: usize, epochs: u64) -> std::result::Result<(), Self::Error>;
     /// Mean losses of one modality now.
     ///
     /// # Errors
-    /// The trainee's own.
+    /// Those of the trainee.
     fn losses(&mut self, modality: usize) -> std::result::Result<Losses, Self::Error>;
 }
 
-/// GB_Estimate (algorithm 1 of the paper): trains each modality alone for `epochs` from where the trainee stands,
-/// measures losses before and after, and returns the weights. Leaves the trainee where it stood, after an error too.
+/// GB_Estimate (algorithm 1 of the paper): trains each modality alone for `epochs` from the current state, measures losses
+/// before and after, and returns the weights. Restores the state, after an error too.
 ///
 /// # Errors
-/// The trainee's own, and those of [`ogr`].
+/// Those of the trainee, and those of [`ogr`].
 pub fn gb_estimate<T: Trainee>(
     trainee: &mut T,
     epochs: u64,
@@ -159,7 +158,7 @@ pub fn gb_estimate<T: Trainee>(
     policy.check()?;
     let checkpoint = trainee.save()?;
     let before = (0..modalities).map(|k| trainee.losses(k)).collect::<std::result::Result<Vec<_>, _>>();
-    // Measuring may move a trainee too (its random stream, say), and each modality must start from the same state.
+    // Measuring can change a trainee too (its random state, say), and each modality must start from the same state.
     trainee.restore(&checkpoint)?;
     let before = before?;
     let mut after = Vec::with_capacity(modalities);

@@ -1,35 +1,35 @@
-//! What a blender can tell.
+//! Report of a blender.
 
 use crate::abi::State;
 use crate::state::{self, Flags};
 
-/// What a blender knows, read at one moment.
+/// Weights, moments, counters and ratios of a blender, read at one moment.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
     /// n: observations in the moments since the last reset.
     pub observed: u64,
-    /// Observations that were skipped for a product that was not finite.
+    /// Observations skipped since the last reset because a product was not finite.
     pub skipped: u64,
-    /// What the latest reweight and the latest observation met with.
+    /// Conditions of the latest reweight and of the latest observation.
     pub flags: Flags,
     /// Bit k: modality k made the latest observation not finite.
     pub nonfinite: u32,
-    /// w_k in force, K of them.
+    /// w_k in force, K values.
     pub weights: Vec<f64>,
-    /// m_k, K of them; 0 before the first observation.
+    /// m_k, K values; 0 before the first observation.
     pub mean: Vec<f64>,
-    /// sigma^2_k = S_kk, K of them; 0 before the first observation.
+    /// sigma^2_k = S_kk, K values; 0 before the first observation.
     pub second_moment: Vec<f64>,
-    /// sqrt(S_kk) / |m_k|, K of them: overfitting-to-generalisation ratio of each modality alone; 0 / 0 is NaN.
+    /// OGR of each modality alone, sqrt(S_kk) / |m_k|, K values; 0 / 0 is NaN.
     pub ogr: Vec<f64>,
-    /// sqrt(w'Sw) / |w'm| with the weights in force.
+    /// OGR of the blend, sqrt(w'Sw) / |w'm|, with the weights in force.
     pub ogr_blend: f64,
     /// The same with uniform weights 1 / K.
     pub ogr_uniform: f64,
 }
 
 impl Report {
-    pub(crate) fn read(state: &State, modalities: usize) -> Self {
+    pub(crate) fn new(state: &State, modalities: usize) -> Self {
         let mut mean = vec![0.0; modalities];
         let mut moments = vec![0.0; modalities * modalities];
         state::moments(state, modalities, &mut mean, &mut moments);
@@ -43,7 +43,7 @@ impl Report {
                     variance += w[j] * w[k] * moments[j * modalities + k];
                 }
             }
-            // S is positive semidefinite but for rounding.
+            // S is positive semidefinite up to rounding.
             f64::max(variance, 0.0).sqrt() / f64::abs(gain)
         };
         Report {

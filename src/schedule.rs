@@ -1,8 +1,8 @@
-//! When to estimate: once, or at each super-epoch.
+//! Schedules: estimate once, or at each super-epoch.
 
 use crate::error::{Error, Result};
 
-/// The super-epochs of a training run. Epochs are counted from 0.
+/// Super-epochs of a training run. Epochs are counted from 0.
 ///
 /// ```
 /// use gradblend::Schedule;
@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 pub struct Schedule(Option<(u64, u64)>);
 
 impl Schedule {
-    /// One super-epoch that never ends: estimate once, at the start, and keep the weights.
+    /// A single super-epoch without end: estimate once, at the start, and keep the weights.
     pub fn offline() -> Self {
         Schedule(None)
     }
@@ -48,8 +48,8 @@ impl Schedule {
         self.0.is_some() && epoch.checked_add(1).is_some_and(|next| self.starts(next))
     }
 
-    /// Epochs of the super-epoch that this epoch is part of: how long to train each modality for when estimating from
-    /// losses. `None` offline, where it is the whole run.
+    /// Epochs of the super-epoch that contains this epoch: how long the loss-based estimator trains each modality. `None`
+    /// offline, where a super-epoch is the whole run.
     pub fn len(&self, epoch: u64) -> Option<u64> {
         self.0.map(|(warm_up, super_epoch)| if epoch < warm_up { warm_up } else { super_epoch })
     }

@@ -1,37 +1,39 @@
-//! From a numerator and a second-moment matrix to weights. The one solver behind both estimators (`docs/method.md`).
+//! Solver: weights from a numerator and a second-moment matrix. Both estimators use it (`docs/method.md`).
 
-use crate::abi::MAX_MODALITIES;
+use crate::abi::{self, MAX_MODALITIES};
 use crate::error::{Error, Result};
 use crate::state::Flags;
 
-/// What is assumed of the overfitting of two different modalities.
+/// Assumption on the overfitting of two different modalities.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u32)]
 pub enum Overfitting {
     /// E\[d_j d_k\] = 0 for j != k, as in Proposition 1 of the paper: w_k = m_k / sigma^2_k, normalised.
     #[default]
-    Uncorrelated,
-    /// Nothing: w = S^-1 m, normalised.
-    Correlated,
+    Uncorrelated = abi::UNCORRELATED,
+    /// None: w = S^-1 m, normalised.
+    Correlated = abi::CORRELATED,
 }
 
-/// What becomes of a modality whose weight would be negative.
+/// Treatment of a modality whose weight would be negative.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[repr(u32)]
 pub enum Negative {
     /// It gets no weight.
     #[default]
-    Clamp,
-    /// It keeps its negative weight, as long as the weights sum to something positive before they are normalised.
-    Signed,
+    Clamp = abi::CLAMP,
+    /// It keeps its negative weight, provided that the sum of the weights before normalisation is positive.
+    Signed = abi::SIGNED,
 }
 
-/// How weights are solved for.
+/// Policy of the solver.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Policy {
-    /// What is assumed of the overfitting of two different modalities.
+    /// Assumption on the overfitting of two different modalities.
     pub overfitting: Overfitting,
-    /// What becomes of a modality whose weight would be negative.
+    /// Treatment of a modality whose weight would be negative.
     pub negative: Negative,
-    /// Times the mean of the sigma^2_k, added to each of them; at least 0 and finite.
+    /// Factor of the mean sigma^2_k that is added to each sigma^2_k; at least 0 and finite.
     pub damping: f64,
 }
 
@@ -53,20 +55,20 @@ impl Policy {
     }
 }
 
-/// What [`solve`] found.
+/// Result of [`solve`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Solution {
-    /// K weights that sum to 1, or `None` where there is nothing to go by: keep the weights in force.
+    /// K weights that sum to 1; `None` if there is nothing to go by: keep the weights in force.
     pub weights: Option<Vec<f64>>,
-    /// [`Flags::HELD`] where `weights` is `None`; [`Flags::CLAMPED`] where a modality lost its weight for its sign.
+    /// [`Flags::HELD`] if `weights` is `None`; [`Flags::CLAMPED`] if a negative weight was set to 0.
     pub flags: Flags,
 }
 
 /// The weights that minimise w'Sw / (w'm)^2 under sum w = 1, by `policy`.
 ///
-/// `numerator` has K values m; `second_moment` is S, K x K, row-major. From gradients these are the moments that a
-/// [`Blender`](crate::Blender) keeps; from losses they are dG and the diagonal matrix of dO^2. Only the symmetric part
-/// of S matters and is used, and only its diagonal where the overfitting is taken as uncorrelated.
+/// `numerator` has K values m; `second_moment` is S, K x K, row-major. From gradients these are the moments of a
+/// [`Blender`](crate::Blender); from losses they are dG and the diagonal matrix of dO^2. Only the symmetric part of S is
+/// used, and of uncorrelated overfitting only its diagonal.
 ///
 /// - Uncorrelated: a_k = m_k / (S_kk + damping * trace(S) / K), or m_k where S is zero. Clamped, a negative a_k
 ///   becomes 0.

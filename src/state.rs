@@ -1,17 +1,19 @@
-//! The running moments: n, the means m_k of c_k, and the means S_jk of d_j d_k.
+//! State of a blender: n, the running means m_k of c_k and S_jk of d_j d_k, and the weights in force.
+
+use bytemuck::Zeroable;
 
 use crate::abi::{self, MAX_MODALITIES, State};
 
 bitflags::bitflags! {
-    /// What the latest reweight and the latest observation met with.
+    /// Conditions of the latest reweight and of the latest observation.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Flags: u32 {
-        /// The latest reweight had nothing to go by and kept the weights in force.
+        /// Of the latest reweight: there was nothing to go by, and the weights in force stay.
         const HELD = abi::HELD;
-        /// The latest observation had a product that was not finite and was skipped.
+        /// Of the latest observation: a product was not finite, and the observation was skipped.
         const NONFINITE = abi::NONFINITE;
-        /// In the latest reweight, a modality's weight would have been negative and was set to zero. With HELD: all were,
-        /// or what was left was nothing to go by.
+        /// Of the latest reweight: a weight would have been negative and was set to zero. With HELD: all were, or the
+        /// rest was nothing to go by.
         const CLAMPED = abi::CLAMPED;
     }
 }
@@ -29,16 +31,16 @@ pub enum Average {
 }
 
 impl Average {
-    /// Its code, for kernels, saved states and C, and its decay (0 for a mean, which has none).
+    /// Code of the variant (for kernels, saved states and C), and the decay (0 for a mean).
     pub(crate) fn coded(self) -> (u32, f64) {
         match self {
-            Average::Mean => (0, 0.0),
-            // One zero, so that -0 and 0 are the same decay.
-            Average::Ema { decay } => (1, decay + 0.0),
+            Average::Mean => (abi::MEAN, 0.0),
+            // Adding 0 makes 0 of -0, so that both are the same decay.
+            Average::Ema { decay } => (abi::EMA, decay + 0.0),
         }
     }
 
-    /// The share of the old moments in the new ones when the `n`-th observation enters.
+    /// Factor of the old moments when the `n`-th observation enters.
     fn keep(self, n: u64) -> f64 {
         match self {
             Average::Mean => (n - 1) as f64 / n as f64,
@@ -47,11 +49,12 @@ impl Average {
     }
 }
 
-/// Closes the pending sums of K modalities as one observation; says whether it entered the moments.
+/// Closes the pending sums of K modalities as one observation, and returns whether it entered the moments.
 ///
-/// Products are divided by `scale` squared first. Not finite is a c_k, a d_k, or a d_k whose square overflows.
+/// Divides the products by `scale` squared first. The observation is skipped if a c_k, a d_k or the square of a d_k is not
+/// finite.
 pub(crate) fn observe(state: &mut State, modalities: usize, average: Average, scale: f32) -> bool {
-    // Dividing by infinity would make zeros of anything.
+    // Division by infinity would turn every product into 0.
     let scale = if scale.is_finite() { f64::from(scale) * f64::from(scale) } else { f64::NAN };
     let (mut c, mut d) = ([0.0; MAX_MODALITIES], [0.0; MAX_MODALITIES]);
     let mut nonfinite = 0;
@@ -74,7 +77,7 @@ pub(crate) fn observe(state: &mut State, modalities: usize, average: Average, sc
     state.observed = state.observed.saturating_add(1);
     let keep = average.keep(state.observed);
     let add = match average {
-        // 1 - (n - 1) / n would round; 1 / n is nearer.
+        // Nearer to the exact factor than 1 - keep, which rounds twice.
         Average::Mean => 1.0 / state.observed as f64,
         Average::Ema { decay } => 1.0 - decay,
     };
@@ -92,7 +95,7 @@ pub(crate) fn observe(state: &mut State, modalities: usize, average: Average, sc
     true
 }
 
-/// Writes m (K) and S (K x K), normalised, to `mean` and `second_moment`; zeros before the first observation.
+/// Writes the normalised m (K) and S (K x K) to `mean` and `second_moment`; zeros before the first observation.
 pub(crate) fn moments(state: &State, modalities: usize, mean: &mut [f64], second_moment: &mut [f64]) {
     let normalise = |sum: f64| if state.observed == 0 { 0.0 } else { sum / state.normaliser };
     for (m, sum) in mean.iter_mut().zip(&state.mean[..modalities]) {
@@ -103,30 +106,16 @@ pub(crate) fn moments(state: &State, modalities: usize, mean: &mut [f64], second
     }
 }
 
-/// Forgets the moments, the counters, the flags and the pending sums; the weights stay.
+/// Forgets everything but the weights: moments, counters, flags and pending sums.
 pub(crate) fn reset(state: &mut State) {
     let (weights, weights_f32) = (state.weights, state.weights_f32);
-    *state = State { weights, weights_f32, ..EMPTY };
+    *state = State { weights, weights_f32, ..State::zeroed() };
 }
 
 /// Puts weights in force.
-pub(crate) fn put_weights(state: &mut State, weights: &[f64]) {
+pub(crate) fn set_weights(state: &mut State, weights: &[f64]) {
     state.weights[..weights.len()].copy_from_slice(weights);
     for (rounded, weight) in state.weights_f32.iter_mut().zip(weights) {
         *rounded = *weight as f32;
     }
 }
-
-/// No observation, no weights.
-pub(crate) const EMPTY: State = State {
-    pending: [0.0; 2 * MAX_MODALITIES],
-    weights_f32: [0.0; MAX_MODALITIES],
-    weights: [0.0; MAX_MODALITIES],
-    mean: [0.0; MAX_MODALITIES],
-    second_moment: [0.0; MAX_MODALITIES * MAX_MODALITIES],
-    normaliser: 0.0,
-    observed: 0,
-    skipped: 0,
-    flags: 0,
-    nonfinite: 0,
-};

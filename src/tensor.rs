@@ -1,5 +1,4 @@
-//! Gradients and streams as the caller holds them: dtypes, addresses, and the one unsafe door through which raw
-//! addresses come in.
+//! Gradients and streams as the caller holds them: dtypes, addresses, and the only unsafe constructor of a tensor.
 
 use std::ffi::c_void;
 use std::fmt;
@@ -7,19 +6,19 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-use crate::abi::MAX_MODALITIES;
+use crate::abi::{self, MAX_MODALITIES};
 use crate::error::{Error, Result, Role};
 
 /// Element type of a tensor's gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(i32)]
+#[repr(u32)]
 pub enum DType {
     /// IEEE 754 binary32.
-    F32 = 0,
+    F32 = abi::F32,
     /// IEEE 754 binary16.
-    F16 = 1,
-    /// The upper half of a binary32.
-    BF16 = 2,
+    F16 = abi::F16,
+    /// bfloat16: the upper half of a binary32.
+    BF16 = abi::BF16,
 }
 
 impl DType {
@@ -37,6 +36,15 @@ impl DType {
             DType::F32 => "f32",
             DType::F16 => "f16",
             DType::BF16 => "bf16",
+        }
+    }
+
+    /// The dtype of a record that a table wrote.
+    pub(crate) fn of_record(code: u32) -> Self {
+        match code {
+            abi::F32 => DType::F32,
+            abi::F16 => DType::F16,
+            _ => DType::BF16,
         }
     }
 }
@@ -71,8 +79,8 @@ mod sealed {
     impl Sealed for half::bf16 {}
 }
 
-/// A Rust type that gradients come in: `f32`, [`half::f16`] or [`half::bf16`].
-pub trait Element: Copy + Send + Sync + sealed::Sealed + 'static {
+/// Rust type of a gradient's elements: `f32`, [`half::f16`] or [`half::bf16`].
+pub trait Element: bytemuck::Pod + Send + Sync + sealed::Sealed {
     /// The dtype of this type.
     const DTYPE: DType;
 }
@@ -87,7 +95,7 @@ impl Element for bf16 {
     const DTYPE: DType = DType::BF16;
 }
 
-/// A list of elements somewhere in memory.
+/// Address, length and dtype of one gradient.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Grad {
     pub(crate) address: u64,
@@ -109,19 +117,20 @@ impl Grad {
     }
 }
 
-/// The gradients of one parameter tensor: train t, validation g, one v_k per modality, and where to write the blend.
+/// The gradients of one parameter tensor: t (train), g (validation), one v_k per modality, and the blended gradient to
+/// write.
 ///
-/// Made from slices it borrows them and needs no `unsafe`; made from raw addresses ([`from_raw`](Self::from_raw)) it
-/// borrows nothing. All lists of one tensor have one length and one dtype, which is checked when a plan is made;
-/// tensors of one plan may differ in both.
+/// Made from slices it borrows them and needs no `unsafe`. Made from raw addresses ([`from_raw`](Self::from_raw)) it
+/// borrows nothing. All gradients of one tensor have one length and one dtype, which [`Blender::plan`](crate::Blender::plan)
+/// checks; the tensors of one plan may differ in both.
 ///
 /// ```
 /// use gradblend::TensorGrads;
 /// let (t, g) = ([0.5_f32, 1.0], [0.25, 1.5]);
 /// let (video, audio) = ([1.0, 2.0], [3.0, 4.0]);
-/// let mut out = [0.0; 2];
-/// // Three modalities; the third does not reach this tensor.
-/// let tensor = TensorGrads::new(&t, &g, &[Some(&video), Some(&audio), None]).blended(&mut out);
+/// let mut blended = [0.0; 2];
+/// // Three modalities; the loss of the third does not reach this tensor.
+/// let tensor = TensorGrads::new(&t, &g, &[Some(&video), Some(&audio), None]).blended(&mut blended);
 /// # let _ = tensor;
 /// ```
 #[derive(Debug)]
@@ -131,9 +140,9 @@ pub struct TensorGrads<'a> {
     pub(crate) blended: Option<Grad>,
     modalities: [Option<Grad>; MAX_MODALITIES],
     count: usize,
-    /// Length and dtype when no list is there to tell them.
+    /// Length and dtype of the first gradient, or as given where all are absent.
     shape: (u64, DType),
-    /// Whether any list is a slice, which must not be in use any more once a call has returned.
+    /// Whether a gradient is a slice. A call that uses a slice synchronizes before it returns.
     pub(crate) slices: bool,
     borrow: PhantomData<&'a mut [u8]>,
 }
@@ -152,7 +161,7 @@ impl<'a> TensorGrads<'a> {
         }
     }
 
-    /// A tensor with a train gradient t, a validation gradient g, and one gradient per modality, `None` for a loss that
+    /// A tensor with a train gradient t, a validation gradient g, and one gradient per modality; `None` for a loss that
     /// does not reach this tensor.
     pub fn new<T: Element>(train: &'a [T], valid: &'a [T], modalities: &[Option<&'a [T]>]) -> Self {
         let mut tensor = Self::blend_only(modalities);
@@ -162,7 +171,7 @@ impl<'a> TensorGrads<'a> {
         tensor
     }
 
-    /// A tensor that adds nothing to the sums and is only blended, as with weights that were found offline.
+    /// A tensor that is blended and adds nothing to the sums: for weights that were found offline.
     pub fn blend_only<T: Element>(modalities: &[Option<&'a [T]>]) -> Self {
         let len = modalities.iter().flatten().next().map_or(0, |v| v.len() as u64);
         let mut tensor = Self::empty((len, T::DTYPE));
@@ -183,7 +192,7 @@ impl<'a> TensorGrads<'a> {
 
     /// Takes `gradient` as the gradient of modality `k` and writes the blended gradient over it.
     ///
-    /// A `k` that the tensor does not have is refused, as a wrong number of modalities, when a plan is made.
+    /// If the tensor has no modality `k`, making a plan returns [`Error::ModalityCount`].
     #[must_use]
     pub fn in_place<T: Element>(mut self, k: usize, gradient: &'a mut [T]) -> Self {
         let grad = Some(Grad::from_slice_mut(gradient));
@@ -195,9 +204,8 @@ impl<'a> TensorGrads<'a> {
         self.with_slice()
     }
 
-    /// After a slice that may be written to has come in: takes the shape of the first list.
     fn with_slice(mut self) -> Self {
-        let first = self.lists().next();
+        let first = self.buffers().next();
         if let Some((_, grad)) = first {
             self.shape = (grad.len, grad.dtype);
         }
@@ -205,24 +213,23 @@ impl<'a> TensorGrads<'a> {
         self
     }
 
-    /// A tensor from raw addresses: the one unsafe door of this crate.
+    /// A tensor from raw addresses: the only unsafe constructor.
     ///
     /// `len` is in elements. `modalities` has K addresses. A NULL modality is absent; `train` and `valid` may both be
-    /// NULL (the tensor is only blended); a NULL `blended` is not written to. Addresses need no more alignment than
-    /// their element. They are those of the memory that the blender's device works on. No address is read before an
-    /// operation runs.
+    /// NULL (the tensor is only blended); a NULL `blended` is not written. Addresses need only the alignment of their
+    /// element. They belong to memory that the blender's device can access. No operation reads them before it runs.
     ///
     /// # Safety
-    /// From the making of a plan with this tensor, or its update, until that plan is dropped, released or updated and the
-    /// work that was put on a stream before that is done (dropping a plan waits for it, releasing and updating do not):
+    /// From making a plan with this tensor, or updating a plan with it, until that plan is dropped, released or updated
+    /// and all work submitted before that has finished (dropping a plan waits for it, releasing and updating do not):
     ///
-    /// - every address but NULL is the start of `len` elements of `dtype` in one allocation that stays alive;
+    /// - every address other than NULL is the start of `len` elements of `dtype` in one allocation that stays alive;
     /// - while work on the plan is pending, nothing else writes to the inputs, and nothing else reads or writes
-    ///   `blended` (on the CPU no work is pending once a call has returned);
-    /// - the `len` elements at `blended` may be written to.
+    ///   `blended` (on the CPU no work is pending after a call returns);
+    /// - the `len` elements at `blended` may be written.
     ///
-    /// A graph that was captured from work on the plan counts as pending work while it runs, and is not launched any more
-    /// once the plan or its blender is dropped.
+    /// A graph captured from work on the plan counts as pending work while it runs, and is not launched after the plan or
+    /// its blender is dropped.
     pub unsafe fn from_raw(
         len: u64,
         dtype: DType,
@@ -252,44 +259,44 @@ impl<'a> TensorGrads<'a> {
         self.len() == 0
     }
 
-    /// Dtype of the tensor, found like its length.
+    /// Dtype of the tensor, taken from the same gradient as its length.
     pub fn dtype(&self) -> DType {
         self.shape.1
     }
 
-    /// How many modalities were given, absent ones included.
+    /// Number of modalities given, absent ones included.
     pub(crate) fn count(&self) -> usize {
         self.count
     }
 
-    /// The modality gradients, absent ones included (at most `MAX_MODALITIES` of them).
+    /// The modality gradients, absent ones included; at most `MAX_MODALITIES`.
     pub(crate) fn modalities(&self) -> &[Option<Grad>] {
         &self.modalities[..self.count.min(MAX_MODALITIES)]
     }
 
-    /// The lists that are there, with their names.
-    pub(crate) fn lists(&self) -> impl Iterator<Item = (Role, Grad)> {
+    /// The gradients that are present, with their roles.
+    pub(crate) fn buffers(&self) -> impl Iterator<Item = (Role, Grad)> {
         let modalities = self.modalities().iter().enumerate().map(|(k, v)| (Role::Modality(k), *v));
         [(Role::Train, self.train), (Role::Valid, self.valid)]
             .into_iter()
             .chain(modalities)
             .chain([(Role::Blended, self.blended)])
-            .filter_map(|(list, grad)| Some((list, grad?)))
+            .filter_map(|(role, grad)| Some((role, grad?)))
     }
 }
 
-/// A stream of the device that work is put on: `cudaStream_t` or `CUstream`, borrowed. The CPU ignores it.
+/// A borrowed stream of a device, on which operations submit their work: `cudaStream_t` or `CUstream`. The CPU ignores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stream(u64);
 
 impl Stream {
-    /// Takes a raw stream handle; NULL is the legacy default stream.
+    /// A stream from its raw handle; NULL is the legacy default stream.
     ///
     /// # Safety
-    /// - `stream` is NULL or a live stream of the device of every blender it is used with;
-    /// - it is not destroyed while work that was put on it is pending;
-    /// - where it is not the only stream that a blender is used with, events order the work of that blender and the
-    ///   updates of its plans as the calls are ordered.
+    /// - `stream` is NULL or a live stream of the device of every blender that it is used with;
+    /// - it is not destroyed while work submitted to it is pending;
+    /// - if a blender is used with several streams, events order its work, and the updates of its plans, as the calls
+    ///   are ordered.
     pub unsafe fn from_raw(stream: *mut c_void) -> Self {
         Stream(stream.expose_provenance() as u64)
     }
@@ -301,14 +308,14 @@ impl Stream {
 }
 
 impl Default for Stream {
-    /// The default stream; on the CPU, the only one.
+    /// The legacy default stream; the CPU ignores it.
     fn default() -> Self {
         Stream(0)
     }
 }
 
-/// The factor s that every gradient of an observation was scaled by, as mixed-precision trainers do. It is divided out:
-/// c and d by s squared.
+/// The factor s by which all gradients of an observation were scaled, as mixed-precision trainers do. Observing divides c
+/// and d by s squared.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct GradScale(pub(crate) Scale);
 
@@ -325,16 +332,16 @@ impl Default for Scale {
 }
 
 impl GradScale {
-    /// A scale that stays as it is until another is set.
+    /// A scale given by its value.
     pub fn value(scale: f32) -> Self {
         GradScale(Scale::Value(scale))
     }
 
-    /// A scale that is read at each observation from memory of the blender's device. NULL is a scale of 1.
+    /// A scale that each observation reads from memory of the blender's device. NULL is a scale of 1.
     ///
     /// # Safety
-    /// Until another scale is set and the observations before that are done, or the blender is dropped; and as long as a
-    /// graph with such an observation is launched:
+    /// Until another scale is set and all observations before that have finished, or the blender is dropped, and as long
+    /// as a graph with such an observation is launched:
     ///
     /// - `scale` is NULL or the address of an `f32` that stays alive;
     /// - nothing writes to it while an observation is pending.

@@ -1,4 +1,4 @@
-//! Pointers as C passes them, checked for what can be told of a pointer: whether it is NULL, and whether it is aligned.
+//! Checks of C pointers: NULL and alignment, which is all that can be checked of a pointer.
 
 use std::fmt::Display;
 
@@ -7,17 +7,17 @@ use super::status::{Fault, Outcome};
 /// The record at `address`.
 ///
 /// # Safety
-/// `address` is NULL, or that of a `T` that can be read.
+/// `address` is NULL or valid for reads of a `T`.
 pub(super) unsafe fn record<T: Copy>(name: impl Display, address: *const T) -> Outcome<T> {
     check(name, address)?;
-    // SAFETY: aligned, and the caller's promise.
+    // SAFETY: `check` has seen that the address is not NULL and aligned; the caller guarantees the rest.
     Ok(unsafe { address.read() })
 }
 
 /// The `len` numbers or records at `address`, which may be NULL if `len` is 0.
 ///
 /// # Safety
-/// `address` is NULL, or that of `len` `T`s that can be read and that nothing writes to while the slice is used.
+/// `address` is NULL or valid for reads of `len` `T`s, to which nothing writes while the slice is used.
 pub(super) unsafe fn array<'a, T>(name: impl Display, address: *const T, len: u64) -> Outcome<&'a [T]> {
     if len == 0 {
         return Ok(&[]);
@@ -28,11 +28,11 @@ pub(super) unsafe fn array<'a, T>(name: impl Display, address: *const T, len: u6
     if end.is_none() {
         return Err(Fault::Argument(format!("{name} at {address:?} with {len} entries reach past the end of memory")));
     }
-    // SAFETY: aligned, within memory, and the caller's promise.
+    // SAFETY: the address is not NULL and aligned, and the range does not overflow; the caller guarantees the rest.
     Ok(unsafe { std::slice::from_raw_parts(address, len as usize) })
 }
 
-/// Whether there can be a `T` at `address`, as far as that can be told. Nothing is read or written.
+/// Rejects an address that is NULL or not aligned to a `T`. Accesses no memory.
 pub(super) fn check<T>(name: impl Display, address: *const T) -> Outcome {
     if address.is_null() {
         return Err(Fault::Argument(format!("{name} is NULL")));

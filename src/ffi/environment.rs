@@ -1,18 +1,18 @@
-//! The floating-point environment. C programs change theirs, by `fesetround`, `feenableexcept`, or a library that was
-//! compiled with fast mathematics; Rust code is compiled for the default one: rounding to nearest, subnormal numbers as
-//! they are, no traps. Only in that are results the same bits on every thread.
+//! Floating-point environment. C programs can change theirs: by `fesetround`, by `feenableexcept`, or by loading a library
+//! compiled with fast-math. Rust code is compiled for the default environment: rounding to nearest, subnormal numbers,
+//! no traps. Only in this environment do results have the same bits on every thread.
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use std::arch::asm;
 
-/// The calling thread has the default environment as long as this lives, and then its own again. CPU threads are started
-/// within such a time, and keep it.
+/// Guard: while it lives, the calling thread has the default environment; drop restores the caller's. CPU threads are
+/// started under such a guard and keep the default.
 #[derive(Debug)]
 pub(super) struct Environment {
     callers: Control,
 }
 
-/// The register that has the environment, MXCSR or FPCR. Elsewhere callers must keep the default.
+/// Type of the control register, MXCSR or FPCR. On other architectures callers must keep the default.
 #[cfg(not(target_arch = "aarch64"))]
 type Control = u32;
 #[cfg(target_arch = "aarch64")]
@@ -33,7 +33,7 @@ impl Environment {
 
 impl Drop for Environment {
     fn drop(&mut self) {
-        // With the exceptions that were raised before, and without those of the call; AArch64 has these elsewhere.
+        // This also restores the exception flags of x86-64, so those raised by the call are lost.
         write(self.callers);
     }
 }
@@ -41,28 +41,28 @@ impl Drop for Environment {
 #[cfg(target_arch = "x86_64")]
 fn read() -> Control {
     let mut control = 0;
-    // SAFETY: stores the register, 32 bits, to a variable of that size.
+    // SAFETY: the instruction writes the 32-bit register to `control`, which has 32 bits.
     unsafe { asm!("stmxcsr [{}]", in(reg) &raw mut control, options(nostack, preserves_flags)) };
     control
 }
 
 #[cfg(target_arch = "x86_64")]
 fn write(control: Control) {
-    // SAFETY: the default, or what the register had before; the caller's code runs with its own again.
+    // SAFETY: the value is the default or was read from the register, and the guard restores the caller's.
     unsafe { asm!("ldmxcsr [{}]", in(reg) &raw const control, options(nostack, preserves_flags)) };
 }
 
 #[cfg(target_arch = "aarch64")]
 fn read() -> Control {
     let control;
-    // SAFETY: reads a register.
+    // SAFETY: the instruction only reads the register.
     unsafe { asm!("mrs {}, fpcr", out(reg) control, options(nomem, nostack, preserves_flags)) };
     control
 }
 
 #[cfg(target_arch = "aarch64")]
 fn write(control: Control) {
-    // SAFETY: the default, or what the register had before; the caller's code runs with its own again.
+    // SAFETY: the value is the default or was read from the register, and the guard restores the caller's.
     unsafe { asm!("msr fpcr, {}", in(reg) control, options(nostack, preserves_flags)) };
 }
 

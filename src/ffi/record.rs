@@ -1,4 +1,4 @@
-//! The records of the header, under its names, and what they mean in Rust.
+//! Records of the header, with its names, and their conversion to Rust types.
 
 use std::ffi::c_void;
 
@@ -14,10 +14,10 @@ use crate::solve::{Negative, Overfitting, Policy};
 use crate::state::Average;
 use crate::tensor::{DType, TensorGrads};
 
-/// The CPU's number; CUDA devices have theirs from 0.
+/// Number of the CPU. CUDA devices have their ordinals, from 0.
 pub(super) const CPU: i32 = -1;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct gradblend_config {
     pub size: u32,
@@ -32,7 +32,7 @@ pub struct gradblend_config {
     pub damping: f64,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct gradblend_tensor {
     pub len: u64,
@@ -43,7 +43,7 @@ pub struct gradblend_tensor {
     pub blended: *mut c_void,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct gradblend_report {
     pub size: u32,
@@ -60,14 +60,14 @@ pub struct gradblend_report {
     pub ogr_uniform: f64,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct gradblend_dlpack {
     pub managed: *const DLManagedTensor,
     pub versioned: *const DLManagedTensorVersioned,
 }
 
-/// Codes of the two choices of each kind, as in the header.
+/// The variant with this code, 0 or 1.
 fn either<T: Copy>(name: &str, code: i32, choices: [T; 2]) -> Outcome<T> {
     let choice = usize::try_from(code).ok().and_then(|code| choices.get(code));
     choice.copied().ok_or_else(|| Fault::Argument(format!("config: {name} is {code}, expected 0 or 1")))
@@ -80,9 +80,9 @@ impl gradblend_config {
             size: size_of::<Self>() as u32,
             modalities: config.modalities,
             average: average as i32,
-            overfitting: i32::from(config.policy.overfitting == Overfitting::Correlated),
-            negative: i32::from(config.policy.negative == Negative::Signed),
-            cadence: i32::from(config.cadence == Cadence::EveryObservation),
+            overfitting: config.policy.overfitting as i32,
+            negative: config.policy.negative as i32,
+            cadence: config.cadence as i32,
             threads: config.threads,
             reserved: 0,
             decay,
@@ -90,7 +90,7 @@ impl gradblend_config {
         }
     }
 
-    /// Checks codes here; numbers are the crate's to check.
+    /// Checks sizes and codes; `Config::check` checks numbers.
     pub(super) fn config(&self) -> Outcome<Config> {
         if self.size as usize != size_of::<Self>() {
             let (got, expected) = (self.size, size_of::<Self>());
@@ -128,7 +128,7 @@ pub(super) fn device(number: i32) -> Outcome<Device> {
     })
 }
 
-/// The ordinal of the device with this number, which need not be there; `None` for the CPU.
+/// Ordinal of the device with this number, which need not exist; `None` for the CPU.
 pub(super) fn ordinal(number: i32) -> Outcome<Option<i32>> {
     match number {
         CPU => Ok(None),
@@ -140,26 +140,22 @@ pub(super) fn ordinal(number: i32) -> Outcome<Option<i32>> {
     }
 }
 
-/// Puts the tensors of a list into `to`, which has room for them.
+/// The tensor of a record, which is number `index` of an array.
 ///
 /// # Safety
-/// Each tensor's `modalities` is NULL or that of K addresses; and the promises of [`TensorGrads::from_raw`].
-pub(super) unsafe fn tensors(
-    tensors: &[gradblend_tensor],
+/// `modalities` of the record is NULL or the address of K addresses, and the contract of [`TensorGrads::from_raw`].
+pub(super) unsafe fn tensor(
+    index: usize,
+    tensor: &gradblend_tensor,
     modalities: usize,
-    to: &mut Vec<TensorGrads<'static>>,
-) -> Outcome {
-    to.clear();
-    for (index, tensor) in tensors.iter().enumerate() {
-        let dtype = DType::try_from(tensor.dtype);
-        let dtype = dtype.map_err(|error| Fault::Argument(format!("tensor {index}: {error}")))?;
-        // SAFETY: the caller's promises.
-        to.push(unsafe {
-            let v = array(format_args!("tensor {index}: modalities"), tensor.modalities, modalities as u64)?;
-            TensorGrads::from_raw(tensor.len, dtype, tensor.train, tensor.valid, v, tensor.blended)
-        });
+) -> Outcome<TensorGrads<'static>> {
+    let dtype = DType::try_from(tensor.dtype);
+    let dtype = dtype.map_err(|error| Fault::Argument(format!("tensor {index}: {error}")))?;
+    // SAFETY: the caller fulfils the contract of `tensor`.
+    unsafe {
+        let v = array(format_args!("tensor {index}: modalities"), tensor.modalities, modalities as u64)?;
+        Ok(TensorGrads::from_raw(tensor.len, dtype, tensor.train, tensor.valid, v, tensor.blended))
     }
-    Ok(())
 }
 
 impl gradblend_report {
@@ -187,14 +183,14 @@ impl gradblend_report {
 }
 
 impl gradblend_dlpack {
-    /// One of the two, or absent.
-    pub(super) fn array(self, name: Role) -> Outcome<Option<Dlpack>> {
+    /// The one of the two arrays that is given; `None` if neither is.
+    pub(super) fn array(self, role: Role) -> Outcome<Option<Dlpack>> {
         match (self.managed.is_null(), self.versioned.is_null()) {
             (true, true) => Ok(None),
             (false, true) => Ok(Some(Dlpack::Managed(self.managed))),
             (true, false) => Ok(Some(Dlpack::Versioned(self.versioned))),
             (false, false) => {
-                Err(Fault::Argument(format!("{name}: expected a managed or a versioned array, got both")))
+                Err(Fault::Argument(format!("{role}: expected a managed or a versioned array, got both")))
             }
         }
     }

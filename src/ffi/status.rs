@@ -1,4 +1,4 @@
-//! What a call returns: its status, and this thread's last message.
+//! Status of a call, and the thread's last error message.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -23,7 +23,7 @@ pub(super) const CUDA: Status = 7;
 pub(super) const CORRUPT_STATE: Status = 8;
 pub(super) const INTERNAL: Status = 9;
 
-/// The name of each status, at its place.
+/// Name of each status, by code.
 pub(super) const NAMES: [&CStr; 10] = [
     c"GRADBLEND_OK",
     c"GRADBLEND_INVALID_ARGUMENT",
@@ -41,7 +41,7 @@ pub(super) fn name(status: Status) -> &'static CStr {
     usize::try_from(status).ok().and_then(|status| NAMES.get(status)).unwrap_or(&c"unknown")
 }
 
-/// The status of each error. Without a wildcard: a new error does not compile until it has one.
+/// Status of an error. There is no wildcard, so a new error does not compile without a status.
 fn status(error: &Error) -> Status {
     match error {
         Error::NotBuilt { .. } => NOT_BUILT,
@@ -49,7 +49,7 @@ fn status(error: &Error) -> Status {
         Error::NoDevice { .. } => NO_DEVICE,
         Error::UnsupportedDevice { .. } => UNSUPPORTED_DEVICE,
         Error::OutOfMemory { .. } => OUT_OF_MEMORY,
-        // So many can be asked for, but the operating system has no room for them.
+        // The number is allowed, but the operating system could not start the threads.
         Error::Threads { threads, .. } if *threads <= MAX_CPU_THREADS => OUT_OF_MEMORY,
         Error::Cuda { .. } => CUDA,
         Error::CorruptState { .. } => CORRUPT_STATE,
@@ -89,63 +89,64 @@ fn status(error: &Error) -> Status {
 /// Why a call failed.
 #[derive(Debug)]
 pub(super) enum Fault {
-    /// The crate refused it.
-    Refused(Error),
-    /// An argument that Rust's types rule out, and only C can pass.
+    /// The crate rejected the call.
+    Rejected(Error),
+    /// An argument that Rust's types exclude, so that only C can pass it.
     Argument(String),
-    /// A call panicked, this one or an earlier one on the same handle.
+    /// This call, or an earlier one on the same handle, panicked.
     Panicked(String),
 }
 
 impl From<Error> for Fault {
     fn from(error: Error) -> Self {
-        Fault::Refused(error)
+        Fault::Rejected(error)
     }
 }
 
 impl Fault {
-    fn told(self) -> (Status, String) {
+    fn status_and_message(self) -> (Status, String) {
         match self {
-            Fault::Refused(error) => (status(&error), error.to_string()),
+            Fault::Rejected(error) => (status(&error), error.to_string()),
             Fault::Argument(message) => (INVALID_ARGUMENT, message),
             Fault::Panicked(message) => (INTERNAL, format!("a bug of gradblend: {message}")),
         }
     }
 }
 
-/// What a call with these arguments comes to.
+/// Result of a call.
 pub(super) type Outcome<T = ()> = Result<T, Fault>;
 
 thread_local! {
     static LAST: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// Runs a call's body. No panic goes further than this.
+/// Runs the body of a call, and keeps its error message. No panic crosses this function.
 pub(super) fn call(body: impl FnOnce() -> Outcome) -> Status {
     let _environment = Environment::enter();
-    // What a panic may leave half done is behind a lock taken for writing. That is poisoned then, and never used again.
-    let outcome = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Fault::Panicked(said(&*panic))));
+    // A panic can leave only a value behind a write lock inconsistent. The lock is then poisoned, and the value not used again.
+    let outcome =
+        catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Fault::Panicked(panic_message(&*panic))));
     let Err(fault) = outcome else { return OK };
-    let (status, message) = fault.told();
-    // A thread that is ending may have no place for the message any more.
+    let (status, message) = fault.status_and_message();
+    // A thread that is ending may have dropped its message already.
     let _ = LAST.try_with(|last| *last.borrow_mut() = message);
     status
 }
 
-fn said(panic: &(dyn Any + Send)) -> String {
-    let said = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-    said.unwrap_or("panicked").into()
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let message = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    message.unwrap_or("panicked").into()
 }
 
-/// The length of this thread's last message; as much of it as fits is copied to `buffer`, and a 0 after it.
+/// Copies as much of this thread's last message as fits, and a final 0, to `buffer`; returns the length of the message.
 ///
 /// # Safety
-/// `buffer` is NULL or has room for `bytes` bytes.
+/// `buffer` is NULL or valid for writes of `bytes` bytes.
 pub(super) unsafe fn last(buffer: *mut c_char, bytes: usize) -> usize {
     let copy = |message: &str| {
         if let Some(room) = bytes.checked_sub(1).filter(|_| !buffer.is_null()) {
             let copied = (0..=room.min(message.len())).rev().find(|end| message.is_char_boundary(*end)).unwrap_or(0);
-            // SAFETY: at most `bytes` bytes in all, by the caller's promise.
+            // SAFETY: this writes at most `bytes` bytes, for which the caller guarantees `buffer`.
             unsafe {
                 buffer.copy_from_nonoverlapping(message.as_ptr().cast(), copied);
                 buffer.add(copied).write(0);

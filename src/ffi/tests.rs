@@ -1,4 +1,4 @@
-//! The header and this source are written by hand, each for its own readers. Here they are held against each other.
+//! Unit tests of the C ABI: the header, which is written by hand, agrees with this source; handles and messages.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -9,17 +9,19 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use super::*;
-use crate::blender::Cadence;
+use super::blender::{gradblend_blender_create, gradblend_blender_destroy, gradblend_observe, with};
+use super::general::{gradblend_last_error, gradblend_version};
+use super::handle::Handles;
+use super::record::{self, gradblend_config, gradblend_dlpack, gradblend_report, gradblend_tensor};
+use super::status::{self, Fault, Outcome, call};
+use crate::abi;
+use crate::config::Config;
 use crate::dlpack::{DLManagedTensor, DLManagedTensorVersioned};
-use crate::solve::{Negative, Overfitting};
-use crate::state::{Average, Flags};
-use crate::tensor::DType;
 
 const HEADER: &str = include_str!("../../include/gradblend.h");
-const SOURCE: &str = include_str!("../capi.rs");
+const SOURCES: &str = concat!(include_str!("general.rs"), include_str!("blender.rs"), include_str!("plan.rs"));
 
-/// Whether a compiler takes `assertions` after the header; and what it says if not.
+/// Compiles `assertions` after the header; the error has the compiler's messages.
 fn compile(language: &str, standard: &str, assertions: &str) -> std::result::Result<(), String> {
     let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
     let include = concat!(env!("CARGO_MANIFEST_DIR"), "/include");
@@ -50,10 +52,10 @@ fn compile(language: &str, standard: &str, assertions: &str) -> std::result::Res
     }
 }
 
-/// Asserts of the size of a record and of the place and size of all its fields.
+/// Asserts the size of a record, and the offset and size of each field.
 macro_rules! record {
     ($out:ident, $record:ident { $($field:ident),* }) => {
-        // Names all fields, so that a new one cannot be left out here.
+        // Names all fields, so that a new field does not compile without an assertion.
         let _ = |$record { $($field),* }: $record| ($($field,)*);
         writeln!($out, "static_assert(sizeof({0}) == {1}, \"{0}\");", stringify!($record), size_of::<$record>())?;
         $(
@@ -66,13 +68,11 @@ macro_rules! record {
     };
 }
 
-fn field_bytes<T>(bytes: impl Fn(&T) -> usize) -> usize {
-    let record = std::mem::MaybeUninit::<T>::zeroed();
-    // SAFETY: all records of the header are numbers and addresses, for which zeros are values.
-    bytes(unsafe { record.assume_init_ref() })
+fn field_bytes<T: bytemuck::Zeroable>(bytes: impl Fn(&T) -> usize) -> usize {
+    bytes(&T::zeroed())
 }
 
-/// Records and constants of the header are those of this source, in C and in C++.
+/// Records and constants of the header have the layout and values of this source, in C and in C++.
 #[test]
 fn layout() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut out = String::new();
@@ -114,44 +114,45 @@ fn layout() -> std::result::Result<(), Box<dyn std::error::Error>> {
     for (code, name) in status::NAMES.iter().enumerate() {
         constants.push((name.to_str()?.into(), code as i64));
     }
-    let config = |config: Config| gradblend_config::of(&config);
-    let (k, ema) = (Config::new(1), Average::Ema { decay: 0.5 });
-    let policy = |overfitting, negative| crate::Policy { overfitting, negative, ..Default::default() };
-    let (uncorrelated, correlated) = (Overfitting::Uncorrelated, Overfitting::Correlated);
-    let solved = |overfitting, negative| config(Config { policy: policy(overfitting, negative), ..k });
-    constants.extend(
-        [
-            ("F32", DType::F32 as i32),
-            ("F16", DType::F16 as i32),
-            ("BF16", DType::BF16 as i32),
-            ("CPU", record::CPU),
-            ("MEAN", config(Config { average: Average::Mean, ..k }).average),
-            ("EMA", config(Config { average: ema, ..k }).average),
-            ("UNCORRELATED", solved(uncorrelated, Negative::Clamp).overfitting),
-            ("CORRELATED", solved(correlated, Negative::Clamp).overfitting),
-            ("CLAMP", solved(uncorrelated, Negative::Clamp).negative),
-            ("SIGNED", solved(uncorrelated, Negative::Signed).negative),
-            ("ON_REQUEST", config(Config { cadence: Cadence::OnRequest, ..k }).cadence),
-            ("EVERY_OBSERVATION", config(Config { cadence: Cadence::EveryObservation, ..k }).cadence),
-            ("DOT", Pass::DOT.bits() as i32),
-            ("BLEND", Pass::BLEND.bits() as i32),
-            ("ACCUMULATE", Pass::ACCUMULATE.bits() as i32),
-            ("OBSERVE", Pass::OBSERVE.bits() as i32),
-            ("FLAG_HELD", Flags::HELD.bits() as i32),
-            ("FLAG_NONFINITE", Flags::NONFINITE.bits() as i32),
-            ("FLAG_CLAMPED", Flags::CLAMPED.bits() as i32),
-            ("MAX_MODALITIES", MAX_MODALITIES as i32),
-            ("VERSION", gradblend_version() as i32),
-        ]
-        .map(|(name, value)| (format!("GRADBLEND_{name}"), i64::from(value))),
-    );
+    // The codes of DType, Pass and Config are those of the kernels.
+    let of_kernels = [
+        "F32",
+        "F16",
+        "BF16",
+        "MEAN",
+        "EMA",
+        "UNCORRELATED",
+        "CORRELATED",
+        "CLAMP",
+        "SIGNED",
+        "ON_REQUEST",
+        "EVERY_OBSERVATION",
+        "DOT",
+        "BLEND",
+        "ACCUMULATE",
+        "OBSERVE",
+        "MAX_MODALITIES",
+    ];
+    for (name, value) in abi::CONSTANTS.iter().filter(|(name, _)| of_kernels.contains(name)) {
+        constants.push((format!("GRADBLEND_{name}"), *value as i64));
+    }
+    for (name, value) in [
+        ("CPU", i64::from(record::CPU)),
+        ("FLAG_HELD", i64::from(abi::HELD)),
+        ("FLAG_NONFINITE", i64::from(abi::NONFINITE)),
+        ("FLAG_CLAMPED", i64::from(abi::CLAMPED)),
+        ("VERSION", i64::from(gradblend_version())),
+    ] {
+        constants.push((format!("GRADBLEND_{name}"), value));
+    }
+    assert_eq!(constants.len(), status::NAMES.len() + of_kernels.len() + 5);
     for (name, value) in &constants {
         writeln!(out, "static_assert({name} == {value}, \"{name}\");")?;
         let bare = name.as_str();
         let known = HEADER.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).any(|word| word == bare);
         assert!(known, "{name} is not in the header");
     }
-    // And the other way round: no constant of the header is missing here.
+    // No constant of the header is missing here.
     let enumerators = comments_stripped(HEADER);
     for word in enumerators.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')) {
         let own = word.strip_prefix("GRADBLEND_").is_some_and(|word| word != "H" && !word.starts_with("VERSION_"));
@@ -159,7 +160,7 @@ fn layout() -> std::result::Result<(), Box<dyn std::error::Error>> {
     }
     compile("c", "-std=c11", &out)?;
     compile("c++", "-std=c++17", &out)?;
-    // The asserts can fail.
+    // A wrong assertion fails.
     let wrong = "static_assert(sizeof(gradblend_config) == 1, \"\");";
     assert!(compile("c", "-std=c11", wrong).is_err());
     Ok(())
@@ -182,10 +183,10 @@ fn comments_stripped(c: &str) -> String {
     out
 }
 
-/// Functions by name, each with its types, the result's first, as C writes them without spaces.
+/// Types of each function in C without spaces, the result first.
 type Signatures = BTreeMap<String, Vec<String>>;
 
-fn of_header() -> Signatures {
+fn header_signatures() -> Signatures {
     let code = comments_stripped(HEADER);
     let lines: String = code
         .lines()
@@ -198,7 +199,7 @@ fn of_header() -> Signatures {
         let at = head.rfind(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).map_or(0, |at| at + 1);
         let mut types = vec![head[..at].replace(' ', "")];
         for parameter in parameters.trim_end_matches(')').split(',').map(str::trim).filter(|word| *word != "void") {
-            // Without the name, which is the last word unless the type stands alone.
+            // The name is the last word, unless the type stands alone.
             let unnamed = parameter.trim_end_matches(|c: char| c.is_ascii_alphanumeric() || c == '_').trim();
             types.push(if unnamed.is_empty() { parameter } else { unnamed }.replace(' ', ""));
         }
@@ -207,15 +208,15 @@ fn of_header() -> Signatures {
     all
 }
 
-/// A Rust type as C writes it.
-fn in_c(rust: &str) -> String {
+/// A Rust type in C.
+fn c_type(rust: &str) -> String {
     let rust = rust.trim();
     if let Some(inner) = rust.strip_prefix("*const ") {
-        let inner = in_c(inner);
+        let inner = c_type(inner);
         return if inner.ends_with('*') { format!("{inner}const*") } else { format!("const{inner}*") };
     }
     if let Some(inner) = rust.strip_prefix("*mut ") {
-        return in_c(inner) + "*";
+        return c_type(inner) + "*";
     }
     let names = [
         ("u32", "uint32_t"),
@@ -232,33 +233,33 @@ fn in_c(rust: &str) -> String {
     names.iter().find(|(name, _)| *name == rust).map_or(rust, |(_, c)| *c).to_string()
 }
 
-fn of_source() -> Signatures {
+fn source_signatures() -> Signatures {
     let mut all = Signatures::new();
-    for function in SOURCE.split("#[unsafe(no_mangle)]").skip(1) {
+    for function in SOURCES.split("#[unsafe(no_mangle)]").skip(1) {
         let Some((_, function)) = function.split_once("extern \"C\" fn ") else { continue };
         let Some((signature, _)) = function.split_once('{') else { continue };
         let Some((name, rest)) = signature.split_once('(') else { continue };
         let Some((parameters, result)) = rest.rsplit_once(')') else { continue };
-        let mut types = vec![in_c(result.trim().trim_start_matches("->"))];
+        let mut types = vec![c_type(result.trim().trim_start_matches("->"))];
         let named = parameters.split(',').filter_map(|parameter| parameter.split_once(':'));
-        types.extend(named.map(|(_, rust)| in_c(rust)));
+        types.extend(named.map(|(_, rust)| c_type(rust)));
         all.insert(name.to_string(), types);
     }
     all
 }
 
-/// Functions of the header are those of this source, with the same types in the same order.
+/// Functions of the header have the names and types of this source.
 #[test]
 fn signatures() {
-    let (header, source) = (of_header(), of_source());
+    let (header, source) = (header_signatures(), source_signatures());
     assert_eq!(header, source);
-    // Both were really read.
-    assert_eq!(source.len(), SOURCE.matches("no_mangle").count());
+    // Both parsers found every function.
+    assert_eq!(source.len(), SOURCES.matches("no_mangle").count());
     assert_eq!(header["gradblend_device_weights"], ["gradblend_status", "constgradblend_blender*", "constfloat**"]);
     assert_eq!(header["gradblend_blender_destroy"], ["void", "gradblend_blender*"]);
 }
 
-/// The exchange records have the layout that the specification gives on a 64-bit machine.
+/// The DLPack records have the layout of the specification on a 64-bit machine.
 #[test]
 fn dlpack_layout() {
     use crate::dlpack::DLTensor;
@@ -283,16 +284,16 @@ fn dlpack_layout() {
 
 fn last() -> String {
     let mut buffer = [0_u8; 256];
-    // SAFETY: as many bytes as it has.
+    // SAFETY: the buffer has this many bytes.
     let len = unsafe { gradblend_last_error(buffer.as_mut_ptr().cast(), buffer.len()) };
     String::from_utf8_lossy(&buffer[..len.min(buffer.len() - 1)]).into_owned()
 }
 
-/// A panic ends at the border, and what it happened to is not used again.
+/// A panic does not cross the C ABI, and its blender is not used again.
 #[test]
 fn panics() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut blender = std::ptr::null_mut();
-    // SAFETY: addresses of values of the right types.
+    // SAFETY: the addresses are those of values of the right types.
     unsafe {
         let config = gradblend_config { threads: 1, ..gradblend_config::of(&Config::new(2)) };
         assert_eq!(gradblend_blender_create(record::CPU, &config, &mut blender), status::OK, "{}", last());
@@ -307,14 +308,14 @@ fn panics() -> std::result::Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// A message that does not fit is cut, between characters, and still ends.
+/// A message that does not fit is cut between characters and ends in 0.
 #[test]
 fn cut_message() {
     call(|| Err(Fault::Argument("aé".into())));
     for (room, expected) in [(0, None), (1, Some("")), (2, Some("a")), (3, Some("a")), (4, Some("aé")), (9, Some("aé"))]
     {
         let mut buffer = [b'?'; 9];
-        // SAFETY: as many bytes as it has.
+        // SAFETY: the buffer has this many bytes.
         assert_eq!(unsafe { gradblend_last_error(buffer.as_mut_ptr().cast(), room) }, 3);
         let text = expected.map(|text| [text.as_bytes(), &[0]].concat()).unwrap_or_default();
         assert_eq!(&buffer[..text.len()], text, "{room}");
@@ -322,7 +323,7 @@ fn cut_message() {
     }
 }
 
-/// Who destroys waits for the call that runs; one that waits too runs before that ends, or is refused.
+/// Destroying waits for the running call. A call that waits too runs before the destruction or gets an error.
 #[test]
 fn destroyed_while_it_runs() -> Outcome {
     let numbers: Handles<u32> = Handles::new(3, "number");
@@ -347,7 +348,7 @@ fn destroyed_while_it_runs() -> Outcome {
     Ok(())
 }
 
-/// A handle names one value for ever, and nothing after it.
+/// A handle is valid for one value only, and never again after its destruction.
 #[test]
 fn handles() -> Outcome {
     let numbers: Handles<u32> = Handles::new(3, "number");

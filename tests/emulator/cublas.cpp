@@ -7,7 +7,7 @@
 
 #include "cuda.hpp"
 
-#include "common.cuh"
+#include "vec128.cuh"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -8,18 +8,18 @@
 
 #include "driver.hpp"
 
-#include "common.cuh"
+#include "vec128.cuh"
 
 // ---- Kernels ----
 
 extern "C" {
-void dot(Launch);
-void blend(Launch);
-void dot_blend(Launch);
-void observe(Launch);
-void reweight(Launch);
-void reset(Launch);
-void set_weights(Launch, Weights);
+void dot(TableArgs, BlenderArgs, ObservationArgs, uint32_t);
+void blend(TableArgs, BlenderArgs, ObservationArgs, uint32_t);
+void dot_blend(TableArgs, BlenderArgs, ObservationArgs, uint32_t);
+void observe(BlenderArgs, ObservationArgs);
+void reweight(BlenderArgs);
+void reset(BlenderArgs);
+void set_weights(BlenderArgs, Weights);
 
 // Of benches/kernels/naive.cu.
 #define NAIVE(dtype) \

@@ -1,6 +1,6 @@
 // What a user writes first: one kernel for each step of the arithmetic, an element a thread. And the two that a benchmark
 // needs beside them: plain reading, and the sum of cuBLAS's results over all tensors.
-#include "common.cuh"
+#include "vec128.cuh"
 
 namespace {
 
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) read_units(uint64_t address,
         uint4 unit[AHEAD];
 #pragma unroll
         for (uint32_t j = 0; j < AHEAD; ++j) {
-            unit[j] = load(address + 16 * (i + j * stride));
+            unit[j] = load_unit(address + 16 * (i + j * stride));
         }
 #pragma unroll
         for (uint32_t j = 0; j < AHEAD; ++j) {
@@ -133,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) read_units(uint64_t address,
         }
     }
     for (; i < units; i += stride) {
-        const uint4 unit = load(address + 16 * i);
+        const uint4 unit = load_unit(address + 16 * i);
         sum ^= unit.x ^ unit.y ^ unit.z ^ unit.w;
     }
     if (sum == 0x9e3779b9u) {

@@ -1,4 +1,4 @@
-//! The operations on the CPU.
+//! The CPU backend.
 
 mod pass;
 mod pool;
@@ -6,179 +6,242 @@ mod pool;
 mod tests;
 mod vector;
 
-use std::alloc::Layout;
 use std::cell::UnsafeCell;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::abi::{MAX_MODALITIES, State};
+use crate::config::{Cadence, Config, Pass};
 use crate::error::{Error, Result};
-use crate::solve::{Overfitting, Policy, solve_into};
-use crate::state::{self, Average, Flags};
-use crate::table::{Table, reserved};
-use crate::tensor::Scale;
+use crate::solve::{Overfitting, solve_into};
+use crate::state::{self, Flags};
+use crate::table::{Buffer, Grouping, Table, reserved};
+use crate::tensor::{Scale, Stream};
 
-use pass::{Run, Sums, Work};
+use super::{Backend, Memory};
+use pass::{Kernel, SpanPass, Sums};
 use pool::Pool;
 
-/// Bytes that a pass moves from which on the blend is written past the cache: more than any second-level cache holds,
-/// so the blend would be evicted before it is read again, and writing it there costs a read of the line first.
-const PAST_CACHE: u64 = 32 << 20;
+/// Minimum traffic in bytes from which the blended gradient is written by non-temporal stores. It is more than a
+/// second-level cache holds, so the blended gradient would be evicted before it is read again, and an ordinary store
+/// reads the cache line first.
+const NON_TEMPORAL_BYTES: u64 = 32 << 20;
 
-/// A blender's memory and threads.
+/// A blender's state and threads.
 #[derive(Debug)]
 pub(crate) struct Cpu {
+    config: Config,
+    scale: Scale,
     pool: Pool,
-    /// At an address of its own for life: callers hold the addresses of the pending sums and of the f32 weights.
+    kernel: Kernel,
+    /// Owned, and never moved: callers hold the addresses of the pending sums and of the f32 weights.
     state: NonNull<State>,
-    run: Run,
 }
 
-// SAFETY: the state belongs to this value alone; addresses of it that callers hold are for them to order.
+// SAFETY: the state belongs to this value alone; callers that hold addresses into it order their accesses themselves.
 unsafe impl Send for Cpu {}
-// SAFETY: no `&self` method but `state` touches the state, and that one only reads.
+// SAFETY: the only `&self` methods that access the state read it or compute addresses.
 unsafe impl Sync for Cpu {}
 
-/// A plan's partial sums, one per span. Only the blender that the plan was made for writes here, one call at a time.
+/// The partial sums of a plan, one per span.
 #[derive(Debug)]
-pub(crate) struct Partials(Vec<UnsafeCell<Sums>>);
+pub(crate) struct PlanMemory {
+    partials: Vec<UnsafeCell<Sums>>,
+}
 
-// SAFETY: `Cpu::pass` is the only access. It takes the blender as `&mut`, and the blender refuses plans of others.
-unsafe impl Sync for Partials {}
+// SAFETY: `Cpu::pass` is the only access. It borrows the backend as `&mut`, and a blender rejects plans of other blenders.
+unsafe impl Sync for PlanMemory {}
 
 impl Cpu {
-    pub(crate) fn new(threads: u32, start: &State) -> Result<Self> {
-        let pool = Pool::new(threads)?;
-        let layout = Layout::new::<State>();
-        // SAFETY: the layout is not empty.
-        let state = NonNull::new(unsafe { std::alloc::alloc(layout) }.cast::<State>())
-            .ok_or(Error::OutOfMemory { what: "the blender", bytes: layout.size() as u64 })?;
-        // SAFETY: `state` is fresh memory of the right layout.
-        unsafe { state.write(*start) };
-        Ok(Cpu { pool, state, run: pass::best() })
+    pub(crate) fn new(config: Config, state: &State) -> Result<Self> {
+        let pool = Pool::new(config.threads)?;
+        let bytes = size_of::<State>() as u64;
+        let mut memory =
+            bytemuck::try_zeroed_box::<State>().map_err(|()| Error::OutOfMemory { what: "the blender", bytes })?;
+        *memory = *state;
+        let state = NonNull::from(Box::leak(memory));
+        Ok(Cpu { config, scale: Scale::default(), pool, kernel: pass::best(), state })
     }
 
-    pub(crate) fn state(&self) -> &State {
-        // SAFETY: alive until drop; callers promise not to write to it meanwhile.
+    fn state(&self) -> &State {
+        // SAFETY: the state is alive until drop, and callers do not write to it during a call.
         unsafe { self.state.as_ref() }
     }
 
-    pub(crate) fn state_mut(&mut self) -> &mut State {
-        // SAFETY: alive until drop; callers promise not to use it meanwhile.
+    fn state_mut(&mut self) -> &mut State {
+        // SAFETY: the state is alive until drop, and callers do not access it during a call.
         unsafe { self.state.as_mut() }
     }
 
-    /// Address of the pending sums.
-    pub(crate) fn pending_sums(&self) -> *mut f64 {
-        // SAFETY: a place inside the state, which is alive.
-        unsafe { (&raw mut (*self.state.as_ptr()).pending).cast() }
-    }
-
-    /// Address of the f32 weights.
-    pub(crate) fn device_weights(&self) -> *const f32 {
-        // SAFETY: a place inside the state, which is alive.
-        unsafe { (&raw const (*self.state.as_ptr()).weights_f32).cast() }
-    }
-
-    /// Room for the partial sums of a table.
-    pub(crate) fn partials(table: &Table) -> Result<Partials> {
-        let mut partials = reserved(table.spans.len() as u64)?;
-        partials.resize_with(table.spans.len(), || UnsafeCell::new(Sums::default()));
-        Ok(Partials(partials))
-    }
-
-    /// Dot, blend, or both.
+    /// Runs DOT and BLEND.
     ///
     /// # Safety
-    /// The table's addresses are as `TensorGrads::from_raw` says or come from slices, and `partials` are those of
-    /// a plan of this blender.
-    pub(crate) unsafe fn pass(&mut self, table: &Table, partials: &Partials, dot: bool, blend: bool, accumulate: bool) {
+    /// As [`Backend::pass`].
+    unsafe fn run(&mut self, table: &Table, memory: &PlanMemory, what: Pass) {
         let weights = self.state().weights_f32;
-        let work = Work {
+        let blend = what.contains(Pass::BLEND);
+        let span_pass = SpanPass {
             modalities: table.modalities,
-            tensors: &table.tensors,
-            addresses: &table.addresses,
-            indices: &table.indices,
+            tensors: &table.rows.tensors,
+            addresses: &table.rows.addresses,
+            indices: &table.rows.indices,
             weights: &weights,
-            dot,
+            dot: what.contains(Pass::DOT),
             blend,
-            accumulate,
-            past_cache: blend && table.floor_bytes(dot, blend, accumulate) >= PAST_CACHE,
+            accumulate: what.contains(Pass::ACCUMULATE),
+            non_temporal: blend && table.minimum_traffic(what.bits()) >= NON_TEMPORAL_BYTES,
         };
-        let run = self.run;
+        let kernel = self.kernel;
         let next = AtomicUsize::new(0);
         let job = || {
             while let Some(index) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|i| *i < table.spans.len()) {
                 let span = table.spans[index];
                 let mut sums = Sums::default();
-                // SAFETY: the caller vouches for the addresses; spans are disjoint, and each is taken once.
+                // SAFETY: the addresses are valid by the contract of `run`; spans are disjoint, and one thread claims each.
                 unsafe {
-                    run(&work, &table.chunks[span.first as usize..span.end as usize], &mut sums);
-                    *partials.0[index].get() = sums;
+                    kernel(&span_pass, &table.chunks[span.first as usize..span.end as usize], &mut sums);
+                    *memory.partials[index].get() = sums;
                 }
             }
         };
-        // Waking the others costs more than one span.
+        // Waking the other threads costs more than one span.
         if table.spans.len() > 1 {
             self.pool.run(&job)
         } else {
             job()
         }
-        if dot {
-            let state = self.state_mut();
-            for k in 0..table.modalities {
-                let (mut c, mut d) = (0.0, 0.0);
-                for partial in &partials.0 {
-                    // SAFETY: all threads are done, and `&mut self` keeps other passes of this blender away.
-                    let [part_c, part_d] = unsafe { (*partial.get())[k] };
-                    c += part_c;
-                    d += part_d;
-                }
-                state.pending[k] += c;
-                state.pending[table.modalities + k] += d;
-            }
+        if span_pass.dot {
+            self.add_partials(memory, table.modalities);
         }
     }
 
-    /// Closes the pending sums as one observation; says whether it entered the moments.
-    pub(crate) fn observe(&mut self, modalities: usize, average: Average, scale: Scale) -> bool {
-        let scale = read_scale(scale);
-        state::observe(self.state_mut(), modalities, average, scale)
+    /// Adds the partial sums to the pending sums, in the order of the spans.
+    fn add_partials(&mut self, memory: &PlanMemory, modalities: usize) {
+        let state = self.state_mut();
+        for k in 0..modalities {
+            let (mut c, mut d) = (0.0, 0.0);
+            for partial in &memory.partials {
+                // SAFETY: all threads have finished, and `&mut self` excludes other passes of this blender.
+                let [partial_c, partial_d] = unsafe { (*partial.get())[k] };
+                c += partial_c;
+                d += partial_d;
+            }
+            state.pending[k] += c;
+            state.pending[modalities + k] += d;
+        }
     }
 
-    /// Puts in force what the moments say.
-    pub(crate) fn reweight(&mut self, modalities: usize, mut policy: Policy) {
+    /// The gradient scale now.
+    fn scale(&self) -> f32 {
+        match self.scale {
+            Scale::Value(scale) => scale,
+            // SAFETY: `GradScale::from_raw` requires a live f32 that nothing writes to during an observation.
+            Scale::Address(address) => unsafe { *std::ptr::with_exposed_provenance::<f32>(address as usize) },
+        }
+    }
+}
+
+impl Backend for Cpu {
+    type Memory = PlanMemory;
+
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn grouping(&self) -> Grouping {
+        Grouping::THREADS
+    }
+
+    fn memory(&self, table: &Table) -> Result<PlanMemory> {
+        let mut partials = reserved(table.spans.len() as u64)?;
+        partials.resize_with(table.spans.len(), || UnsafeCell::new(Sums::default()));
+        Ok(PlanMemory { partials })
+    }
+
+    unsafe fn pass(&mut self, table: &Table, memory: &PlanMemory, what: Pass, stream: Stream) -> Result<()> {
+        if what.reads() {
+            // SAFETY: the caller fulfils the contract of `pass`.
+            unsafe { self.run(table, memory, what) };
+        }
+        if what.contains(Pass::OBSERVE) { self.observe(stream) } else { Ok(()) }
+    }
+
+    fn observe(&mut self, stream: Stream) -> Result<()> {
+        let (k, average, scale) = (self.config.k(), self.config.average, self.scale());
+        let entered = state::observe(self.state_mut(), k, average, scale);
+        if entered && self.config.cadence == Cadence::EveryObservation { self.reweight(stream) } else { Ok(()) }
+    }
+
+    fn reweight(&mut self, _: Stream) -> Result<()> {
+        let (k, mut policy) = (self.config.k(), self.config.policy);
         let state = self.state_mut();
-        if state.observed < modalities as u64 {
+        if state.observed < k as u64 {
+            // S of fewer than K observations is singular.
             policy.overfitting = Overfitting::Uncorrelated;
         }
         let mut mean = [0.0; MAX_MODALITIES];
         let mut second_moment = [0.0; MAX_MODALITIES * MAX_MODALITIES];
         let mut weights = [0.0; MAX_MODALITIES];
-        let (mean, second_moment) = (&mut mean[..modalities], &mut second_moment[..modalities * modalities]);
-        let weights = &mut weights[..modalities];
-        state::moments(state, modalities, mean, second_moment);
+        let (mean, second_moment) = (&mut mean[..k], &mut second_moment[..k * k]);
+        let weights = &mut weights[..k];
+        state::moments(state, k, mean, second_moment);
         let found = solve_into(mean, second_moment, &policy, weights);
         if !found.contains(Flags::HELD) {
-            state::put_weights(state, weights);
+            state::set_weights(state, weights);
         }
         let kept = Flags::from_bits_retain(state.flags) & Flags::NONFINITE;
         state.flags = (kept | found).bits();
+        Ok(())
+    }
+
+    fn reset(&mut self, _: Stream) -> Result<()> {
+        state::reset(self.state_mut());
+        Ok(())
+    }
+
+    fn set_weights(&mut self, weights: &[f64], _: Stream) -> Result<()> {
+        state::set_weights(self.state_mut(), weights);
+        Ok(())
+    }
+
+    fn set_grad_scale(&mut self, scale: Scale) -> Result<()> {
+        self.scale = scale;
+        Ok(())
+    }
+
+    fn read(&self, _: Stream) -> Result<State> {
+        Ok(*self.state())
+    }
+
+    fn write(&mut self, state: &State, _: Stream) -> Result<()> {
+        *self.state_mut() = *state;
+        Ok(())
+    }
+
+    fn pending_sums(&self) -> *mut f64 {
+        // SAFETY: `pending` is a field of the state, which is alive.
+        unsafe { (&raw mut (*self.state.as_ptr()).pending).cast() }
+    }
+
+    fn device_weights(&self) -> *const f32 {
+        // SAFETY: `weights_f32` is a field of the state, which is alive.
+        unsafe { (&raw const (*self.state.as_ptr()).weights_f32).cast() }
     }
 }
 
-/// The scale's value now.
-fn read_scale(scale: Scale) -> f32 {
-    match scale {
-        Scale::Value(scale) => scale,
-        // SAFETY: `GradScale::from_raw` had the caller promise a live f32 that nothing writes to meanwhile.
-        Scale::Address(address) => unsafe { *std::ptr::with_exposed_provenance::<f32>(address as usize) },
+impl Memory for PlanMemory {
+    fn check_update(&self, _: impl Iterator<Item = Buffer>, _: Stream) -> Result<()> {
+        Ok(())
+    }
+
+    fn update(&self, _: &Table, _: Stream) -> Result<()> {
+        Ok(())
     }
 }
 
 impl Drop for Cpu {
     fn drop(&mut self) {
-        // SAFETY: made by `new` with this layout, and freed here only.
-        unsafe { std::alloc::dealloc(self.state.as_ptr().cast(), Layout::new::<State>()) }
+        // SAFETY: `new` leaked this box, and nothing uses it after drop.
+        drop(unsafe { Box::from_raw(self.state.as_ptr()) });
     }
 }

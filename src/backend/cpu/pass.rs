@@ -1,33 +1,32 @@
-//! One pass over the gradients of a span: dot, blend, or both, reading each element once.
+//! One pass over the gradients of a span: dot, blend, or both. Each element is read once.
 //!
-//! A chunk is taken in blocks of 1,024 elements. Inside a block, modality gradients are taken four at a time, so that
-//! their eight accumulators, t, g and the products stay in sixteen vector registers; from the fifth on, t and g come from
-//! the first-level cache again, not from memory. A lane adds 1,024 / 8 = 128 products in f32 before it is folded into
-//! f64: with a rounding for the product and one for t - g that is 130 roundings of 2^-24, half of the 2^-16 that
-//! is promised.
+//! A chunk is processed in blocks of 1,024 elements, and in a block the modality gradients in tiles of four: eight
+//! accumulators, t, g and the products fit in sixteen vector registers. From the second tile on, t and g are read again
+//! from the first-level cache, not from memory. A lane adds 1,024 / 8 = 128 products in f32 before its sum is added in
+//! f64. With one rounding for a product and one for t - g that is 130 roundings of 2^-24, half of the guaranteed 2^-16.
 
 use half::{bf16, f16};
 
 use crate::abi::{Chunk, MAX_MODALITIES, TensorRecord};
 use crate::tensor::DType;
 
-use super::vector::{Isa, LANES, Load, PAST_ALIGNMENT, Portable};
+use super::vector::{Isa, LANES, Load, NON_TEMPORAL_ALIGNMENT, Portable};
 
-/// Elements that are in the first-level cache together: 4 KiB a list in f32.
+/// Elements of a block: 4 KiB of each f32 buffer, so that a block stays in the first-level cache.
 const BLOCK: usize = 1024;
 /// Bytes of a cache line.
 const LINE: usize = 64;
-/// Bytes of a chunk below which nothing is written past the cache: at 400, a blend takes twice as long that way
-/// (`cargo bench --bench blend -- "100000 tensors"`, an EPYC of 2 cores), at 4,000 a tenth less.
+/// Least size in bytes of a chunk that non-temporal stores are used for: at 400 bytes they double the time of a blend, at
+/// 4,000 they save a tenth (100,000 tensors, an EPYC with 2 cores; `cargo run -p gradblend-lab`).
 const SHORT: usize = 2048;
-/// Modality gradients that are in registers together.
+/// Modality gradients of a tile, whose accumulators stay in registers.
 const TILE: usize = 4;
 
-/// Bytes of each list that are asked for before they are used: the processor's own prefetching stops at every page and
-/// is not enough for six lists at once.
+/// How far ahead of its use each buffer is prefetched, in bytes: the processor's own prefetching stops at every page and
+/// does not suffice for six buffers at once.
 ///
-/// Share of reading one list after the other, 1 GB moved, K = 4, 2 threads of a Xeon, two runs each on a machine that was
-/// not idle:
+/// Throughput over that of plain reading of the same bytes, 1 GB moved, K = 4, 2 threads of a Xeon, two runs each on a
+/// machine with other load, by distance:
 ///
 /// | | none | 512 | 1024 | 4096 |
 /// |---|---|---|---|---|
@@ -35,11 +34,11 @@ const TILE: usize = 4;
 /// | dot, bf16 | 0.99, 0.97 | 1.11, 1.15 | 1.19, 1.17 | 1.10, 1.10 |
 /// | step, f32 | 1.04, 1.01 | 1.14, 1.22 | 1.21, 1.24 | 1.15, 1.14 |
 /// | step, bf16 | 0.95, 0.88 | 1.08, 1.06 | 1.05, 1.04 | 1.04, 0.99 |
-const AHEAD: usize = 1024;
+const PREFETCH_DISTANCE: usize = 1024;
 
-/// What one pass does to the tensors of a span.
+/// What one pass does, and the tensors of a plan.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Work<'a> {
+pub(super) struct SpanPass<'a> {
     pub(super) modalities: usize,
     pub(super) tensors: &'a [TensorRecord],
     pub(super) addresses: &'a [u64],
@@ -48,22 +47,22 @@ pub(super) struct Work<'a> {
     pub(super) dot: bool,
     pub(super) blend: bool,
     pub(super) accumulate: bool,
-    /// Write the blend past the cache.
-    pub(super) past_cache: bool,
+    /// Write the blended gradient by non-temporal stores.
+    pub(super) non_temporal: bool,
 }
 
 /// Sums c_k and d_k of a span.
 pub(super) type Sums = [[f64; 2]; MAX_MODALITIES];
 
-/// Runs a pass over chunks, adding to the sums.
+/// Runs a pass over chunks and adds to the sums.
 ///
 /// # Safety
-/// The addresses in `work` are those of a plan whose maker vouches for them, and nothing else uses the blended
-/// elements of `chunks` meanwhile.
-pub(super) type Run = unsafe fn(work: &Work<'_>, chunks: &[Chunk], sums: &mut Sums);
+/// - the addresses in `pass` are valid, as the contract of `Backend::pass` says;
+/// - nothing else accesses the blended elements of `chunks` during the call.
+pub(super) type Kernel = unsafe fn(pass: &SpanPass<'_>, chunks: &[Chunk], sums: &mut Sums);
 
-/// The fastest [`Run`] of this processor.
-pub(super) fn best() -> Run {
+/// The fastest [`Kernel`] of this processor.
+pub(super) fn best() -> Kernel {
     #[cfg(target_arch = "x86_64")]
     if super::vector::Avx2::detected() {
         return avx2;
@@ -71,90 +70,95 @@ pub(super) fn best() -> Run {
     portable
 }
 
-/// [`Run`] for every processor.
+/// [`Kernel`] for every processor.
 ///
 /// # Safety
-/// As [`Run`].
-pub(super) unsafe fn portable(work: &Work<'_>, chunks: &[Chunk], sums: &mut Sums) {
-    // SAFETY: as the caller's; `Portable` needs nothing of the processor.
-    unsafe { run::<Portable>(work, chunks, sums) }
+/// As [`Kernel`].
+pub(super) unsafe fn portable(pass: &SpanPass<'_>, chunks: &[Chunk], sums: &mut Sums) {
+    // SAFETY: the caller fulfils the contract of `Kernel`; `Portable` needs no instruction set.
+    unsafe { run::<Portable>(pass, chunks, sums) }
 }
 
-/// [`Run`] for processors with AVX2 and F16C.
+/// [`Kernel`] for processors with AVX2 and F16C.
 ///
 /// # Safety
-/// As [`Run`], and the processor has AVX2 and F16C.
+/// As [`Kernel`], and the processor has AVX2 and F16C.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn avx2(work: &Work<'_>, chunks: &[Chunk], sums: &mut Sums) {
-    // SAFETY: as the caller's.
-    unsafe { run::<super::vector::Avx2>(work, chunks, sums) }
+unsafe fn avx2(pass: &SpanPass<'_>, chunks: &[Chunk], sums: &mut Sums) {
+    // SAFETY: the caller fulfils the contract of `Kernel` and guarantees AVX2 and F16C.
+    unsafe { run::<super::vector::Avx2>(pass, chunks, sums) }
 }
 
 #[inline(always)]
-unsafe fn run<I: Isa>(work: &Work<'_>, chunks: &[Chunk], sums: &mut Sums) {
+unsafe fn run<I: Isa>(pass: &SpanPass<'_>, chunks: &[Chunk], sums: &mut Sums) {
     for chunk in chunks {
-        // SAFETY: as the caller's; the dtype was written by a plan.
+        // SAFETY: the caller fulfils the contract of `Kernel`; a table wrote the dtype of the record.
         unsafe {
-            match work.tensors[chunk.tensor as usize].dtype {
-                code if code == DType::F32 as u32 => elements::<I, f32>(work, chunk, sums),
-                code if code == DType::F16 as u32 => elements::<I, f16>(work, chunk, sums),
-                _ => elements::<I, bf16>(work, chunk, sums),
+            match pass.tensors[chunk.tensor as usize].dtype {
+                code if code == DType::F32 as u32 => elements::<I, f32>(pass, chunk, sums),
+                code if code == DType::F16 as u32 => elements::<I, f16>(pass, chunk, sums),
+                _ => elements::<I, bf16>(pass, chunk, sums),
             }
         }
     }
-    // SAFETY: as the caller's.
+    // SAFETY: the caller fulfils the contract of `Kernel`.
     unsafe { I::fence() };
 }
 
 #[inline(always)]
-unsafe fn elements<I: Isa, T: Load>(work: &Work<'_>, chunk: &Chunk, sums: &mut Sums) {
-    let record = &work.tensors[chunk.tensor as usize];
-    let dot = work.dot && record.train != 0 && record.present != 0;
-    let blend = work.blend && record.blended != 0 && (record.present != 0 || !work.accumulate);
-    // SAFETY: as the caller's.
+unsafe fn elements<I: Isa, T: Load>(pass: &SpanPass<'_>, chunk: &Chunk, sums: &mut Sums) {
+    let record = &pass.tensors[chunk.tensor as usize];
+    let dot = pass.dot && record.train != 0 && record.present != 0;
+    let blend = pass.blend && record.blended != 0 && (record.present != 0 || !pass.accumulate);
+    // SAFETY: the caller fulfils the contract of `Kernel`.
     unsafe {
         match (dot, blend) {
-            (true, true) => blocks::<I, T, true, true>(work, chunk, sums),
-            (true, false) => blocks::<I, T, true, false>(work, chunk, sums),
-            (false, true) => blocks::<I, T, false, true>(work, chunk, sums),
+            (true, true) => blocks::<I, T, true, true>(pass, chunk, sums),
+            (true, false) => blocks::<I, T, true, false>(pass, chunk, sums),
+            (false, true) => blocks::<I, T, false, true>(pass, chunk, sums),
             (false, false) => {}
         }
     }
 }
 
-/// Where one block of a list starts.
+/// Address of an element of a buffer.
 #[inline(always)]
 fn at<T>(address: u64, offset: usize) -> *mut T {
     std::ptr::with_exposed_provenance_mut::<T>(address as usize).wrapping_add(offset)
 }
 
 #[inline(always)]
-unsafe fn blocks<I: Isa, T: Load, const DOT: bool, const BLEND: bool>(work: &Work<'_>, chunk: &Chunk, sums: &mut Sums) {
+unsafe fn blocks<I: Isa, T: Load, const DOT: bool, const BLEND: bool>(
+    pass: &SpanPass<'_>,
+    chunk: &Chunk,
+    sums: &mut Sums,
+) {
     let tensor = chunk.tensor as usize;
-    let record = &work.tensors[tensor];
+    let record = &pass.tensors[tensor];
     let present = record.present as usize;
-    let slots = tensor * work.modalities..tensor * work.modalities + present;
-    let addresses = &work.addresses[slots.clone()];
-    let indices = &work.indices[slots];
+    let slots = tensor * pass.modalities..tensor * pass.modalities + present;
+    let addresses = &pass.addresses[slots.clone()];
+    let indices = &pass.indices[slots];
     let mut blend = [0.0_f32; BLOCK];
-    // In place, the block was just read and is in the cache anyway. And the ends of a short one would be parts of lines.
+    // A gradient that is blended in place was just read, so its lines are in the cache already. A short chunk is mostly
+    // partial lines.
     let long = chunk.len as usize * size_of::<T>() >= SHORT;
-    let past = work.past_cache && long && !work.accumulate && !addresses.contains(&record.blended);
-    // Then the sum is whole before it leaves its register, and the processor has something to compute between stores past
-    // the cache, which must be aligned. In bursts of a block, an EPYC of 2 cores takes them at 0.70 of plain reading, and
-    // so at 0.95 (`cargo bench --bench step -- 1e8/K4/f32`).
-    let aligned = record.blended.is_multiple_of(PAST_ALIGNMENT);
-    let straight = BLEND && (1..=TILE).contains(&present) && !work.accumulate && (aligned || !past);
+    let non_temporal = pass.non_temporal && long && !pass.accumulate && !addresses.contains(&record.blended);
+    // DIRECT: all modalities fit in one tile, so a blended vector is complete in its register and is stored from there.
+    // Non-temporal stores, which need alignment, then alternate with arithmetic: an EPYC with 2 cores runs a step at 0.95
+    // of plain reading; when a block is stored at once, at 0.70.
+    let aligned = record.blended.is_multiple_of(NON_TEMPORAL_ALIGNMENT);
+    let direct = BLEND && (1..=TILE).contains(&present) && !pass.accumulate && (aligned || !non_temporal);
     let (start, len) = (chunk.start as usize, chunk.len as usize);
     let mut done = 0;
     while done < len {
         let count = BLOCK.min(len - done);
         let offset = start + done;
-        // SAFETY: the plan's maker vouches for all elements of the chunk.
+        // SAFETY: the addresses are valid for all elements of the chunk.
         unsafe {
-            if BLEND && !straight {
-                if work.accumulate {
+            if BLEND && !direct {
+                if pass.accumulate {
                     widen::<I, T>(at(record.blended, offset), &mut blend[..count]);
                 } else {
                     blend[..count].fill(0.0);
@@ -166,9 +170,9 @@ unsafe fn blocks<I: Isa, T: Load, const DOT: bool, const BLEND: bool>(work: &Wor
             while first < present {
                 let addresses = &addresses[first..];
                 let indices = &indices[first..];
-                let (left, weights) = (len - done, work.weights);
-                let block = Block { t, g, to, past, offset, count, left, addresses, indices, weights };
-                match (present - first, straight) {
+                let (left, weights) = (len - done, pass.weights);
+                let block = Block { t, g, to, non_temporal, offset, count, left, addresses, indices, weights };
+                match (present - first, direct) {
                     (1, true) => tile::<I, T, 1, DOT, BLEND, BLEND>(&block, &mut blend, sums),
                     (2, true) => tile::<I, T, 2, DOT, BLEND, BLEND>(&block, &mut blend, sums),
                     (3, true) => tile::<I, T, 3, DOT, BLEND, BLEND>(&block, &mut blend, sums),
@@ -180,9 +184,9 @@ unsafe fn blocks<I: Isa, T: Load, const DOT: bool, const BLEND: bool>(work: &Wor
                 }
                 first += TILE;
             }
-            if BLEND && !straight {
-                if past {
-                    narrow_past_cache::<I, T>(&blend[..count], to);
+            if BLEND && !direct {
+                if non_temporal {
+                    narrow_non_temporal::<I, T>(&blend[..count], to);
                 } else {
                     narrow::<I, T>(&blend[..count], to);
                 }
@@ -192,13 +196,13 @@ unsafe fn blocks<I: Isa, T: Load, const DOT: bool, const BLEND: bool>(work: &Wor
     }
 }
 
-/// A block and the modalities still to be taken of it.
+/// A block, and its modalities from the current tile on.
 struct Block<'a, T> {
     t: *const T,
     g: *const T,
-    /// Where the blend goes, and whether past the cache.
+    /// Where the blended gradient goes, and whether by non-temporal stores.
     to: *mut T,
-    past: bool,
+    non_temporal: bool,
     offset: usize,
     count: usize,
     /// Elements from `offset` to the end of the chunk.
@@ -208,10 +212,10 @@ struct Block<'a, T> {
     weights: &'a [f32; MAX_MODALITIES],
 }
 
-/// The next N modalities of a block: adds to their sums if DOT, to `blend` if BLEND. STRAIGHT: these are all there are,
-/// and their blend goes where it belongs.
+/// Processes the next N modalities of a block: adds to their sums if DOT, to `blend` if BLEND. DIRECT: these are all
+/// modalities, and the blended elements are stored to the block's destination.
 #[inline(always)]
-unsafe fn tile<I: Isa, T: Load, const N: usize, const DOT: bool, const BLEND: bool, const STRAIGHT: bool>(
+unsafe fn tile<I: Isa, T: Load, const N: usize, const DOT: bool, const BLEND: bool, const DIRECT: bool>(
     block: &Block<'_, T>,
     blend: &mut [f32; BLOCK],
     sums: &mut Sums,
@@ -220,23 +224,24 @@ unsafe fn tile<I: Isa, T: Load, const N: usize, const DOT: bool, const BLEND: bo
     let index: [usize; N] = std::array::from_fn(|n| block.indices[n] as usize);
     let v: [*const T; N] = std::array::from_fn(|n| at::<T>(block.addresses[n], block.offset).cast_const());
     let blend = blend.as_mut_ptr();
-    // SAFETY: `count` elements are there in each list and at `to`, which is aligned if it must be; and BLOCK in `blend`.
+    // SAFETY: `count` elements are valid in each buffer and at `to`, which is aligned where non-temporal stores need it;
+    // `blend` has BLOCK elements.
     unsafe {
         let weights: [I::Lanes; N] = std::array::from_fn(|n| I::splat(block.weights[index[n]]));
         let mut c = [I::splat(0.0); N];
         let mut d = [I::splat(0.0); N];
         let whole = count - count % LANES;
-        let (line, ahead) = (LINE / size_of::<T>(), AHEAD / size_of::<T>());
+        let (line, distance) = (LINE / size_of::<T>(), PREFETCH_DISTANCE / size_of::<T>());
         let mut i = 0;
         while i < whole {
-            // Not past the chunk: what follows there is not ours to read, or another thread's.
-            if i % line == 0 && i + ahead < block.left {
+            // Only inside the chunk: what follows belongs to another thread or to nobody.
+            if i % line == 0 && i + distance < block.left {
                 for v in v {
-                    I::prefetch(v.add(i + ahead).cast());
+                    I::prefetch(v.add(i + distance).cast());
                 }
                 if DOT {
-                    I::prefetch(block.t.add(i + ahead).cast());
-                    I::prefetch(block.g.add(i + ahead).cast());
+                    I::prefetch(block.t.add(i + distance).cast());
+                    I::prefetch(block.g.add(i + distance).cast());
                 }
             }
             let x = std::array::from_fn(|n| T::load::<I>(v[n].add(i)));
@@ -245,11 +250,11 @@ unsafe fn tile<I: Isa, T: Load, const N: usize, const DOT: bool, const BLEND: bo
             } else {
                 (I::splat(0.0), I::splat(0.0))
             };
-            let before = if BLEND && !STRAIGHT { I::load_f32(blend.add(i)) } else { I::splat(0.0) };
+            let before = if BLEND && !DIRECT { I::load_f32(blend.add(i)) } else { I::splat(0.0) };
             let sum = lanes::<I, N, DOT, BLEND>(t, g, &x, &weights, &mut c, &mut d, before);
-            if STRAIGHT && block.past {
+            if DIRECT && block.non_temporal {
                 T::store::<I, true>(block.to.add(i), sum);
-            } else if STRAIGHT {
+            } else if DIRECT {
                 T::store::<I, false>(block.to.add(i), sum);
             } else if BLEND {
                 I::store_f32::<false>(blend.add(i), sum);
@@ -257,7 +262,7 @@ unsafe fn tile<I: Isa, T: Load, const N: usize, const DOT: bool, const BLEND: bo
             i += LANES;
         }
         if whole < count {
-            // The rest is padded with zeros, which change no sum.
+            // The last vector is padded with zeros, which change no sum.
             let rest = count - whole;
             let padded = |from: *const T| {
                 let mut padded = [T::ZERO; LANES];
@@ -266,10 +271,10 @@ unsafe fn tile<I: Isa, T: Load, const N: usize, const DOT: bool, const BLEND: bo
             };
             let x = std::array::from_fn(|n| padded(v[n]));
             let (t, g) = if DOT { (padded(block.t), padded(block.g)) } else { (I::splat(0.0), I::splat(0.0)) };
-            // `whole` + LANES is at most BLOCK, a multiple of LANES.
-            let before = if BLEND && !STRAIGHT { I::load_f32(blend.add(whole)) } else { I::splat(0.0) };
+            // `whole` + LANES is at most BLOCK, which is a multiple of LANES.
+            let before = if BLEND && !DIRECT { I::load_f32(blend.add(whole)) } else { I::splat(0.0) };
             let sum = lanes::<I, N, DOT, BLEND>(t, g, &x, &weights, &mut c, &mut d, before);
-            if STRAIGHT {
+            if DIRECT {
                 let mut narrow = [T::ZERO; LANES];
                 T::store::<I, false>(narrow.as_mut_ptr(), sum);
                 std::ptr::copy_nonoverlapping(narrow.as_ptr(), block.to.add(whole), rest);
@@ -296,7 +301,7 @@ unsafe fn lanes<I: Isa, const N: usize, const DOT: bool, const BLEND: bool>(
     d: &mut [I::Lanes; N],
     mut blend: I::Lanes,
 ) -> I::Lanes {
-    // SAFETY: the caller vouches for the instruction set.
+    // SAFETY: the caller guarantees the instruction set.
     unsafe {
         if DOT {
             let gap = I::sub(t, g);
@@ -314,11 +319,11 @@ unsafe fn lanes<I: Isa, const N: usize, const DOT: bool, const BLEND: bool>(
     blend
 }
 
-/// Reads a block as f32.
+/// Converts a block to f32.
 #[inline(always)]
 unsafe fn widen<I: Isa, T: Load>(from: *const T, to: &mut [f32]) {
     let whole = to.len() - to.len() % LANES;
-    // SAFETY: as many elements as `to` has are there.
+    // SAFETY: `from` is valid for as many elements as `to` has.
     unsafe {
         let mut i = 0;
         while i < whole {
@@ -333,11 +338,11 @@ unsafe fn widen<I: Isa, T: Load>(from: *const T, to: &mut [f32]) {
     }
 }
 
-/// Rounds f32 to the tensor's dtype, once.
+/// Rounds a block of f32 once, to the tensor's dtype.
 #[inline(always)]
 unsafe fn narrow<I: Isa, T: Load>(from: &[f32], to: *mut T) {
     let whole = from.len() - from.len() % LANES;
-    // SAFETY: as many elements as `from` has may be written.
+    // SAFETY: `to` may be written for as many elements as `from` has.
     unsafe {
         let mut i = 0;
         while i < whole {
@@ -351,13 +356,13 @@ unsafe fn narrow<I: Isa, T: Load>(from: &[f32], to: *mut T) {
     }
 }
 
-/// [`narrow`], but whole cache lines go to memory without being read first.
+/// [`narrow`] with non-temporal stores of whole cache lines, which are then not read first.
 #[inline(always)]
-unsafe fn narrow_past_cache<I: Isa, T: Load>(from: &[f32], to: *mut T) {
+unsafe fn narrow_non_temporal<I: Isa, T: Load>(from: &[f32], to: *mut T) {
     let line = LINE / size_of::<T>();
     let head = to.align_offset(LINE).min(from.len());
     let whole = (from.len() - head) / line * line;
-    // SAFETY: as many elements as `from` has may be written; past `head`, `to` is aligned to a cache line.
+    // SAFETY: `to` may be written for as many elements as `from` has; after `head` elements it is aligned to a line.
     unsafe {
         narrow::<I, T>(&from[..head], to);
         let mut i = head;

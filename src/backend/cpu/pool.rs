@@ -1,6 +1,6 @@
-//! Threads that wait for a blender's next pass.
+//! Thread pool of a blender.
 //!
-//! Our own because a run call must not allocate: the job queues of the common pools grow on the heap as work is pushed.
+//! The common pools do not fit: their job queues allocate as jobs are pushed, and a run call must not allocate.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use crate::config::MAX_CPU_THREADS;
 use crate::error::{Error, Result};
 
-/// The caller's thread and `workers.len()` more.
+/// A pool of the caller's thread and `workers.len()` more.
 #[derive(Debug)]
 pub(super) struct Pool {
     shared: Arc<Shared>,
@@ -19,35 +19,38 @@ pub(super) struct Pool {
 
 #[derive(Debug)]
 struct Shared {
-    turn: Mutex<Turn>,
+    round: Mutex<Round>,
     start: Condvar,
     done: Condvar,
 }
 
 #[derive(Debug)]
-struct Turn {
-    /// Counts the jobs, so that no worker takes one twice.
+struct Round {
+    /// Number of the job, so that no worker runs it twice.
     number: u64,
     job: Option<Job>,
-    /// Workers that have not finished the job yet.
+    /// Workers that have not finished the job.
     busy: usize,
-    /// Of the first worker that panicked on the job.
+    /// Payload of the first worker that panicked.
     panic: Option<Box<dyn Any + Send>>,
     quit: bool,
 }
 
-/// A borrowed closure whose lifetime `Pool::run` enforces by waiting.
+/// A borrowed closure. `Pool::run` returns only after all workers have finished it, so the borrow stays valid.
 #[derive(Clone, Copy, Debug)]
 struct Job {
     data: *const (),
     call: unsafe fn(*const ()),
 }
 
-// SAFETY: `Pool::run` makes jobs of `Sync` closures only, so their address may be used from any thread.
+// SAFETY: `Pool::run` makes jobs of `Sync` closures only, which any thread may call.
 unsafe impl Send for Job {}
 
 impl Pool {
-    /// A pool of `threads` threads, the caller's among them; 0 is one for each core that this process may use.
+    /// A pool of `threads` threads, the caller's included; 0 is one for each core that this process may use.
+    ///
+    /// # Errors
+    /// [`Error::Threads`].
     pub(super) fn new(threads: u32) -> Result<Self> {
         let threads = match threads {
             0 => std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
@@ -56,12 +59,12 @@ impl Pool {
         if threads > MAX_CPU_THREADS {
             return Err(Error::Threads { threads, reason: format!("expected at most {MAX_CPU_THREADS}") });
         }
-        let turn = Turn { number: 0, job: None, busy: 0, panic: None, quit: false };
-        let shared = Arc::new(Shared { turn: Mutex::new(turn), start: Condvar::new(), done: Condvar::new() });
+        let round = Round { number: 0, job: None, busy: 0, panic: None, quit: false };
+        let shared = Arc::new(Shared { round: Mutex::new(round), start: Condvar::new(), done: Condvar::new() });
         let mut pool = Pool { shared, workers: Vec::new() };
         for thread in 1..threads {
             let shared = Arc::clone(&pool.shared);
-            // On an error the pool is dropped, which ends the threads that were started.
+            // On an error the pool is dropped, which ends the threads started so far.
             let worker = std::thread::Builder::new()
                 .name(format!("gradblend-{thread}"))
                 .spawn(move || shared.work())
@@ -71,7 +74,7 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Calls `job` once on each thread and returns when all calls have. Panics as one of them did.
+    /// Calls `job` once on each thread and returns after all calls have returned. If one of them panics, so does this.
     pub(super) fn run<F: Fn() + Sync>(&mut self, job: &F) {
         if self.workers.is_empty() {
             return job();
@@ -80,14 +83,14 @@ impl Pool {
             // SAFETY: `data` is the address of the `F` that `run` borrows until no worker is busy.
             unsafe { (*data.cast::<F>())() }
         }
-        let mut turn = self.shared.lock();
-        turn.number += 1;
-        turn.job = Some(Job { data: std::ptr::from_ref(job).cast(), call: call::<F> });
-        turn.busy = self.workers.len();
-        turn.panic = None;
-        drop(turn);
+        let mut round = self.shared.lock();
+        round.number += 1;
+        round.job = Some(Job { data: std::ptr::from_ref(job).cast(), call: call::<F> });
+        round.busy = self.workers.len();
+        round.panic = None;
+        drop(round);
         self.shared.start.notify_all();
-        // Waits even if `job` panics on this thread: the workers still borrow it.
+        // The drop of `wait` waits even if `job` panics on this thread, because the workers still borrow it.
         let wait = Wait(&self.shared);
         job();
         drop(wait);
@@ -101,41 +104,41 @@ struct Wait<'a>(&'a Shared);
 
 impl Drop for Wait<'_> {
     fn drop(&mut self) {
-        let mut turn = self.0.lock();
-        while turn.busy > 0 {
-            turn = self.0.done.wait(turn).unwrap_or_else(PoisonError::into_inner);
+        let mut round = self.0.lock();
+        while round.busy > 0 {
+            round = self.0.done.wait(round).unwrap_or_else(PoisonError::into_inner);
         }
-        turn.job = None;
+        round.job = None;
     }
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Turn> {
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Round> {
+        self.round.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn work(&self) {
         let mut seen = 0;
         loop {
-            let mut turn = self.lock();
-            while !turn.quit && turn.number == seen {
-                turn = self.start.wait(turn).unwrap_or_else(PoisonError::into_inner);
+            let mut round = self.lock();
+            while !round.quit && round.number == seen {
+                round = self.start.wait(round).unwrap_or_else(PoisonError::into_inner);
             }
-            if turn.quit {
+            if round.quit {
                 return;
             }
-            seen = turn.number;
-            let job = turn.job;
-            drop(turn);
-            // A worker that did not come back would be waited for at the next job.
+            seen = round.number;
+            let job = round.job;
+            drop(round);
+            // A worker that ended by a panic would never finish the next job.
             let panicked = job.and_then(|job| {
-                // SAFETY: `run` waits until this worker is no longer busy before it gives up its borrow of the closure.
+                // SAFETY: `run` keeps its borrow of the closure until this worker is no longer busy.
                 catch_unwind(AssertUnwindSafe(|| unsafe { (job.call)(job.data) })).err()
             });
-            let mut turn = self.lock();
-            turn.busy -= 1;
-            turn.panic = turn.panic.take().or(panicked);
-            if turn.busy == 0 {
+            let mut round = self.lock();
+            round.busy -= 1;
+            round.panic = round.panic.take().or(panicked);
+            if round.busy == 0 {
                 self.done.notify_one();
             }
         }
@@ -147,7 +150,7 @@ impl Drop for Pool {
         self.shared.lock().quit = true;
         self.shared.start.notify_all();
         for worker in self.workers.drain(..) {
-            // It catches the panics of jobs, and has none of its own.
+            // A worker catches the panics of jobs and has none of its own, so there is no error to handle.
             let _ = worker.join();
         }
     }
@@ -158,7 +161,7 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// A panic on any thread is the caller's, and the threads are there for the next job.
+    /// A panic on any thread reaches the caller, and all threads run the next job.
     #[test]
     fn panics() -> Result<()> {
         let mut pool = Pool::new(3)?;

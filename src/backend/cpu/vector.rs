@@ -1,7 +1,7 @@
-//! Eight f32 lanes on whatever the processor has. The only intrinsics of the crate.
+//! Vectors of eight f32 lanes, portable and by AVX2. The only intrinsics of the crate.
 //!
-//! Every instruction set does the same eight lanes with the same separate multiplications and additions (a fused one
-//! is not to be had everywhere), so the bits of a result do not depend on the processor.
+//! Every instruction set multiplies and adds the same eight lanes by separate instructions (not every processor has a
+//! fused one), so the bits of a result do not depend on the processor.
 
 use half::{bf16, f16};
 
@@ -10,14 +10,15 @@ use crate::tensor::Element;
 /// Lanes of a vector.
 pub(super) const LANES: usize = 8;
 
-/// Bytes that stores past the cache must be aligned to.
-pub(super) const PAST_ALIGNMENT: u64 = 16;
+/// Alignment in bytes that non-temporal stores need.
+pub(super) const NON_TEMPORAL_ALIGNMENT: u64 = 16;
 
 /// An instruction set.
 ///
 /// # Safety
-/// All functions: the processor has the instruction set, and they are inlined into a function compiled for it (a call
-/// would work but crawl). Pointers: valid for the elements named, aligned to the element.
+/// - All functions: the processor has the instruction set. They are inlined into a function compiled for it, because a
+///   call per vector would be slow.
+/// - Pointers: valid for the elements named, aligned to the element.
 pub(super) trait Isa: Copy {
     /// Eight f32.
     type Lanes: Copy;
@@ -33,24 +34,25 @@ pub(super) trait Isa: Copy {
     unsafe fn load_f32(from: *const f32) -> Self::Lanes;
     unsafe fn load_f16(from: *const f16) -> Self::Lanes;
     unsafe fn load_bf16(from: *const bf16) -> Self::Lanes;
-    /// Writes 8 elements, rounded to nearest, ties to even. `PAST` the cache: `to` must be aligned to [`PAST_ALIGNMENT`].
-    unsafe fn store_f32<const PAST: bool>(to: *mut f32, a: Self::Lanes);
-    unsafe fn store_f16<const PAST: bool>(to: *mut f16, a: Self::Lanes);
-    unsafe fn store_bf16<const PAST: bool>(to: *mut bf16, a: Self::Lanes);
-    /// Brings the cache line of `at` nearer; any address will do.
+    /// Writes 8 elements, rounded to nearest, ties to even. NON_TEMPORAL: by a non-temporal store, for which
+    /// `to` is aligned to [`NON_TEMPORAL_ALIGNMENT`].
+    unsafe fn store_f32<const NON_TEMPORAL: bool>(to: *mut f32, a: Self::Lanes);
+    unsafe fn store_f16<const NON_TEMPORAL: bool>(to: *mut f16, a: Self::Lanes);
+    unsafe fn store_bf16<const NON_TEMPORAL: bool>(to: *mut bf16, a: Self::Lanes);
+    /// Prefetches the cache line of `at`, which may be any address.
     unsafe fn prefetch(at: *const u8);
-    /// Orders stores past the cache before whatever comes next.
+    /// Orders non-temporal stores before all later stores.
     unsafe fn fence();
 }
 
-/// An element that vectors can be loaded from and stored to.
+/// An element type that vectors are loaded from and stored to.
 ///
 /// # Safety
 /// As [`Isa`].
 pub(super) trait Load: Element {
     const ZERO: Self;
     unsafe fn load<I: Isa>(from: *const Self) -> I::Lanes;
-    unsafe fn store<I: Isa, const PAST: bool>(to: *mut Self, a: I::Lanes);
+    unsafe fn store<I: Isa, const NON_TEMPORAL: bool>(to: *mut Self, a: I::Lanes);
 }
 
 macro_rules! load {
@@ -59,13 +61,13 @@ macro_rules! load {
             const ZERO: Self = $zero;
             #[inline(always)]
             unsafe fn load<I: Isa>(from: *const Self) -> I::Lanes {
-                // SAFETY: the caller's promises are the same.
+                // SAFETY: this method and `I`'s have the same contract.
                 unsafe { I::$load(from) }
             }
             #[inline(always)]
-            unsafe fn store<I: Isa, const PAST: bool>(to: *mut Self, a: I::Lanes) {
-                // SAFETY: the caller's promises are the same.
-                unsafe { I::$store::<PAST>(to, a) }
+            unsafe fn store<I: Isa, const NON_TEMPORAL: bool>(to: *mut Self, a: I::Lanes) {
+                // SAFETY: this method and `I`'s have the same contract.
+                unsafe { I::$store::<NON_TEMPORAL>(to, a) }
             }
         }
     };
@@ -74,7 +76,7 @@ load!(f32, 0.0, load_f32, store_f32);
 load!(f16, f16::ZERO, load_f16, store_f16);
 load!(bf16, bf16::ZERO, load_bf16, store_bf16);
 
-/// Plain Rust, for every processor: what the compiler makes of loops over eight.
+/// Plain Rust for every processor: loops over eight lanes.
 #[derive(Clone, Copy)]
 pub(super) struct Portable;
 
@@ -109,33 +111,33 @@ impl Isa for Portable {
     }
     #[inline(always)]
     unsafe fn load_f32(from: *const f32) -> Self::Lanes {
-        // SAFETY: the caller vouches for 8 elements at `from`.
+        // SAFETY: the caller guarantees 8 elements at `from`.
         unsafe { from.cast::<[f32; LANES]>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self::Lanes {
-        // SAFETY: the caller vouches for 8 elements at `from`.
+        // SAFETY: the caller guarantees 8 elements at `from`.
         unsafe { from.cast::<[f16; LANES]>().read_unaligned() }.map(f16::to_f32_const)
     }
     #[inline(always)]
     unsafe fn load_bf16(from: *const bf16) -> Self::Lanes {
-        // SAFETY: the caller vouches for 8 elements at `from`.
+        // SAFETY: the caller guarantees 8 elements at `from`.
         let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
         bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
     #[inline(always)]
-    unsafe fn store_f32<const PAST: bool>(to: *mut f32, a: Self::Lanes) {
-        // SAFETY: the caller vouches for 8 elements at `to`.
+    unsafe fn store_f32<const NON_TEMPORAL: bool>(to: *mut f32, a: Self::Lanes) {
+        // SAFETY: the caller guarantees 8 elements at `to`.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(a) }
     }
     #[inline(always)]
-    unsafe fn store_f16<const PAST: bool>(to: *mut f16, a: Self::Lanes) {
-        // SAFETY: the caller vouches for 8 elements at `to`.
+    unsafe fn store_f16<const NON_TEMPORAL: bool>(to: *mut f16, a: Self::Lanes) {
+        // SAFETY: the caller guarantees 8 elements at `to`.
         unsafe { to.cast::<[f16; LANES]>().write_unaligned(a.map(f16::from_f32_const)) }
     }
     #[inline(always)]
-    unsafe fn store_bf16<const PAST: bool>(to: *mut bf16, a: Self::Lanes) {
-        // SAFETY: the caller vouches for 8 elements at `to`.
+    unsafe fn store_bf16<const NON_TEMPORAL: bool>(to: *mut bf16, a: Self::Lanes) {
+        // SAFETY: the caller guarantees 8 elements at `to`.
         unsafe { to.cast::<[bf16; LANES]>().write_unaligned(a.map(bf16::from_f32_const)) }
     }
     #[inline(always)]
@@ -165,14 +167,14 @@ mod x86 {
         }
 
         #[inline(always)]
-        unsafe fn store_bits<const PAST: bool>(to: *mut __m128i, bits: __m128i) {
-            // SAFETY: the caller vouches for 16 bytes at `to`, aligned to them if PAST.
-            unsafe { if PAST { _mm_stream_si128(to, bits) } else { _mm_storeu_si128(to, bits) } }
+        unsafe fn store_bits<const NON_TEMPORAL: bool>(to: *mut __m128i, bits: __m128i) {
+            // SAFETY: the caller guarantees 16 bytes at `to`, aligned to 16 if NON_TEMPORAL.
+            unsafe { if NON_TEMPORAL { _mm_stream_si128(to, bits) } else { _mm_storeu_si128(to, bits) } }
         }
     }
 
-    // SAFETY of all blocks below: the caller of an `Isa` function vouches for the instruction set and for 8 elements
-    // at each pointer.
+    // SAFETY of all blocks below: the caller of an `Isa` function guarantees the instruction set and 8 elements at
+    // each pointer.
     #[allow(clippy::undocumented_unsafe_blocks)]
     impl Isa for Avx2 {
         type Lanes = __m256;
@@ -219,10 +221,10 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn store_f32<const PAST: bool>(to: *mut f32, a: __m256) {
+        unsafe fn store_f32<const NON_TEMPORAL: bool>(to: *mut f32, a: __m256) {
             unsafe {
-                if PAST {
-                    // In halves, as allocators align to 16 bytes and no more.
+                if NON_TEMPORAL {
+                    // In halves, because allocators align to 16 bytes only.
                     _mm_stream_ps(to, _mm256_castps256_ps128(a));
                     _mm_stream_ps(to.add(4), _mm256_extractf128_ps::<1>(a));
                 } else {
@@ -231,14 +233,14 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn store_f16<const PAST: bool>(to: *mut f16, a: __m256) {
-            unsafe { Self::store_bits::<PAST>(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(a)) }
+        unsafe fn store_f16<const NON_TEMPORAL: bool>(to: *mut f16, a: __m256) {
+            unsafe { Self::store_bits::<NON_TEMPORAL>(to.cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(a)) }
         }
         #[inline(always)]
-        unsafe fn store_bf16<const PAST: bool>(to: *mut bf16, a: __m256) {
+        unsafe fn store_bf16<const NON_TEMPORAL: bool>(to: *mut bf16, a: __m256) {
             unsafe {
-                // Adding 0x7fff, and 1 more if the last bit kept is odd, carries into the upper half exactly when it
-                // must be rounded up. A NaN could carry into infinity, so it is made quiet instead.
+                // Adding 0x7fff, and 1 more if the last bit kept is odd, carries into the upper half exactly when the
+                // number is rounded up. A NaN could become infinity, so its quiet bit is set instead.
                 let bits = _mm256_castps_si256(a);
                 let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
                 let round = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -247,7 +249,7 @@ mod x86 {
                 let chosen = _mm256_blendv_ps(_mm256_castsi256_ps(round), _mm256_castsi256_ps(quiet), nan);
                 let upper = _mm256_srli_epi32::<16>(_mm256_castps_si256(chosen));
                 let packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
-                Self::store_bits::<PAST>(to.cast(), packed);
+                Self::store_bits::<NON_TEMPORAL>(to.cast(), packed);
             }
         }
         #[inline(always)]

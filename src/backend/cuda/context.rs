@@ -1,4 +1,4 @@
-//! A device's primary context, with the kernels in it.
+//! Primary context of a device, and the kernels loaded in it.
 
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
@@ -16,26 +16,26 @@ use crate::tensor::Stream;
 
 use super::driver::{self, Found, call};
 
-/// An image at an address that its header's fields are aligned at.
+/// A fat binary, aligned as the fields of its header are.
 #[repr(C, align(16))]
 struct Image<T: ?Sized>(T);
 
-/// The images that `build.rs` made.
+/// The images that `kernels/build.rs` compiled.
 static PASS: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/pass.fatbin")));
-static REWEIGHT: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/state.fatbin")));
+static STATE: &Image<[u8]> = &Image(*include_bytes!(concat!(env!("OUT_DIR"), "/state.fatbin")));
 
-/// A kernel, and how many of its blocks the device runs at once.
+/// A kernel, and the number of its thread blocks that the device holds at once.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Kernel {
     pub(super) function: CUfunction,
-    pub(super) resident: u64,
+    pub(super) resident_blocks: u64,
 }
 
 impl Kernel {
-    const NONE: Kernel = Kernel { function: std::ptr::null_mut(), resident: 1 };
+    const NONE: Kernel = Kernel { function: std::ptr::null_mut(), resident_blocks: 1 };
 }
 
-/// All kernels, by name.
+/// All kernels by name.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Kernels {
     pub(super) dot: Kernel,
@@ -47,36 +47,36 @@ pub(super) struct Kernels {
     pub(super) set_weights: Kernel,
 }
 
-/// A device's primary context, retained, with what all blenders on the device share.
+/// The retained primary context of a device, and what all blenders on the device share.
 #[derive(Debug)]
 pub(super) struct Context {
     found: Found,
     context: CUcontext,
     modules: Vec<CUmodule>,
     pub(super) kernels: Kernels,
-    /// Whether the device reads memory that the driver was never told of.
+    /// Whether the device can access pageable host memory, which the driver does not know.
     pageable: bool,
-    /// For what is not ordered by the caller's stream: making a blender or a plan.
+    /// For work that no stream of the caller orders: making a blender or a plan.
     own: CUstream,
-    /// Whether work may still be pending that nobody can wait for.
-    pub(super) abandoned: AtomicBool,
+    /// Whether memory leaked because its pending work could not be waited for. The kernels must then stay loaded.
+    pub(super) leaked: AtomicBool,
 }
 
-// SAFETY: the driver's handles may be used from any thread.
+// SAFETY: any thread may use the driver's handles.
 unsafe impl Send for Context {}
-// SAFETY: as above; nothing here but an atomic is written to after `new`.
+// SAFETY: any thread may use the driver's handles; after `new` only an atomic changes.
 unsafe impl Sync for Context {}
 
-/// While it lives, the context is current on this thread; and, if it was entered so, calls that a capture on another
-/// stream would forbid are allowed, because they touch nothing that is captured. What was current before is current again afterwards.
+/// Guard: while it lives, the context is current on this thread. With `mode`, calls that a capture on another stream would
+/// forbid are allowed, because they do not touch captured work. Dropping it restores what was current before.
 pub(super) struct Current {
     mode: Option<CUstreamCaptureMode>,
-    /// What is current is a thread's own.
+    /// The current context belongs to a thread, so the guard is not `Send`.
     thread: PhantomData<*mut ()>,
 }
 
 impl Context {
-    /// The device's context, the same for all who hold it at a time: its kernels are loaded once.
+    /// The device's context. All who hold it at the same time share it, so the kernels are loaded once.
     pub(super) fn of(ordinal: i32) -> Result<Arc<Self>> {
         static HELD: Mutex<Vec<(i32, Weak<Context>)>> = Mutex::new(Vec::new());
         let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
@@ -94,7 +94,7 @@ impl Context {
         let pageable = found.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS)? != 0;
         let multiprocessors = found.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let mut context = std::ptr::null_mut();
-        // SAFETY: a place for the context; the device was found.
+        // SAFETY: `context` is a valid out-pointer for one handle; `found.device` is a device.
         unsafe { call!(cuDevicePrimaryCtxRetain(&mut context, found.device)) }?;
         let (none, own) = (Kernel::NONE, std::ptr::null_mut());
         let kernels = Kernels {
@@ -106,24 +106,24 @@ impl Context {
             reset: none,
             set_weights: none,
         };
-        // From here on, dropping it gives back what it has.
-        let (modules, abandoned) = (Vec::new(), AtomicBool::new(false));
-        let mut made = Context { found, context, modules, kernels, pageable, own, abandoned };
+        // From here on, drop releases what `made` has.
+        let (modules, leaked) = (Vec::new(), AtomicBool::new(false));
+        let mut made = Context { found, context, modules, kernels, pageable, own, leaked };
         {
             let _current = made.enter_relaxed()?;
             let pass = made.load(PASS)?;
-            let reweight = made.load(REWEIGHT)?;
+            let state = made.load(STATE)?;
             let kernel = |module, name| kernel(module, name, multiprocessors);
             made.kernels = Kernels {
                 dot: kernel(pass, c"dot")?,
                 blend: kernel(pass, c"blend")?,
                 dot_blend: kernel(pass, c"dot_blend")?,
-                observe: kernel(reweight, c"observe")?,
-                reweight: kernel(reweight, c"reweight")?,
-                reset: kernel(reweight, c"reset")?,
-                set_weights: kernel(reweight, c"set_weights")?,
+                observe: kernel(state, c"observe")?,
+                reweight: kernel(state, c"reweight")?,
+                reset: kernel(state, c"reset")?,
+                set_weights: kernel(state, c"set_weights")?,
             };
-            // SAFETY: a place for the stream.
+            // SAFETY: `made.own` is a valid out-pointer for one handle; the context is current.
             unsafe { call!(cuStreamCreate(&mut made.own, CUstream_flags::CU_STREAM_NON_BLOCKING as u32)) }?;
         }
         Ok(made)
@@ -131,7 +131,7 @@ impl Context {
 
     fn load(&mut self, image: &'static Image<[u8]>) -> Result<CUmodule> {
         let mut module = std::ptr::null_mut();
-        // SAFETY: a place for the module, and a whole image, which says itself how long it is.
+        // SAFETY: `module` is a valid out-pointer for one handle; the image is complete, and its header has its length.
         let loaded = unsafe { call!(cuModuleLoadData(&mut module, image.0.as_ptr().cast::<c_void>())) };
         use CUresult::*;
         let mismatch = [
@@ -159,30 +159,30 @@ impl Context {
         Ok(Current { mode: None, thread: PhantomData })
     }
 
-    /// Makes the context current for calls that allocate, free or wait.
+    /// Makes the context current for calls that allocate, free or synchronize.
     pub(super) fn enter_relaxed(&self) -> Result<Current> {
         let mut current = self.enter()?;
         let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: a mode to set, and a place for the one that was.
+        // SAFETY: `mode` is a valid in- and out-pointer for one mode.
         unsafe { call!(cuThreadExchangeStreamCaptureMode(&mut mode)) }?;
         current.mode = Some(mode);
         Ok(current)
     }
 
-    /// The stream that belongs to nobody else.
+    /// The context's own stream.
     pub(super) fn own(&self) -> Stream {
-        // SAFETY: alive as long as this context; its users hold it.
+        // SAFETY: the stream lives as long as this context, which its users hold.
         unsafe { Stream::from_raw(self.own.cast()) }
     }
 
-    /// Whether the device can read this byte: the driver knows it, or needs not.
+    /// Whether the device can access this byte.
     pub(super) fn knows(&self, address: u64) -> Result<bool> {
         if self.pageable {
             return Ok(true);
         }
         let mut memory = 0_u32;
         let attribute = CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
-        // SAFETY: a place for the attribute, which is an int. The address is not read.
+        // SAFETY: `memory` is a valid out-pointer for this attribute, an unsigned int. The driver does not read the address.
         let known = unsafe { call!(cuPointerGetAttribute((&raw mut memory).cast(), attribute, address)) };
         match known {
             Ok(()) => Ok(memory != 0),
@@ -194,21 +194,21 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // What fails here has failed for good: there is nobody left to tell, and nothing left to do.
+        // Failures are ignored: a drop cannot report them.
         if let Ok(_current) = self.enter_relaxed() {
-            // SAFETY: made by `new`, given back once. Plans and blenders, which hold this context, are gone; they have
-            // waited for their work, or said that they could not.
+            // SAFETY: `new` made these handles, and each is released once. Plans and blenders, which hold this context, are
+            // gone; each has waited for its work or set `leaked`.
             unsafe {
                 if !self.own.is_null() {
                     let _ = call!(cuStreamDestroy_v2(self.own));
                 }
-                let unused = !self.abandoned.load(Ordering::Relaxed);
+                let unused = !self.leaked.load(Ordering::Relaxed);
                 for module in self.modules.iter().filter(|_| unused) {
                     let _ = call!(cuModuleUnload(*module));
                 }
             }
         }
-        // SAFETY: retained by `new`.
+        // SAFETY: `new` retained the context.
         let _ = unsafe { call!(cuDevicePrimaryCtxRelease_v2(self.found.device)) };
     }
 }
@@ -216,7 +216,7 @@ impl Drop for Context {
 impl Drop for Current {
     fn drop(&mut self) {
         let mut context = std::ptr::null_mut();
-        // SAFETY: undoes what made this value, on the same thread: it is not `Send`.
+        // SAFETY: `mode` and the context were set on this thread, because this value is not `Send`.
         unsafe {
             if let Some(mut mode) = self.mode {
                 let _ = call!(cuThreadExchangeStreamCaptureMode(&mut mode));
@@ -228,29 +228,29 @@ impl Drop for Current {
 
 fn kernel(module: CUmodule, name: &CStr, multiprocessors: i32) -> Result<Kernel> {
     let (mut function, mut blocks) = (std::ptr::null_mut(), 0);
-    // SAFETY: places for the function and for an int; the module is loaded.
+    // SAFETY: `function` and `blocks` are valid out-pointers; the module is loaded.
     unsafe {
         call!(cuModuleGetFunction(&mut function, module, name.as_ptr()))?;
         call!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, function, THREADS_PER_BLOCK as i32, 0))?;
     }
-    Ok(Kernel { function, resident: (blocks.max(1) as u64) * (multiprocessors.max(1) as u64) })
+    Ok(Kernel { function, resident_blocks: (blocks.max(1) as u64) * (multiprocessors.max(1) as u64) })
 }
 
-/// Waits for a stream. Its context is current.
-pub(super) fn wait(stream: Stream) -> Result<()> {
-    // SAFETY: whoever made the `Stream` vouches for it.
+/// Synchronizes a stream. Its context must be current.
+pub(super) fn synchronize(stream: Stream) -> Result<()> {
+    // SAFETY: `Stream::from_raw` requires a live stream.
     unsafe { call!(cuStreamSynchronize(stream.as_raw() as CUstream)) }
 }
 
-/// Whether a stream is being captured into a graph. Its context is current.
+/// Whether a stream is being captured. Its context must be current.
 pub(super) fn capturing(stream: Stream) -> Result<bool> {
     let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-    // SAFETY: a place for the status; whoever made the `Stream` vouches for it.
+    // SAFETY: `status` is a valid out-pointer for one status; `Stream::from_raw` requires a live stream.
     unsafe { call!(cuStreamIsCapturing(stream.as_raw() as CUstream, &mut status)) }?;
     Ok(status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
-/// Refuses a stream that is being captured, where `what` has to wait or to copy. Its context is current.
-pub(super) fn refuse_capture(stream: Stream, what: &'static str) -> Result<()> {
+/// Rejects a stream that is being captured, for a call that synchronizes or copies. Its context must be current.
+pub(super) fn reject_capture(stream: Stream, what: &'static str) -> Result<()> {
     if capturing(stream)? { Err(Error::Capturing { what }) } else { Ok(()) }
 }

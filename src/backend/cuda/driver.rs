@@ -1,4 +1,4 @@
-//! The CUDA driver: whether it is there, and what its results mean.
+//! The CUDA driver: loading it, finding devices, and its results as errors.
 
 use std::ffi::CStr;
 use std::sync::OnceLock;
@@ -8,14 +8,14 @@ use libloading::Library;
 
 use crate::error::{Error, Result};
 
-/// The toolkit that built the images, and the architectures that they hold machine code for.
+/// Version of the toolkit that compiled the images, and the compute capabilities that they have machine code for.
 pub(super) const TOOLKIT: &str = env!("GRADBLEND_TOOLKIT");
 pub(super) const ARCHITECTURES: &str = env!("GRADBLEND_ARCHITECTURES");
 
-/// What the library goes by. The binding to the driver tries these names among others, the first of them first.
+/// Names of the driver library, in the order in which cudarc tries them.
 const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
 
-/// Every function that this crate calls. The binding panics at one that is not there, so all are looked up first.
+/// Every driver function that this crate calls. cudarc panics at a missing one, so `load` looks all of them up first.
 const FUNCTIONS: &[&str] = &[
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
@@ -50,7 +50,7 @@ const FUNCTIONS: &[&str] = &[
     "cuThreadExchangeStreamCaptureMode",
 ];
 
-/// Calls a function of the driver and makes an [`Error`] of its result.
+/// Calls a driver function and converts its result to an [`Error`].
 macro_rules! call {
     ($function:ident($($argument:expr),* $(,)?)) => {
         $crate::backend::cuda::driver::check(stringify!($function), ::cudarc::driver::sys::$function($($argument),*))
@@ -58,16 +58,16 @@ macro_rules! call {
 }
 pub(super) use call;
 
-/// What [`call`] does with a result.
+/// Converts a driver result.
 pub(super) fn check(call: &'static str, result: CUresult) -> Result<()> {
     if result == CUresult::CUDA_SUCCESS {
         return Ok(());
     }
     let mut name = std::ptr::null();
-    // SAFETY: `name` is a place for the address of a static string.
+    // SAFETY: `name` is a valid out-pointer for the address of a static string.
     let known = unsafe { sys::cuGetErrorName(result, &mut name) } == CUresult::CUDA_SUCCESS && !name.is_null();
     let name = if known {
-        // SAFETY: the driver's strings end in NUL and live for ever.
+        // SAFETY: the driver's strings are static and end in NUL.
         unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
     } else {
         "an unknown error".into()
@@ -75,28 +75,28 @@ pub(super) fn check(call: &'static str, result: CUresult) -> Result<()> {
     Err(Error::Cuda { call, code: result as u32, name })
 }
 
-/// The code of a driver's error, 0 for any other.
+/// `CUresult` code of a driver error; 0 for other errors.
 pub(super) fn code(error: &Error) -> u32 {
     if let Error::Cuda { code, .. } = error { *code } else { 0 }
 }
 
-/// Loads and initialises the driver, once for the process.
+/// Loads the driver once for the process, and initialises it.
 fn load() -> Result<()> {
     static LOADED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
     let found = LOADED.get_or_init(|| {
         let mut reasons = Vec::new();
         for name in LIBRARIES {
-            // SAFETY: the initialisers of NVIDIA's driver, which any CUDA program runs.
+            // SAFETY: loading runs the initialisers of the driver, which every CUDA program runs.
             match unsafe { Library::new(*name) } {
                 Ok(library) => {
-                    // SAFETY: the symbols are looked up, not called.
+                    // SAFETY: the symbols are only looked up, not called.
                     let missing = FUNCTIONS.iter().find(|f| unsafe { library.get::<*const ()>(f.as_bytes()) }.is_err());
-                    // Stays loaded: what the binding opens next is then the same library.
+                    // The library stays loaded, so that cudarc opens the same one.
                     std::mem::forget(library);
                     return missing.map_or(Ok(()), |function| Err(format!("{name} has no {function}")));
                 }
                 Err(error) => {
-                    // The dynamic linker's sentence starts with the name.
+                    // The message of the dynamic linker starts with the name.
                     let why = std::error::Error::source(&error).map(ToString::to_string);
                     reasons.push(why.unwrap_or_else(|| format!("{name}: {error}")));
                 }
@@ -105,7 +105,7 @@ fn load() -> Result<()> {
         Err(reasons.join("; "))
     });
     found.clone().map_err(|reason| Error::NoDriver { reason })?;
-    // SAFETY: the library and the function are there. Initialising again does nothing.
+    // SAFETY: the library has the function. Initialising twice has no effect.
     unsafe { call!(cuInit(0)) }
 }
 
@@ -120,15 +120,15 @@ pub(super) struct Found {
 impl Found {
     pub(super) fn attribute(&self, attribute: CUdevice_attribute) -> Result<i32> {
         let mut value = 0;
-        // SAFETY: a place for an int; the device was found.
+        // SAFETY: `value` is a valid out-pointer for one int; `self.device` is a device.
         unsafe { call!(cuDeviceGetAttribute(&mut value, attribute, self.device)) }?;
         Ok(value)
     }
 
-    /// Makes a sentence of why an image does not load.
+    /// The error for an image that does not load, with the versions of driver and toolkit.
     pub(super) fn unsupported(&self, error: &Error) -> Error {
         let mut version = 0;
-        // SAFETY: a place for an int.
+        // SAFETY: the argument is a valid out-pointer for one int.
         let known = unsafe { call!(cuDriverGetVersion(&mut version)) };
         let driver = match known {
             Ok(()) => format!("{}.{}", version / 1000, version % 1000 / 10),
@@ -142,10 +142,10 @@ impl Found {
     }
 }
 
-/// Looks for a device: the driver, its ordinal, its age.
+/// Finds a device, and checks that it can run the images of this build.
 pub(super) fn find(ordinal: i32) -> Result<Found> {
     match load() {
-        // No device that CUDA can use, and a toolkit's library in place of the driver's.
+        // The driver has no usable device, or the library is the toolkit's stub.
         Err(error) if code(&error) == CUresult::CUDA_ERROR_NO_DEVICE as u32 => {
             return Err(Error::NoDevice { ordinal, devices: 0 });
         }
@@ -155,18 +155,18 @@ pub(super) fn find(ordinal: i32) -> Result<Found> {
         other => other?,
     }
     let mut devices = 0;
-    // SAFETY: a place for an int.
+    // SAFETY: the argument is a valid out-pointer for one int.
     unsafe { call!(cuDeviceGetCount(&mut devices)) }?;
     if ordinal < 0 || ordinal >= devices {
         return Err(Error::NoDevice { ordinal, devices });
     }
     let (mut device, mut name) = (0, [0; 128]);
-    // SAFETY: a place for the device, and 128 bytes for its name, of which the last stays NUL.
+    // SAFETY: `device` is a valid out-pointer, and `name` has 128 bytes, of which the last stays NUL.
     unsafe {
         call!(cuDeviceGet(&mut device, ordinal))?;
         call!(cuDeviceGetName(name.as_mut_ptr(), 127, device))?;
     }
-    // SAFETY: NUL is there.
+    // SAFETY: the last byte of `name` is NUL.
     let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
     let found = Found { device, ordinal, name };
     let major = found.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
@@ -182,10 +182,15 @@ pub(super) fn find(ordinal: i32) -> Result<Found> {
 
 #[cfg(test)]
 mod tests {
-    /// A function that is called but not looked up would panic where a driver lacks it.
+    /// Every function that is called is looked up first, because cudarc panics at one that a driver lacks.
     #[test]
     fn every_call_is_looked_up() {
-        let own = [include_str!("driver.rs"), include_str!("context.rs"), include_str!("work.rs")];
+        let own = [
+            include_str!("driver.rs"),
+            include_str!("context.rs"),
+            include_str!("queue.rs"),
+            include_str!("memory.rs"),
+        ];
         let sources = own.into_iter().chain([include_str!("mod.rs")]);
         let mut calls: Vec<&str> = sources
             .flat_map(|source| source.split("call!(").skip(1).chain(source.split("sys::cu").skip(1)))

@@ -1,0 +1,172 @@
+//! Device memory: buffers, and what a plan keeps in one.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytemuck::{AnyBitPattern, NoUninit, cast_slice};
+use cudarc::driver::sys::CUstream;
+
+use crate::abi::{Chunk, Span, TableArgs, TensorRecord};
+use crate::backend::Memory;
+use crate::error::{Error, Result};
+use crate::table::{self, Table};
+use crate::tensor::Stream;
+
+use super::context::{Context, reject_capture, synchronize};
+use super::driver::call;
+use super::queue::{Event, Queue};
+
+/// Most bytes of one copy. The driver takes this many along with the command; before it copies more from memory that is
+/// not pinned, it may synchronize the stream (CUDA driver API, "API synchronization behavior").
+const COPY_BYTES: usize = 32 << 10;
+
+/// An allocation on the device.
+#[derive(Debug)]
+pub(super) struct Buffer {
+    pub(super) queue: Arc<Queue>,
+    pub(super) address: u64,
+    pub(super) bytes: u64,
+    /// Completes after the latest copy to the buffer, which need not be ordered with the work of kernels.
+    pub(super) written: Event,
+}
+
+// SAFETY: any thread may use the driver's handles.
+unsafe impl Send for Buffer {}
+// SAFETY: any thread may use the driver's handles; nothing changes after `allocate`.
+unsafe impl Sync for Buffer {}
+
+impl Buffer {
+    /// Copies bytes to the buffer from `offset` on, in the order of the stream. The driver has read `from` when this
+    /// returns. The context must be current.
+    pub(super) fn write(&self, offset: u64, from: &[u8], stream: Stream) -> Result<()> {
+        debug_assert!(offset + from.len() as u64 <= self.bytes);
+        let mut copied = Ok(());
+        for (piece, from) in from.chunks(COPY_BYTES).enumerate() {
+            let to = self.address + offset + (piece * COPY_BYTES) as u64;
+            let (start, handle) = (from.as_ptr().cast::<c_void>(), stream.as_raw() as CUstream);
+            // SAFETY: both sides have `from.len()` bytes; `Stream::from_raw` requires a live stream.
+            copied = unsafe { call!(cuMemcpyHtoDAsync_v2(to, start, from.len(), handle)) };
+            if copied.is_err() {
+                break;
+            }
+        }
+        self.queue.record_with(&self.written, stream);
+        copied
+    }
+
+    /// Copies a record from the start of the buffer, and synchronizes the stream. The context must be current.
+    pub(super) fn read<T: AnyBitPattern + NoUninit>(&self, stream: Stream) -> Result<T> {
+        let mut to = T::zeroed();
+        debug_assert!(size_of::<T>() as u64 <= self.bytes);
+        let start = bytemuck::bytes_of_mut(&mut to).as_mut_ptr().cast::<c_void>();
+        let handle = stream.as_raw() as CUstream;
+        // SAFETY: both sides have as many bytes, and `to` outlives the copy: the stream is synchronized below.
+        let copied = unsafe { call!(cuMemcpyDtoHAsync_v2(start, self.address, size_of::<T>(), handle)) };
+        // After a failed copy too: nothing may write to `to` once it is gone.
+        let waited = synchronize(stream);
+        copied.and(waited).map(|()| to)
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // Pending work, on any stream or in a graph, may use the buffer. If its end cannot be known, the memory leaks.
+        let context = &self.queue.context;
+        let Ok(_current) = context.enter_relaxed() else { return };
+        if self.written.synchronize().is_ok() && self.queue.is_idle() {
+            // SAFETY: `allocate` made the memory, this frees it once, and nothing uses it. A failure leaves nothing to do.
+            let _ = unsafe { call!(cuMemFree_v2(self.address)) };
+        } else {
+            context.leaked.store(true, Ordering::Relaxed);
+        }
+        self.written.destroy();
+    }
+}
+
+/// A plan's table and partial sums on a device, in one buffer.
+#[derive(Debug)]
+pub(crate) struct PlanMemory {
+    buffer: Buffer,
+    pub(super) args: TableArgs,
+}
+
+impl PlanMemory {
+    /// Checks the table's buffers and copies the table to the device. Does not wait for work of the caller.
+    pub(super) fn new(queue: &Arc<Queue>, table: &Table) -> Result<Self> {
+        check_memory(&queue.context, table.buffers())?;
+        let _current = queue.context.enter_relaxed()?;
+        let mut bytes = 0_u64;
+        let mut place = |items: u64, size: usize| {
+            let start = bytes;
+            // Each array starts at a multiple of 8, the largest alignment of a record. Partial sums, which are loaded in
+            // pairs, come first, and device memory is aligned to 256 bytes.
+            bytes = bytes.saturating_add(items.saturating_mul(size as u64)).saturating_add(7) & !7;
+            start
+        };
+        let count = table.spans.len() as u64;
+        let partials = place(count.saturating_mul(2 * table.modalities as u64), size_of::<f64>());
+        let tensors = place(table.rows.tensors.len() as u64, size_of::<TensorRecord>());
+        let addresses = place(table.rows.addresses.len() as u64, size_of::<u64>());
+        let indices = place(table.rows.indices.len() as u64, size_of::<u32>());
+        let chunks = place(table.chunks.len() as u64, size_of::<Chunk>());
+        let spans = place(count, size_of::<Span>());
+        // The kernels count spans in 32 bits.
+        if count > u64::from(u32::MAX / 2) {
+            return Err(Error::OutOfMemory { what: "the plan", bytes });
+        }
+        let buffer = queue.allocate(bytes, "the plan")?;
+        let own = queue.context.own();
+        buffer.write(chunks, cast_slice(&table.chunks), own)?;
+        buffer.write(spans, cast_slice(&table.spans), own)?;
+        let base = buffer.address;
+        let args = TableArgs {
+            tensors: base + tensors,
+            addresses: base + addresses,
+            indices: base + indices,
+            chunks: base + chunks,
+            spans: base + spans,
+            count,
+            partials: base + partials,
+        };
+        let memory = PlanMemory { buffer, args };
+        memory.write_rows(table, own)?;
+        synchronize(own)?;
+        Ok(memory)
+    }
+
+    fn write_rows(&self, table: &Table, stream: Stream) -> Result<()> {
+        let base = self.buffer.address;
+        self.buffer.write(self.args.tensors - base, cast_slice(&table.rows.tensors), stream)?;
+        self.buffer.write(self.args.addresses - base, cast_slice(&table.rows.addresses), stream)?;
+        self.buffer.write(self.args.indices - base, cast_slice(&table.rows.indices), stream)
+    }
+}
+
+impl Memory for PlanMemory {
+    fn check_update(&self, buffers: impl Iterator<Item = table::Buffer>, stream: Stream) -> Result<()> {
+        let context = &self.buffer.queue.context;
+        check_memory(context, buffers)?;
+        let _current = context.enter()?;
+        reject_capture(stream, "updating a plan")
+    }
+
+    fn update(&self, table: &Table, stream: Stream) -> Result<()> {
+        let _current = self.buffer.queue.context.enter_relaxed()?;
+        self.write_rows(table, stream)?;
+        if table.rows.slices { synchronize(stream) } else { Ok(()) }
+    }
+}
+
+/// Rejects a buffer whose first or last byte the device cannot access.
+fn check_memory(context: &Context, buffers: impl Iterator<Item = table::Buffer>) -> Result<()> {
+    let _current = context.enter()?;
+    for table::Buffer { tensor, role, start, end } in buffers {
+        for address in [start, end - 1] {
+            if !context.knows(address)? {
+                return Err(Error::UnknownMemory { tensor, role, address });
+            }
+        }
+    }
+    Ok(())
+}

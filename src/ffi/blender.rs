@@ -1,0 +1,205 @@
+//! Functions on a blender.
+
+use std::ffi::c_void;
+use std::ptr::without_provenance_mut;
+
+use super::argument::{array, check, record};
+use super::handle::Handles;
+use super::record::{self, gradblend_config, gradblend_report};
+use super::status::{Fault, Outcome, Status, call};
+use crate::blender::Blender;
+use crate::error::Error;
+use crate::tensor::{GradScale, Stream};
+
+/// Type behind a blender's handle in C. It has no value in Rust.
+#[repr(C)]
+#[derive(Debug)]
+pub struct gradblend_blender([u8; 0]);
+
+static BLENDERS: Handles<Blender> = Handles::new(0xb, "blender");
+
+/// Calls `body` with exclusive access to the blender of a handle.
+pub(super) fn with(blender: *mut gradblend_blender, body: impl FnOnce(&mut Blender) -> Outcome) -> Status {
+    call(|| BLENDERS.write(blender.addr(), body))
+}
+
+/// Calls `body` with shared access to the blender of a handle.
+pub(super) fn with_shared(blender: *const gradblend_blender, body: impl FnOnce(&Blender) -> Outcome) -> Status {
+    call(|| BLENDERS.read(blender.addr(), body))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_blender_create(
+    device: i32,
+    config: *const gradblend_config,
+    blender: *mut *mut gradblend_blender,
+) -> Status {
+    call(|| {
+        check("where to put the blender", blender)?;
+        // SAFETY: the caller fulfils what the header requires of the pointers.
+        let config = unsafe { record("config", config) }?.config()?;
+        let handle = BLENDERS.insert(Blender::new(&record::device(device)?, config)?)?;
+        // SAFETY: the caller fulfils what the header requires of the pointers.
+        unsafe { blender.write(without_provenance_mut(handle)) };
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn gradblend_blender_destroy(blender: *mut gradblend_blender) {
+    call(|| {
+        BLENDERS.destroy(blender.addr());
+        Ok(())
+    });
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_observe(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
+    // SAFETY: the caller fulfils what the header requires of the pointers.
+    with(blender, |blender| Ok(blender.observe(unsafe { Stream::from_raw(stream) })?))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_reweight(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
+    // SAFETY: the caller fulfils what the header requires of the pointers.
+    with(blender, |blender| Ok(blender.reweight(unsafe { Stream::from_raw(stream) })?))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_reset(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
+    // SAFETY: the caller fulfils what the header requires of the pointers.
+    with(blender, |blender| Ok(blender.reset(unsafe { Stream::from_raw(stream) })?))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_set_weights(
+    blender: *mut gradblend_blender,
+    weights: *const f64,
+    count: u32,
+    stream: *mut c_void,
+) -> Status {
+    with(blender, |blender| {
+        let expected = blender.config().modalities;
+        if count != expected {
+            let (expected, got) = (expected as usize, count as usize);
+            return Err(Error::Count { what: "the weights", expected, got }.into());
+        }
+        // SAFETY: the caller fulfils what the header requires of the pointers.
+        unsafe {
+            let weights = array("weights", weights, u64::from(count))?;
+            Ok(blender.set_weights(weights, Stream::from_raw(stream))?)
+        }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_set_grad_scale(blender: *mut gradblend_blender, scale: *const f32) -> Status {
+    // SAFETY: the caller fulfils what the header requires of the pointers.
+    with(blender, |blender| Ok(blender.set_grad_scale(unsafe { GradScale::from_raw(scale) })?))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_get_report(
+    blender: *mut gradblend_blender,
+    report: *mut gradblend_report,
+    stream: *mut c_void,
+) -> Status {
+    with(blender, |blender| {
+        check("report", report)?;
+        // SAFETY: the caller fulfils what the header requires of the pointers.
+        unsafe { report.write(gradblend_report::of(&blender.report(Stream::from_raw(stream))?)) };
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_get_second_moments(
+    blender: *mut gradblend_blender,
+    second_moment: *mut f64,
+    stream: *mut c_void,
+) -> Status {
+    with(blender, |blender| {
+        check("second_moment", second_moment)?;
+        // SAFETY: the caller fulfils what the header requires of the pointers.
+        unsafe {
+            let moments = blender.second_moments(Stream::from_raw(stream))?;
+            second_moment.copy_from_nonoverlapping(moments.as_ptr(), moments.len());
+        }
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_device_weights(
+    blender: *const gradblend_blender,
+    weights: *mut *const f32,
+) -> Status {
+    with_shared(blender, |blender| {
+        check("where to put the address of the weights", weights)?;
+        // SAFETY: the caller fulfils what the header requires of the pointers.
+        unsafe { weights.write(blender.device_weights()) };
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_pending_sums(
+    blender: *const gradblend_blender,
+    sums: *mut *mut f64,
+    count: *mut u32,
+) -> Status {
+    with_shared(blender, |blender| {
+        check("where to put the address of the sums", sums)?;
+        check("count", count)?;
+        // SAFETY: the caller fulfils what the header requires of the pointers.
+        unsafe {
+            sums.write(blender.pending_sums());
+            count.write(2 * blender.config().modalities);
+        }
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_save(
+    blender: *mut gradblend_blender,
+    buffer: *mut c_void,
+    bytes: *mut usize,
+    stream: *mut c_void,
+) -> Status {
+    with(blender, |blender| {
+        check("bytes", bytes)?;
+        let needed = blender.saved_bytes();
+        // SAFETY: the caller fulfils what the header requires of the pointers.
+        unsafe {
+            if buffer.is_null() {
+                bytes.write(needed);
+                return Ok(());
+            }
+            let room = bytes.read();
+            if room < needed {
+                bytes.write(needed);
+                return Err(Fault::Argument(format!("buffer: the state has {needed} bytes, got room for {room}")));
+            }
+            let saved = blender.save(Stream::from_raw(stream))?;
+            buffer.cast::<u8>().copy_from_nonoverlapping(saved.as_ptr(), saved.len());
+            bytes.write(saved.len());
+        }
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn gradblend_load(
+    blender: *mut gradblend_blender,
+    buffer: *const c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> Status {
+    with(blender, |blender| {
+        let buffer = buffer.cast::<u8>();
+        check("buffer", buffer)?;
+        // SAFETY: the caller fulfils what the header requires of the pointers.
+        unsafe { Ok(blender.load(array("buffer", buffer, bytes as u64)?, Stream::from_raw(stream))?) }
+    })
+}
