@@ -13,6 +13,15 @@ use crate::tools;
 /// kernels again.
 pub(crate) const FEATURES: &str = "gradblend/cuda,gradblend/capi,gradblend-testkit/cuda";
 
+/// Options for all packages that have a feature `cuda`.
+pub(crate) const ALL: [&str; 5] = [
+    "--package=gradblend",
+    "--package=gradblend-testkit",
+    "--package=gradblend-lab",
+    "--features",
+    "gradblend/cuda,gradblend/capi,gradblend-testkit/cuda,gradblend-lab/cuda",
+];
+
 /// What a cargo command built.
 #[derive(Default)]
 pub(crate) struct Built {

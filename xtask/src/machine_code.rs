@@ -96,7 +96,11 @@ pub(crate) fn run(images: &[PathBuf]) -> Result<()> {
             let found = RESOURCES.captures(&line[0]).context("no resources")?;
             used.entry(kernel.1.clone()).or_default().push(format!("{} {}", kernel.0, &found[1]));
             if &found[2] != "0" || &found[3] != "0" {
-                failures.push(anyhow::anyhow!("{kernel:?}: {} bytes of stack, {} of local memory", &found[2], &found[3]));
+                failures.push(anyhow::anyhow!(
+                    "{kernel:?}: {} bytes of stack, {} of local memory",
+                    &found[2],
+                    &found[3]
+                ));
             }
         }
         for (kernel, lines) in by_kernel(&dump(&sh, &cuobjdump, "-sass", image)?, &INSTRUCTION) {
@@ -234,7 +238,8 @@ fn control_flow(listing: &[Instruction]) -> Result<DiGraph<&[Instruction], ()>> 
             ends.insert(i, if instruction.is_conditional() { vec![i + 1] } else { vec![] });
         }
     }
-    let mut leaders: BTreeSet<usize> = ends.iter().flat_map(|(i, targets)| targets.iter().copied().chain([i + 1])).collect();
+    let mut leaders: BTreeSet<usize> =
+        ends.iter().flat_map(|(i, targets)| targets.iter().copied().chain([i + 1])).collect();
     leaders.extend([0, listing.len()]);
     let leaders: Vec<usize> = leaders.into_iter().filter(|leader| *leader <= listing.len()).collect();
     let mut graph = DiGraph::new();
@@ -276,7 +281,8 @@ fn main_loops(graph: &DiGraph<&[Instruction], ()>) -> Result<Vec<HashSet<NodeInd
     for block in graph.node_indices() {
         if graph[block].iter().any(|instruction| instruction.wide_load(false).is_some()) {
             let around = loops.iter().filter(|(_, body)| body.contains(&block));
-            let (head, _) = around.min_by_key(|(_, body)| body.len()).context("a load of 128 bits outside of all loops")?;
+            let (head, _) =
+                around.min_by_key(|(_, body)| body.len()).context("a load of 128 bits outside of all loops")?;
             main.insert(*head);
         }
     }

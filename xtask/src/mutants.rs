@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::thread;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
+use rayon::prelude::*;
 use serde::Deserialize;
 use xshell::cmd;
 
@@ -38,40 +37,24 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
     let text = fs::read_to_string(tools::root().join("tests/emulator/mutants.toml"))?;
     let mut mutants = toml::from_str::<List>(&text)?.mutant;
     mutants.retain(|mutant| names.is_empty() || names.iter().any(|name| mutant.name.contains(name)));
-    let count = mutants.len();
-    ensure!(count > 0, "no mutant has such a name");
+    ensure!(!mutants.is_empty(), "no mutant has such a name");
     let base = emulator::build(false, None)?;
     let built = cuda::tests()?;
     let programs = PROGRAMS.iter().map(|name| built.program(name)).collect::<Result<Vec<_>>>()?;
-    if let Some(failed) = first_failure(&base, &programs)? {
-        anyhow::bail!("{failed} fails on kernels that nothing was changed in");
-    }
-    let queue = Mutex::new(mutants.into_iter());
-    let next = || queue.lock().ok()?.next();
-    let missed = Mutex::new(0);
-    let work = |number: usize| -> Result<()> {
-        let out = tools::target()?.join(format!("mutants/{number}"));
-        while let Some(mutant) = next() {
-            break_kernels(&mutant, &base, &out).with_context(|| mutant.name.clone())?;
-            match first_failure(&out, &programs)? {
-                Some(program) => println!("noticed  {}: {program}", mutant.name),
-                None => {
-                    println!("MISSED   {}", mutant.name);
-                    *missed.lock().map_err(|_| anyhow!("a thread ended"))? += 1;
-                }
-            }
-        }
-        Ok(())
+    let failed = first_failure(&base, &programs)?;
+    ensure!(failed.is_none(), "{failed:?} fails on the kernels as they are");
+    let try_one = |mutant: &Mutant| -> Result<bool> {
+        let out = tools::target()?.join("mutants").join(mutant.name.replace(' ', "-"));
+        break_kernels(mutant, &base, &out).with_context(|| mutant.name.clone())?;
+        let noticed = first_failure(&out, &programs)?;
+        fs::remove_dir_all(out)?;
+        println!("{} {}", noticed.map_or("MISSED".into(), |program| format!("noticed by {program}:")), mutant.name);
+        Ok(noticed.is_some())
     };
-    thread::scope(|scope| {
-        let threads = thread::available_parallelism()?.get();
-        let running: Vec<_> = (0..threads).map(|number| scope.spawn(move || work(number))).collect();
-        running.into_iter().try_for_each(|thread| thread.join().map_err(|_| anyhow!("a thread ended"))?)
-    })?;
-    let missed = missed.into_inner()?;
-    println!("{} of {count} mutants noticed", count - missed);
-    ensure!(missed == 0, "{missed} mutants were missed");
-    Ok(())
+    let noticed = mutants.par_iter().map(try_one).collect::<Result<Vec<_>>>()?;
+    let missed = noticed.iter().filter(|noticed| !**noticed).count();
+    ensure!(missed == 0, "{missed} of {} mutants were missed", noticed.len());
+    Ok(println!("all {} mutants were noticed", noticed.len()))
 }
 
 /// Builds the emulator of broken kernels in `out`.

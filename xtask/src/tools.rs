@@ -3,12 +3,14 @@
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use anyhow::{Context, Result};
 use xshell::{Cmd, Shell, cmd};
 
 /// cargo-c, and the cargo that it is built around.
 const CARGO_C: &str = "0.10.24+cargo-0.98.0";
+const CARGO_FUZZ: &str = "0.13.2";
 const NUMPY: &str = "2.2.6";
 
 /// The root of the repository.
@@ -46,8 +48,8 @@ pub(crate) fn files(folder: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>> 
 
 /// A folder of the cache. `install` fills it unless it was filled for the same `recipe`.
 fn cached(name: &str, recipe: &str, install: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
-    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| Some(env::home_dir()?.join(".cache"))).context("no home folder")?;
+    let home = || Some(env::home_dir()?.join(".cache"));
+    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home).context("no home folder")?;
     let folder = cache.join("gradblend").join(name);
     let mark = folder.join("complete");
     if fs::read_to_string(&mark).is_ok_and(|text| text == recipe) {
@@ -69,7 +71,6 @@ pub(crate) fn nvcc(sh: &Shell) -> Result<PathBuf> {
     }
     let list = root().join("xtask/cuda.txt");
     let folder = cached("cuda", &fs::read_to_string(&list)?, |folder| {
-        packages(sh, &["python3-pip"], "pip3")?;
         Ok(cmd!(sh, "python3 -m pip install --quiet --target {folder} --requirement {list}").run()?)
     })?;
     Ok(folder.join("nvidia/cu13/bin/nvcc"))
@@ -80,45 +81,54 @@ pub(crate) fn numpy(sh: &Shell) -> Result<PathBuf> {
     let python = cmd!(sh, "python3 -c 'import sys; print(sys.implementation.cache_tag)'").quiet().read()?;
     let package = format!("numpy=={NUMPY}");
     cached(&format!("numpy-{python}"), &package, |folder| {
-        packages(sh, &["python3-pip"], "pip3")?;
         Ok(cmd!(sh, "python3 -m pip install --quiet --target {folder} {package}").run()?)
     })
 }
 
 /// The folder of cargo-cinstall, of cargo-c.
 pub(crate) fn cargo_c(sh: &Shell) -> Result<PathBuf> {
-    packages(sh, &["libssl-dev", "pkg-config"], "")?;
-    let folder = cached("cargo-c", CARGO_C, |folder| {
-        // Optimised code, or code with debug information, would take longer to compile than it ever runs.
-        let install = cmd!(sh, "nice cargo install cargo-c --version {CARGO_C} --locked --debug --bin cargo-cinstall");
+    packages(sh, &["libssl-dev", "pkg-config"])?;
+    cargo_install(sh, "cargo-c", CARGO_C, "cargo-cinstall")
+}
+
+/// The folder of cargo-fuzz.
+pub(crate) fn cargo_fuzz(sh: &Shell) -> Result<PathBuf> {
+    cargo_install(sh, "cargo-fuzz", CARGO_FUZZ, "cargo-fuzz")
+}
+
+fn cargo_install(sh: &Shell, name: &str, version: &str, program: &str) -> Result<PathBuf> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = LOCK.lock();
+    let folder = cached(name, version, |folder| {
         let build = folder.join("target");
-        install
-            .args(["--quiet", "--root"])
-            .arg(folder)
-            .env("CARGO_TARGET_DIR", &build)
-            .env("CARGO_PROFILE_DEV_DEBUG", "0")
-            .env("CARGO_PROFILE_DEV_DEBUG_ASSERTIONS", "false")
-            .env("CARGO_PROFILE_DEV_OVERFLOW_CHECKS", "false")
-            .run()?;
+        // Optimised code, or code with debug information, would take longer to compile than it ever runs.
+        cmd!(
+            sh,
+            "nice cargo install {name} --version {version} --locked --debug --quiet --bin {program} --root {folder}"
+        )
+        .env("CARGO_TARGET_DIR", &build)
+        .env("CARGO_PROFILE_DEV_DEBUG", "0")
+        .env("CARGO_PROFILE_DEV_DEBUG_ASSERTIONS", "false")
+        .env("CARGO_PROFILE_DEV_OVERFLOW_CHECKS", "false")
+        .run()?;
         Ok(fs::remove_dir_all(build)?)
     })?;
     Ok(folder.join("bin"))
 }
 
-/// Installs those of these Debian packages that are missing, unless `program` is there. Does nothing on other systems:
-/// whatever needs them will say so.
-pub(crate) fn packages(sh: &Shell, names: &[&str], program: &str) -> Result<()> {
-    let is_there = |command: Cmd<'_>| command.quiet().ignore_stdout().ignore_stderr().run().is_ok();
-    if !is_there(cmd!(sh, "dpkg --version")) || !program.is_empty() && is_there(cmd!(sh, "{program} --version")) {
+/// Installs those of these Debian packages that are missing. Does nothing on other systems: whatever needs a package
+/// will say so.
+pub(crate) fn packages(sh: &Shell, names: &[&str]) -> Result<()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = LOCK.lock();
+    let runs = |command: Cmd<'_>| command.quiet().ignore_stdout().ignore_stderr().run().is_ok();
+    let missing: Vec<_> = names.iter().filter(|name| !runs(cmd!(sh, "dpkg -s {name}"))).collect();
+    if missing.is_empty() || !runs(cmd!(sh, "dpkg --version")) {
         return Ok(());
     }
-    let missing: Vec<_> = names.iter().filter(|name| !is_there(cmd!(sh, "dpkg -s {name}"))).collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let root: &[&str] = if cmd!(sh, "id -u").quiet().read()? == "0" { &["env"] } else { &["sudo", "env"] };
-    let (first, rest) = (root[0], &root[1..]);
-    cmd!(sh, "{first} {rest...} apt-get update -qq").run()?;
-    let install = cmd!(sh, "{first} {rest...} DEBIAN_FRONTEND=noninteractive apt-get install -qq -y {missing...}");
-    Ok(install.arg("--no-install-recommends").ignore_stdout().run()?)
+    let root: &[&str] = if cmd!(sh, "id -u").quiet().read()? == "0" { &[] } else { &["sudo"] };
+    let apt = [root, &["env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]].concat();
+    let (env, apt) = (apt[0], &apt[1..]);
+    cmd!(sh, "{env} {apt...} update").run()?;
+    Ok(cmd!(sh, "{env} {apt...} install -y --no-install-recommends {missing...}").ignore_stdout().run()?)
 }
