@@ -1,23 +1,24 @@
 //! Reads the machine code of the kernels' images, and fails on what would make them slow or wrong.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use petgraph::Direction::Incoming;
 use petgraph::algo::dominators::simple_fast;
 use petgraph::graph::{DiGraph, NodeIndex};
 use petgraph::visit::EdgeRef;
 use regex::Regex;
-use xshell::{Shell, cmd};
+use xshell::cmd;
 
-use crate::{abi, cuda, tools};
+use crate::header::abi;
+use crate::{cuda, tools};
 
 const ARCHITECTURES: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"];
+const KERNELS: [&str; 7] = ["dot", "blend", "dot_blend", "observe", "reweight", "reset", "set_weights"];
 /// Kernels that read gradients.
-const PASSES: [&str; 3] = ["dot", "blend", "dot_blend"];
-const OTHERS: [&str; 4] = ["observe", "reweight", "reset", "set_weights"];
+const PASSES: [&str; 3] = [KERNELS[0], KERNELS[1], KERNELS[2]];
 /// Main loops of a pass: for each dtype, one for 1, 2, 3, 4, and up to 8 modalities.
 const MAIN_LOOPS: usize = 3 * 5;
 
@@ -35,9 +36,7 @@ macro_rules! regex {
         static $name: LazyLock<Regex> = LazyLock::new(|| Regex::new($pattern).expect("a valid pattern"));
     };
 }
-regex!(ARCH = r"^arch = (sm_\w+)");
-regex!(FUNCTION = r"^Function ?: ?(\w+)|^Function (\w+):");
-regex!(RESOURCES = r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)");
+regex!(RESOURCES = r"REG:\d+ STACK:\d+ .*LOCAL:\d+");
 regex!(INSTRUCTION = r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);");
 regex!(FLOAT_OPERATION = r"\b(?:add|sub|mul|fma|mad)\.(?:\w+\.)*f(?:32|64)\b");
 regex!(REGISTER = r"\bR(\d+)\b");
@@ -50,16 +49,22 @@ regex!(LOAD = r"\bLDG");
 regex!(WIDE = r"\bLDG\S*\.128\S* R(\d+)");
 regex!(LOCAL = r"\b(LDL|STL)\b");
 
-struct Instruction {
+type Graph<'a> = DiGraph<&'a [Instruction<'a>], ()>;
+
+struct Instruction<'a> {
     address: u64,
-    text: String,
+    text: &'a str,
 }
 
-impl Instruction {
+impl<'a> Instruction<'a> {
+    fn parse(line: &'a str) -> Option<Self> {
+        let (_, [address, text]) = INSTRUCTION.captures(line)?.extract();
+        Some(Self { address: u64::from_str_radix(address, 16).ok()?, text })
+    }
+
     /// `LDG.E.128` of `@!P0 LDG.E.128 R4, ...`.
     fn opcode(&self) -> &str {
-        let mut words = self.text.split_whitespace().skip(usize::from(self.is_conditional()));
-        words.next().unwrap_or_default()
+        self.text.split_whitespace().nth(usize::from(self.is_conditional())).unwrap_or_default()
     }
 
     fn is_conditional(&self) -> bool {
@@ -73,7 +78,7 @@ impl Instruction {
     /// The first register of a load of 128 bits: of gradients, or of partial sums, which other blocks write and which
     /// are therefore loaded STRONG.
     fn wide_load(&self, partials: bool) -> Option<u32> {
-        let register = WIDE.captures(&self.text).and_then(|found| found[1].parse().ok());
+        let register = WIDE.captures(self.text).and_then(|found| found[1].parse().ok());
         register.filter(|_| self.text.contains("STRONG") == partials)
     }
 }
@@ -87,65 +92,41 @@ pub(crate) fn run(images: &[PathBuf]) -> Result<()> {
     let sh = tools::shell()?;
     let cuobjdump = tools::nvcc(&sh)?.with_file_name("cuobjdump");
     let images = if images.is_empty() { cuda::kernels()?.images()? } else { images.to_vec() };
-    let mut failures = Vec::new();
-    let mut checked = BTreeSet::new();
-    let mut used = BTreeMap::<String, Vec<String>>::new();
+    let (mut failures, mut checked) = (Vec::new(), BTreeSet::new());
     for image in &images {
-        failures.extend(check_ptx(&dump(&sh, &cuobjdump, "-ptx", image)?).err());
-        for (kernel, line) in by_kernel(&dump(&sh, &cuobjdump, "--dump-resource-usage", image)?, &RESOURCES) {
-            let found = RESOURCES.captures(&line[0]).context("no resources")?;
-            used.entry(kernel.1.clone()).or_default().push(format!("{} {}", kernel.0, &found[1]));
-            if &found[2] != "0" || &found[3] != "0" {
-                failures.push(anyhow::anyhow!(
-                    "{kernel:?}: {} bytes of stack, {} of local memory",
-                    &found[2],
-                    &found[3]
-                ));
-            }
+        let dump = |what: &str| cmd!(sh, "{cuobjdump} {what} {image}").quiet().read();
+        failures.extend(check_ptx(&dump("-ptx")?).err());
+        for (kernel, lines) in by_kernel(&dump("--dump-resource-usage")?, &RESOURCES) {
+            let used =
+                lines[0].split_whitespace().filter(|word| word.starts_with("STACK:") || word.starts_with("LOCAL:"));
+            failures.extend(used.filter(|word| !word.ends_with(":0")).map(|word| anyhow!("{kernel}: {word} bytes")));
         }
-        for (kernel, lines) in by_kernel(&dump(&sh, &cuobjdump, "-sass", image)?, &INSTRUCTION) {
-            let parse = |line: &String| -> Result<Instruction> {
-                let found = INSTRUCTION.captures(line).context("no instruction")?;
-                Ok(Instruction { address: u64::from_str_radix(&found[1], 16)?, text: found[2].trim().into() })
-            };
-            let listing = lines.iter().map(parse).collect::<Result<Vec<_>>>()?;
-            let result = check_kernel(&kernel.1, &listing);
-            failures.extend(result.with_context(|| format!("{} {}", kernel.0, kernel.1)).err());
+        for (kernel, lines) in by_kernel(&dump("-sass")?, &INSTRUCTION) {
+            let listing: Vec<_> = lines.iter().filter_map(|line| Instruction::parse(line)).collect();
+            let name = kernel.split(' ').nth(1).unwrap_or_default();
+            failures.extend(check_kernel(name, &listing).context(kernel.clone()).err());
+            println!("{kernel}: {} instructions", listing.len());
             checked.insert(kernel);
         }
     }
-    for (kernel, used) in used {
-        println!("{kernel}: registers of {}", used.join(", "));
-    }
-    for kernel in PASSES.iter().chain(&OTHERS) {
-        for arch in ARCHITECTURES {
-            if !checked.contains(&(arch.into(), (*kernel).into())) {
-                failures.push(anyhow::anyhow!("{arch} {kernel}: no machine code"));
-            }
-        }
-    }
-    for failure in &failures {
-        println!("FAILED {failure:#}");
-    }
+    let expected = ARCHITECTURES.iter().flat_map(|arch| KERNELS.map(|kernel| format!("{arch} {kernel}")));
+    failures.extend(expected.filter(|kernel| !checked.contains(kernel)).map(|kernel| anyhow!("no code: {kernel}")));
+    failures.iter().for_each(|failure| println!("FAILED {failure:#}"));
     ensure!(failures.is_empty(), "the machine code breaks {} rules", failures.len());
     Ok(())
 }
 
-fn dump(sh: &Shell, cuobjdump: &Path, what: &str, image: &Path) -> Result<String> {
-    Ok(cmd!(sh, "{cuobjdump} {what} {image}").quiet().read()?)
-}
-
-/// The lines that match a pattern, by architecture and kernel.
-fn by_kernel(text: &str, pattern: &Regex) -> BTreeMap<(String, String), Vec<String>> {
-    let mut found = BTreeMap::<_, Vec<String>>::new();
-    let (mut arch, mut kernel) = (String::new(), String::new());
+/// The lines that match a pattern, by "ARCHITECTURE KERNEL".
+fn by_kernel<'a>(text: &'a str, pattern: &Regex) -> BTreeMap<String, Vec<&'a str>> {
+    let mut found = BTreeMap::<_, Vec<&str>>::new();
+    let (mut arch, mut kernel) = ("", "");
     for line in text.lines() {
-        if let Some(name) = ARCH.captures(line.trim()) {
-            arch = name[1].into();
-        } else if let Some(name) = FUNCTION.captures(line.trim()) {
-            kernel = name.get(1).or(name.get(2)).map_or("", |name| name.as_str()).into();
-        } else if pattern.is_match(line) {
-            found.entry((arch.clone(), kernel.clone())).or_default().push(line.into());
+        let mut words = line.trim().split([' ', ':', '=']).filter(|word| !word.is_empty());
+        match (words.next(), words.next()) {
+            (Some("arch"), Some(name)) => arch = name,
+            (Some("Function"), Some(name)) => kernel = name,
+            _ if pattern.is_match(line) => found.entry(format!("{arch} {kernel}")).or_default().push(line),
+            _ => {}
         }
     }
     found
@@ -161,8 +142,8 @@ fn check_ptx(text: &str) -> Result<()> {
     Ok(())
 }
 
-fn check_kernel(kernel: &str, listing: &[Instruction]) -> Result<()> {
-    if let Some(found) = listing.iter().find(|instruction| LOCAL.is_match(&instruction.text)) {
+fn check_kernel(kernel: &str, listing: &[Instruction<'_>]) -> Result<()> {
+    if let Some(found) = listing.iter().find(|instruction| LOCAL.is_match(instruction.text)) {
         bail!("local memory: {}", found.text);
     }
     if !PASSES.contains(&kernel) {
@@ -186,12 +167,12 @@ fn check_kernel(kernel: &str, listing: &[Instruction]) -> Result<()> {
     let ticket = only(listing, &["ATOMG", ".INC"])?;
     ensure!(listing[..ticket].iter().any(|instruction| instruction.has(&["MEMBAR"])), "no fence before the ticket");
     let claim = only(listing, &["ATOMG", ".ADD"])?;
-    let claimed = REGISTER.captures(&listing[claim].text).and_then(|found| found[1].parse().ok());
+    let claimed = REGISTER.captures(listing[claim].text).and_then(|found| found[1].parse().ok());
     let claimed: u32 = claimed.context("a claim without a register")?;
     for instruction in &listing[claim + 1..] {
-        let used = registers(&instruction.text).contains(&claimed);
+        let used = registers(instruction.text).contains(&claimed);
         ensure!(!used, "waits for the number of the next span before it loads this one: {}", instruction.text);
-        if LOAD.is_match(&instruction.text) {
+        if LOAD.is_match(instruction.text) {
             break;
         }
     }
@@ -199,14 +180,14 @@ fn check_kernel(kernel: &str, listing: &[Instruction]) -> Result<()> {
 }
 
 /// The index of the only instruction with these parts.
-fn only(listing: &[Instruction], parts: &[&str]) -> Result<usize> {
+fn only(listing: &[Instruction<'_>], parts: &[&str]) -> Result<usize> {
     let found: Vec<_> = (0..listing.len()).filter(|&index| listing[index].has(parts)).collect();
     ensure!(found.len() == 1, "{} instructions {parts:?}, expected one", found.len());
     Ok(found[0])
 }
 
 /// The number of loads of 128 bits in a block, all of which are issued before the first of them is used.
-fn check_loads(block: &[Instruction], partials: bool) -> Result<usize> {
+fn check_loads(block: &[Instruction<'_>], partials: bool) -> Result<usize> {
     let total = block.iter().filter(|instruction| instruction.wide_load(partials).is_some()).count();
     let (mut issued, mut pending) = (0, HashSet::new());
     for instruction in block {
@@ -223,12 +204,12 @@ fn check_loads(block: &[Instruction], partials: bool) -> Result<usize> {
 }
 
 /// The control-flow graph. Its first node is empty and leads to all blocks that nothing else enters.
-fn control_flow(listing: &[Instruction]) -> Result<DiGraph<&[Instruction], ()>> {
+fn control_flow<'a>(listing: &'a [Instruction<'a>]) -> Result<Graph<'a>> {
     let index: HashMap<_, _> = listing.iter().enumerate().map(|(i, instruction)| (instruction.address, i)).collect();
     let mut ends = HashMap::new();
     for (i, instruction) in listing.iter().enumerate() {
         if BRANCH.is_match(instruction.opcode()) {
-            let target = TARGET.captures(&instruction.text).map(|found| found[1].to_owned());
+            let target = TARGET.captures(instruction.text).map(|found| found[1].to_owned());
             let target = target.with_context(|| format!("no target: {}", instruction.text))?;
             let to = index.get(&u64::from_str_radix(&target[2..], 16)?).context("a target outside of the kernel")?;
             // A condition can be a predicate before the opcode or among the operands.
@@ -261,7 +242,7 @@ fn control_flow(listing: &[Instruction]) -> Result<DiGraph<&[Instruction], ()>> 
 }
 
 /// The bodies of the innermost loops around loads of 128 bits.
-fn main_loops(graph: &DiGraph<&[Instruction], ()>) -> Result<Vec<HashSet<NodeIndex>>> {
+fn main_loops(graph: &Graph<'_>) -> Result<Vec<HashSet<NodeIndex>>> {
     let dominators = simple_fast(graph, NodeIndex::new(0));
     // A natural loop: what reaches a back edge without passing the loop's head.
     let mut loops = BTreeMap::<NodeIndex, HashSet<NodeIndex>>::new();

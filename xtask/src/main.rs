@@ -10,9 +10,6 @@ mod mutants;
 mod rules;
 mod tools;
 
-#[path = "../../src/abi.rs"]
-#[allow(unreachable_pub)]
-mod abi;
 #[path = "../../kernels/header.rs"]
 mod header;
 
@@ -47,8 +44,6 @@ enum Command {
         /// Images of kernels [default: those of a build]
         images: Vec<PathBuf>,
     },
-    /// Check the rules that a search of the sources can check
-    Rules,
     /// Build the library for C; run the tests and examples in C, C++ and Python
     Ffi,
     /// Run each fuzz target for its part of a time
@@ -88,7 +83,6 @@ fn run(command: Command) -> Result<()> {
         Command::Cuda => drop(cuda::kernels()?),
         Command::Emulator { sanitize, out } => println!("{}", emulator::build(sanitize, out)?.display()),
         Command::MachineCode { images } => machine_code::run(&images)?,
-        Command::Rules => rules::check()?,
         Command::Mutants { names } => mutants::run(&names)?,
     }
     Ok(())
