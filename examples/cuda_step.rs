@@ -92,7 +92,8 @@ fn main() -> Result<()> {
     // A framework has these anyway; the blender borrows them. Two sets of buffers, for even and odd steps.
     let context = CudaContext::new(ordinal as usize)?;
     let (copies, compute) = (context.new_stream()?, context.new_stream()?);
-    let (ready, done) = ([context.new_event(None)?, context.new_event(None)?], [context.new_event(None)?, context.new_event(None)?]);
+    let (ready, done) =
+        ([context.new_event(None)?, context.new_event(None)?], [context.new_event(None)?, context.new_event(None)?]);
     let mut buffers = [OnDevice::new(&copies)?, OnDevice::new(&copies)?];
     let plans = [buffers[0].plan(&blender, &compute)?, buffers[1].plan(&blender, &compute)?];
     // SAFETY: `compute` belongs to the blender's device and lives until the end of `main`.

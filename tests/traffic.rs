@@ -138,7 +138,7 @@ fn tables_are_small() -> Outcome {
 fn partial_sums_are_read_once() -> Outcome {
     on_emulator(|emulator| {
         // More SMs than spans, so that each span gets a block.
-        emulator.set("multiprocessors", 1000);
+        emulator.set("sms", 1000);
         for (k, count) in [(1, 400), (3, 2000), (32, 1100)] {
             let mut random = Random(207);
             let mut tensors: Vec<Tensor<bf16>> =
@@ -205,9 +205,9 @@ fn grids_change_no_bit() -> Outcome {
             tensor.scale(2.0_f64.powi(random.below(41) as i32 - 20));
         }
         let mut want = None;
-        for multiprocessors in [1, 3, 132] {
+        for sms in [1, 3, 132] {
             for seed in [0, 1, 2] {
-                emulator.set("multiprocessors", multiprocessors);
+                emulator.set("sms", sms);
                 emulator.set("seed", seed);
                 let mut own = tensors.clone();
                 let mut blender = FACE.blender(9)?;
@@ -215,13 +215,10 @@ fn grids_change_no_bit() -> Outcome {
                     FACE.run(&mut blender, &mut own, TestBlender::step)?;
                     blender.reweight()
                 })?;
-                assert!(blocks > 1 || multiprocessors == 1, "{blocks} blocks");
+                assert!(blocks > 1 || sms == 1, "{blocks} blocks");
                 let blends: Vec<Vec<u32>> = own.iter().map(|tensor| bits(&tensor.blended)).collect();
                 let got = (blends, blender.save()?);
-                assert!(
-                    &got == want.get_or_insert_with(|| got.clone()),
-                    "{multiprocessors} multiprocessors, seed {seed}"
-                );
+                assert!(&got == want.get_or_insert_with(|| got.clone()), "{sms} sms, seed {seed}");
             }
         }
         Ok(())

@@ -126,11 +126,11 @@ void clear(Context *context) {
 
 void Driver::restore_settings() {
     settings = {
-        {"devices", 1}, {"multiprocessors", 3}, {"blocks_per_multiprocessor", 2}, {"major", 9}, {"minor", 0},
+        {"devices", 1}, {"sms", 3}, {"blocks_per_sm", 2}, {"major", 9}, {"minor", 0},
         {"driver_version", 13000}, {"pageable", 1}, {"memory", int64_t(16) << 30}, {"seed", 0}, {"image", CUDA_SUCCESS},
     };
     for (const auto &[variable, name] : {std::pair("GRADBLEND_EMULATOR_SEED", "seed"),
-                                         std::pair("GRADBLEND_EMULATOR_MULTIPROCESSORS", "multiprocessors")}) {
+                                         std::pair("GRADBLEND_EMULATOR_SMS", "sms")}) {
         if (const char *value = getenv(variable)) {
             settings[name] = atoll(value);
         }
@@ -174,7 +174,7 @@ EXPORT int cuDeviceGetAttribute(int *value, int attribute, int device) {
         // compute capability, pageable memory access.
         const std::map<int, int> values = {
             {1, 1024}, {2, 1024}, {3, 1024}, {4, 64}, {5, INT32_MAX}, {6, 65535}, {7, 65535}, {8, 48 << 10}, {10, 32},
-            {12, 65536}, {16, setting("multiprocessors")}, {39, 2048}, {31, 1}, {40, 1}, {41, 1}, {38, 50 << 20},
+            {12, 65536}, {16, setting("sms")}, {39, 2048}, {31, 1}, {40, 1}, {41, 1}, {38, 50 << 20},
             {75, setting("major")}, {76, setting("minor")}, {88, setting("pageable")},
         };
         const auto found = values.find(attribute);
@@ -289,7 +289,7 @@ EXPORT int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, Function *fu
     return call(__func__, CONTEXT, [&] {
         get(driver.functions, function);
         require(threads >= 1 && threads <= 1024, CUDA_ERROR_INVALID_VALUE);
-        set_out(blocks, setting("blocks_per_multiprocessor"));
+        set_out(blocks, setting("blocks_per_sm"));
     });
 }
 
