@@ -44,7 +44,7 @@ impl Tensor {
     }
 
     fn is_valid(&self) -> bool {
-        let aligned = |a: &u64| a % if self.dtype == 0 { 4 } else { 2 } == 0;
+        let aligned = |a: &u64| a.is_multiple_of(if self.dtype == 0 { 4 } else { 2 });
         let fits = (0..self.addresses.len()).all(|i| self.bytes(i).is_none_or(|bytes| bytes.end <= 1 << 64));
         let pair = (self.addresses[0] == 0) == (self.addresses[1] == 0);
         (0..3).contains(&self.dtype) && self.addresses.iter().all(aligned) && fits && pair
