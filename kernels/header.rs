@@ -3,7 +3,7 @@
 
 #[path = "../src/abi.rs"]
 #[allow(unreachable_pub)]
-mod abi;
+pub(crate) mod abi;
 
 /// The C++ text of the header. The compiler checks that each record has the size and the offsets that it has in Rust.
 pub(crate) fn header() -> String {

@@ -3,15 +3,27 @@
 //! Shared by the tests, the benchmarks, the fuzz target and the integrations. The oracle is a set of naive loops in f64
 //! and uses nothing of the library but its types.
 
+pub mod c;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+mod face;
+mod failure;
 mod oracle;
+mod property;
 mod random;
 mod sample;
 mod tensor;
 
-pub use oracle::Sums;
+#[cfg(feature = "cuda")]
+pub use cuda::{on_cuda as cuda, on_cuda_through_c as ffi_cuda};
+pub use face::{Addresses, DeviceArray, Face, Input, Placed, TestBlender, TestPlan, cpu, ffi};
+pub use failure::{Failure, Result, name, rejected, rejected_as};
+pub use oracle::{Moments, Sums};
+pub use property::property;
+pub use proptest;
 pub use random::Random;
 pub use sample::Sample;
 pub use tensor::{Buffer, LENGTHS, Output, Tensor, bits, bits64};
 
 /// Result of a test body: an error fails the test and names itself.
-pub type Outcome = Result<(), Box<dyn std::error::Error>>;
+pub type Outcome = std::result::Result<(), Box<dyn std::error::Error>>;

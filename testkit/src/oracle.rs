@@ -1,5 +1,7 @@
 //! The oracle: naive loops in f64, and error bounds that come from the data.
 
+use gradblend::{Average, Flags, Report};
+
 use crate::{Sample, Tensor};
 
 /// The exact products c_0..c_K, d_0..d_K of tensors, with what their error bound needs.
@@ -82,4 +84,108 @@ impl<T: Sample> Tensor<T> {
             }
         }
     }
+}
+
+/// The observations since the last reset, and the moments that they define.
+#[derive(Clone, Debug)]
+pub struct Moments {
+    average: Average,
+    k: usize,
+    /// The products of each observation that was not skipped: K values of c, then of d.
+    pub products: Vec<Vec<f64>>,
+    /// Observations that were skipped.
+    pub skipped: u64,
+    /// Bit k: modality k made the latest observation not finite.
+    pub nonfinite: u32,
+}
+
+impl Moments {
+    /// Before any observation.
+    pub fn new(k: usize, average: Average) -> Self {
+        Moments { average, k, products: Vec::new(), skipped: 0, nonfinite: 0 }
+    }
+
+    /// Adds an observation of these pending sums under a gradient scale.
+    pub fn observe(&mut self, sums: &[f64], scale: f32) {
+        // A scale that is not finite makes the observation not finite, which a division by infinity would hide.
+        let factor = if scale.is_finite() { f64::from(scale) * f64::from(scale) } else { f64::NAN };
+        let products: Vec<f64> = sums.iter().map(|sum| sum / factor).collect();
+        self.nonfinite = (0..self.k).filter(|k| !enters(products[*k], products[self.k + k])).map(|k| 1 << k).sum();
+        match self.nonfinite {
+            0 => self.products.push(products),
+            _ => self.skipped += 1,
+        }
+    }
+
+    /// The mean of `value` over the observations, and of its magnitude; 0 before the first.
+    fn mean(&self, value: impl Fn(&[f64]) -> f64) -> (f64, f64) {
+        let decay = if let Average::Ema { decay } = self.average { decay } else { 1.0 };
+        let (mut sum, mut magnitude, mut shares, mut share) = (0.0, 0.0, 0.0, 1.0);
+        for products in self.products.iter().rev() {
+            let value = value(products);
+            sum += share * value;
+            magnitude += share * value.abs();
+            shares += share;
+            share *= decay;
+        }
+        if shares > 0.0 { (sum / shares, magnitude / shares) } else { (0.0, 0.0) }
+    }
+
+    /// Checks a report and S: counters, moments and ratios.
+    #[track_caller]
+    pub fn check(&self, report: &Report, s: &[f64], case: &str) {
+        let (k, seen) = (self.k, self.products.len());
+        let counters = (report.observed, report.skipped, report.nonfinite);
+        assert_eq!(counters, (seen as u64, self.skipped, self.nonfinite), "{case}");
+        assert_eq!(report.flags.contains(Flags::NONFINITE), self.nonfinite != 0, "{case}");
+        // Each observation rounds a few times, here and in the library.
+        let eps = 8.0 * (seen + 4) as f64 * f64::EPSILON / 2.0;
+        let near = |got: f64, (want, magnitude): (f64, f64), what: &str| {
+            assert!((got - want).abs() <= eps * magnitude, "{case}: {what} is {got}, expected {want}");
+        };
+        for i in 0..k {
+            near(report.mean[i], self.mean(|products| products[i]), "a mean");
+            assert_eq!(report.second_moment[i].to_bits(), s[i * k + i].to_bits(), "{case}");
+            for j in 0..k {
+                near(s[i * k + j], self.mean(|products| products[k + i] * products[k + j]), "a second moment");
+            }
+            let ogr = s[i * k + i].sqrt() / report.mean[i].abs();
+            let same = (report.ogr[i] - ogr).abs() <= 4.0 * f64::EPSILON * ogr;
+            assert!(same || report.ogr[i] == ogr || (ogr.is_nan() && report.ogr[i].is_nan()), "{case}: OGR {i}");
+        }
+        let uniform = vec![1.0 / k as f64; k];
+        check_ratio(report.ogr_blend, &report.weights, &report.mean, s, case);
+        check_ratio(report.ogr_uniform, &uniform, &report.mean, s, case);
+    }
+}
+
+/// Whether c and d of a modality enter the moments: what is stored is c and the square of d.
+fn enters(c: f64, d: f64) -> bool {
+    c.is_finite() && (d * d).is_finite()
+}
+
+/// Checks sqrt(w'Sw) / |w'm| within the roundings of numerator and denominator.
+#[track_caller]
+fn check_ratio(got: f64, w: &[f64], m: &[f64], s: &[f64], case: &str) {
+    let k = w.len();
+    let eps = 4.0 * (k * k + 4) as f64 * f64::EPSILON / 2.0;
+    let (mut variance, mut variance_size, mut gain, mut gain_size) = (0.0, 0.0, 0.0, 0.0);
+    for i in 0..k {
+        gain += w[i] * m[i];
+        gain_size += (w[i] * m[i]).abs();
+        for j in 0..k {
+            let term = w[i] * w[j] * s[i * k + j];
+            variance += term;
+            variance_size += term.abs();
+        }
+    }
+    if got.is_nan() {
+        let zero = variance <= eps * variance_size && f64::abs(gain) <= eps * gain_size;
+        return assert!(zero, "{case}: a ratio is NaN, which only 0 / 0 is");
+    }
+    let low = f64::max(variance - eps * variance_size, 0.0).sqrt() / (f64::abs(gain) + eps * gain_size);
+    let high = f64::max(variance + eps * variance_size, 0.0).sqrt() / f64::max(f64::abs(gain) - eps * gain_size, 0.0);
+    let above = low.is_nan() || got >= low * (1.0 - eps);
+    let below = high.is_nan() || got <= high * (1.0 + eps);
+    assert!(above && below, "{case}: a ratio is {got}, expected {low} to {high}");
 }

@@ -117,6 +117,14 @@ impl<T: Sample> Tensor<T> {
         [&mut self.train, &mut self.valid].into_iter().chain(self.modalities.iter_mut().flatten())
     }
 
+    /// All buffers.
+    pub fn buffers(&mut self) -> impl Iterator<Item = &mut Buffer<T>> {
+        [&mut self.train, &mut self.valid]
+            .into_iter()
+            .chain(self.modalities.iter_mut().flatten())
+            .chain([&mut self.blended])
+    }
+
     /// Multiplies all inputs by `factor`.
     pub fn scale(&mut self, factor: f64) {
         self.inputs().flat_map(|buffer| buffer.iter_mut()).for_each(|x| *x = T::round(x.exact() * factor));
@@ -125,10 +133,7 @@ impl<T: Sample> Tensor<T> {
     /// The same elements, each buffer at a random offset from 0 to 3.
     pub fn scattered(&self, random: &mut Random) -> Self {
         let mut tensor = self.clone();
-        for buffer in tensor.inputs() {
-            *buffer = buffer.at_offset(random.below(4));
-        }
-        tensor.blended = tensor.blended.at_offset(random.below(4));
+        tensor.buffers().for_each(|buffer| *buffer = buffer.at_offset(random.below(4)));
         tensor
     }
 

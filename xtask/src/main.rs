@@ -1,3 +1,89 @@
 //! Builds and checks of this repository: `cargo xtask --help`.
 
-fn main() {}
+mod ci;
+mod cuda;
+mod emulator;
+mod ffi;
+mod gpu_bundle;
+mod machine_code;
+mod mutants;
+mod rules;
+mod tools;
+
+#[path = "../../kernels/header.rs"]
+mod header;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use clap::builder::PossibleValuesParser;
+
+/// Builds and checks this repository.
+#[derive(Parser)]
+enum Command {
+    /// Run everything that must pass before a change lands, or only the named sections
+    Ci {
+        #[arg(value_parser = PossibleValuesParser::new(ci::sections()))]
+        sections: Vec<String>,
+    },
+    /// Compile the kernels for each architecture; a warning, a spill or a use of local memory is an error
+    Cuda,
+    /// Build the emulator of the CUDA driver, and print the folder to put into LD_LIBRARY_PATH
+    Emulator {
+        /// With AddressSanitizer and UndefinedBehaviorSanitizer
+        #[arg(long)]
+        sanitize: bool,
+        /// Folder to build in [default: target/emulator, or target/emulator-sanitize]
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Check the machine code of the kernels
+    MachineCode {
+        /// Images of kernels [default: those of a build]
+        images: Vec<PathBuf>,
+    },
+    /// Build the library for C; run the tests and examples in C, C++ and Python
+    Ffi,
+    /// Run each fuzz target for its part of a time
+    Fuzz { seconds: usize },
+    /// Pack test programs and laboratory for a machine that has a GPU but no Rust; `run.sh` in the folder runs them
+    GpuBundle {
+        /// Without optimisation: quick to build, slow to run
+        #[arg(long)]
+        debug: bool,
+        /// Folder to write [default: target/gpu-bundle]
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Break the kernels on purpose, one mistake at a time, and fail if no test notices
+    Mutants {
+        /// Parts of mutants' names [default: all mutants]
+        names: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Command::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Ci { sections } => ci::run(&sections)?,
+        Command::Ffi => ffi::run(&tools::shell()?)?,
+        Command::Fuzz { seconds } => ci::fuzz(seconds)?,
+        Command::GpuBundle { debug, out } => gpu_bundle::build(debug, out)?,
+        Command::Cuda => drop(cuda::kernels()?),
+        Command::Emulator { sanitize, out } => println!("{}", emulator::build(sanitize, out)?.display()),
+        Command::MachineCode { images } => machine_code::run(&images)?,
+        Command::Mutants { names } => mutants::run(&names)?,
+    }
+    Ok(())
+}

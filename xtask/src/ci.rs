@@ -1,0 +1,181 @@
+//! Everything that must pass before a change lands, in an order that fails early.
+
+use std::fs;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use xshell::{Shell, cmd};
+
+use crate::{cuda, emulator, ffi, gpu_bundle, machine_code, mutants, rules, tools};
+
+/// A named part. It runs its commands, then its function.
+type Section = (&'static str, &'static [&'static str], fn(&Shell) -> Result<()>);
+
+const SECTIONS: [Section; 17] = [
+    ("rules", &[], |_| rules::check()),
+    ("format", &["cargo fmt --all --check", "cargo fmt --manifest-path fuzz/Cargo.toml --check"], |_| Ok(())),
+    ("clippy", CLIPPY, |_| Ok(())),
+    ("tests", &["cargo test --locked --workspace"], |_| Ok(())),
+    ("docs", &["cargo doc --locked --workspace --no-deps"], package),
+    ("minimum-rust", &[], minimum_rust),
+    ("cuda", &[], cuda),
+    ("machine-code", &[], |_| machine_code::run(&[])),
+    ("emulator", &[], on_emulator),
+    ("sanitizers", &[], sanitizers),
+    ("ffi", &[], ffi::run),
+    ("install", &[], install),
+    ("optimised", OPTIMISED, |_| Ok(())),
+    ("laboratory", &[], laboratory),
+    ("fuzz", &[], |_| fuzz(30)),
+    ("mutants", &[], |_| mutants::run(&[])),
+    ("gpu-bundle", &[], bundle),
+];
+/// Tests switch on the C functions, so the library is also checked without them.
+const CLIPPY: &[&str] = &[
+    "cargo clippy --locked --package gradblend -- -D warnings",
+    "cargo clippy --locked --workspace --all-targets -- -D warnings",
+];
+const OPTIMISED: &[&str] = &[
+    "cargo test --locked --release --package gradblend --lib --tests",
+    "cargo run --locked --release --package gradblend-candle --example late_fusion -- --quick",
+    "cargo bench --locked --package gradblend -- --test",
+];
+/// Test programs that run kernels.
+const SANITIZED: [&str; 7] = ["step", "blend", "observe", "cuda", "graph", "traffic", "driver"];
+
+/// The names of the sections.
+pub(crate) fn sections() -> Vec<&'static str> {
+    SECTIONS.iter().map(|section| section.0).collect()
+}
+
+/// Runs the named sections, or all.
+pub(crate) fn run(names: &[String]) -> Result<()> {
+    let started = Instant::now();
+    let sh = tools::shell()?;
+    sh.set_var("RUSTDOCFLAGS", "-D warnings");
+    if names.is_empty() {
+        // These take minutes to compile on a fresh machine, and some of what runs meanwhile keeps one core busy. A
+        // section that needs them waits, and reports an error.
+        thread::spawn(|| tools::cargo_c(&tools::shell()?).and_then(|_| tools::cargo_fuzz(&tools::shell()?)));
+    }
+    for (name, commands, function) in SECTIONS {
+        if names.is_empty() || names.iter().any(|wanted| wanted == name) {
+            println!("\n== {name} ({} min)", started.elapsed().as_secs() / 60);
+            for command in commands {
+                let words = command.split(' ').skip(1);
+                cmd!(sh, "cargo {words...}").run().with_context(|| format!("section {name}"))?;
+            }
+            function(&sh).with_context(|| format!("section {name}"))?;
+        }
+    }
+    Ok(println!("\n== all passed ({} min)", started.elapsed().as_secs() / 60))
+}
+
+fn package(sh: &Shell) -> Result<()> {
+    let package = cmd!(sh, "cargo package --locked --allow-dirty --list").read()?;
+    for file in ["README.md", "build.rs", "kernels/pass.cu", "include/gradblend.h"] {
+        ensure!(package.lines().any(|line| line == file), "the package lacks {file}");
+    }
+    Ok(())
+}
+
+fn minimum_rust(sh: &Shell) -> Result<()> {
+    let version = env!("CARGO_PKG_RUST_VERSION");
+    let installed = cmd!(sh, "rustup toolchain list").ignore_stderr().read().unwrap_or_default();
+    let toolchain = installed.split_whitespace().find(|name| name.starts_with(version));
+    let Some(toolchain) = toolchain else {
+        return Ok(println!("NOT CHECKED: Rust {version} is not installed"));
+    };
+    Ok(cmd!(sh, "rustup run {toolchain} cargo check --locked --features capi").run()?)
+}
+
+fn cuda(_: &Shell) -> Result<()> {
+    let sh = cuda::shell()?;
+    cuda::kernels()?;
+    let all = cuda::ALL;
+    cmd!(sh, "cargo clippy --locked {all...} --all-targets -- -D warnings").run()?;
+    cmd!(sh, "cargo doc --locked {all...} --no-deps").env("RUSTDOCFLAGS", "-D warnings").run()?;
+    // Beside a user of cudarc who links to the driver, as candle's feature `cuda` does. DOCS_RS leaves out the kernels.
+    Ok(cmd!(sh, "cargo check --locked --features cuda,cudarc/dynamic-linking").env("DOCS_RS", "1").run()?)
+}
+
+fn on_emulator(_: &Shell) -> Result<()> {
+    let (sh, emulator) = (cuda::shell()?, emulator::build(false, None)?);
+    let (features, all) = (cuda::FEATURES, cuda::ALL);
+    let test = cmd!(sh, "cargo test --locked --package gradblend --lib --tests --features {features}");
+    emulator::on(&emulator, test).run()?;
+    let example = cmd!(sh, "cargo run --locked --package gradblend --example cuda_step --features {features}");
+    emulator::on(&emulator, example).run()?;
+
+    cmd!(sh, "cargo build --locked {all...}").run()?;
+    let (lab, results) = (tools::target()?.join("debug/gradblend-lab"), tools::target()?.join("ci-cuda.jsonl"));
+    sh.remove_path(&results)?;
+    emulator::on(&emulator, cmd!(sh, "{lab} run --device cuda --test --results {results}")).run()?;
+    ensure!(!fs::read_to_string(&results)?.contains("skipped"), "{} has skipped cases", results.display());
+    cmd!(sh, "{lab} report {results}").run()?;
+
+    let step = cuda::tests()?.program("step")?.clone();
+    let said = cmd!(sh, "{step} --nocapture cuda").env("LD_LIBRARY_PATH", "").output()?;
+    let said = String::from_utf8([said.stdout, said.stderr].concat())?;
+    ensure!(said.contains("skipped: no CUDA device"), "without a device, no test says that it is skipped");
+    let required = cmd!(sh, "{step} cuda").env("LD_LIBRARY_PATH", "").env("GRADBLEND_REQUIRE_CUDA", "1");
+    ensure!(required.ignore_stdout().ignore_stderr().run().is_err(), "tests pass without the device that they require");
+    Ok(())
+}
+
+fn sanitizers(sh: &Shell) -> Result<()> {
+    let (emulator, built) = (emulator::build(true, None)?, cuda::tests()?);
+    // Each seed is another order of threads.
+    for seed in ["1", "2"] {
+        for name in SANITIZED {
+            let program = built.program(name)?;
+            let test = cmd!(sh, "{program} --quiet --skip cpu::").env("GRADBLEND_EMULATOR_SEED", seed);
+            emulator::on_sanitized(sh, &emulator, test)?.run()?;
+        }
+    }
+    Ok(())
+}
+
+fn install(sh: &Shell) -> Result<()> {
+    tools::packages(sh, &["cmake", "pkg-config", "binutils"])?;
+    let out = tools::target()?.join("install");
+    let cinstall = tools::cargo_c(sh)?.join("cargo-cinstall");
+    Ok(cmd!(sh, "tests/install/run --out {out}").env("CARGO_CINSTALL", cinstall).run()?)
+}
+
+fn laboratory(sh: &Shell) -> Result<()> {
+    let results = tools::target()?.join("ci-cpu.jsonl");
+    sh.remove_path(&results)?;
+    let lab = ["run", "--locked", "--release", "--package=gradblend-lab", "--"];
+    cmd!(sh, "cargo {lab...} run --device cpu --test --results {results}").run()?;
+    cmd!(sh, "cargo {lab...} report {results}").run()?;
+    // The committed tables and plots are those of the committed raw results.
+    let committed = tools::files(&tools::root().join("benches/results"), &["jsonl"])?;
+    cmd!(sh, "cargo {lab...} report {committed...} --check").run()?;
+    let python = tools::target()?.join("python");
+    Ok(cmd!(sh, "python3 -m py_compile benches/lab/pytorch.py").env("PYTHONPYCACHEPREFIX", python).run()?)
+}
+
+/// Runs each fuzz target for its part of a time.
+pub(crate) fn fuzz(seconds: usize) -> Result<()> {
+    let sh = tools::shell()?;
+    sh.set_var("PATH", format!("{}:{}", tools::cargo_fuzz(&sh)?.display(), sh.var("PATH")?));
+    // Lets a stable compiler take the flags of sanitizers.
+    sh.set_var("RUSTC_BOOTSTRAP", "1");
+    let targets = tools::files(&tools::root().join("fuzz/fuzz_targets"), &["rs"])?;
+    let each = format!("-max_total_time={}", seconds.div_ceil(targets.len().max(1)));
+    for target in targets {
+        let name = target.file_stem().context("a fuzz target without a name")?;
+        cmd!(sh, "cargo fuzz run --fuzz-dir fuzz {name} -- {each} -timeout=20").run()?;
+    }
+    Ok(())
+}
+
+fn bundle(sh: &Shell) -> Result<()> {
+    let out = tools::target()?.join("ci-gpu-bundle");
+    gpu_bundle::build(true, Some(out.clone()))?;
+    let script = out.join("run.sh");
+    let run = emulator::on(&emulator::build(false, None)?, cmd!(sh, "{script} --quick"));
+    Ok(run.env("OUT", tools::target()?.join("ci-gpu-results")).run()?)
+}

@@ -1,0 +1,121 @@
+//! Builds the emulator of the CUDA driver: kernels and driver functions, compiled by the host's C++ compiler.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rayon::prelude::*;
+use xshell::{Cmd, Shell, cmd};
+
+use crate::{header, tools};
+
+const SOURCES: &str = "tests/emulator";
+/// Kernels of the laboratory.
+const NAIVE: &str = "benches/lab/kernels/naive.cu";
+const EXPORTS: &str = "{ global: cu*; emulator_*; local: *; };";
+/// A driver that lacks almost all functions, as one of another version might.
+const INCOMPLETE: &str = "extern \"C\" int cuInit(unsigned) { return 0; }
+extern \"C\" int cuDriverGetVersion(int *version) { return *version = 13000, 0; }\n";
+const SANITIZE: [&str; 3] =
+    ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=shared_memory"];
+
+/// Builds libcuda.so.1 and libcublas.so.13 in `out`, and in `out/incomplete` a driver that lacks functions. Returns
+/// `out`, which goes into LD_LIBRARY_PATH.
+pub(crate) fn build(sanitize: bool, out: Option<PathBuf>) -> Result<PathBuf> {
+    let name = if sanitize { "emulator-sanitize" } else { "emulator" };
+    let out = out.map_or_else(|| tools::target().map(|target| target.join(name)), Ok)?;
+    fs::create_dir_all(out.join("incomplete"))?;
+    let out = out.canonicalize()?;
+    if fs::read_to_string(out.join("abi.cuh")).ok().as_deref() != Some(header::header().as_str()) {
+        fs::write(out.join("abi.cuh"), header::header())?;
+    }
+    let root = tools::root();
+    let kernels = root.join("kernels");
+    let host = tools::files(&root.join(SOURCES), &["cpp"])?;
+    let device = tools::files(&kernels, &["cu"])?;
+    let sources = [host, device, vec![root.join(NAIVE)]].concat();
+    let included = [tools::files(&root.join(SOURCES), &["hpp"])?, tools::files(&kernels, &["cuh"])?].concat();
+    let library = out.join("libcuda.so.1");
+    if is_newest(&library, &[sources.clone(), included, vec![out.join("abi.cuh")]].concat())? {
+        return Ok(out);
+    }
+    let flags: &[&str] = if sanitize { &SANITIZE } else { &[] };
+    compile(&sources, &[&kernels, &out], &out, flags)?;
+    let mut objects = tools::files(&out, &["o"])?;
+    let cublas = objects.iter().position(|object| object.ends_with("cublas.o")).context("no cublas.o")?;
+    let cublas = objects.remove(cublas);
+    link(&objects, &library, EXPORTS, flags)?;
+    link(&[cublas, library], &out.join("libcublas.so.13"), "{ global: cublas*; local: *; };", flags)?;
+    let incomplete = out.join("incomplete/driver.cpp");
+    fs::write(&incomplete, INCOMPLETE)?;
+    link(&[incomplete], &out.join("incomplete/libcuda.so.1"), EXPORTS, &["-fPIC"])?;
+    Ok(out)
+}
+
+/// Builds libcuda.so.1 of other kernels in `out`, with all else from the emulator in `base`.
+pub(crate) fn variant(kernels: &Path, base: &Path, out: &Path) -> Result<()> {
+    // Such a library is built once and runs briefly.
+    compile(&tools::files(kernels, &["cu"])?, &[kernels, base], out, &["-O1"])?;
+    let mut objects = tools::files(base, &["o"])?;
+    objects.retain(|object| !object.ends_with("cublas.o"));
+    for object in &mut objects {
+        let own = out.join(object.file_name().unwrap_or_default());
+        if own.exists() {
+            *object = own;
+        }
+    }
+    link(&objects, &out.join("libcuda.so.1"), EXPORTS, &[])
+}
+
+/// Lets a command find the emulator, and fail where it finds no device.
+pub(crate) fn on<'sh>(out: &Path, command: Cmd<'sh>) -> Cmd<'sh> {
+    command.env("LD_LIBRARY_PATH", out).env("GRADBLEND_REQUIRE_CUDA", "1")
+}
+
+/// Lets a test program run on an emulator with sanitizers. These must be loaded first, and with them the runtime of C++
+/// exceptions, which a Rust program does not have.
+pub(crate) fn on_sanitized<'sh>(sh: &Shell, out: &Path, command: Cmd<'sh>) -> Result<Cmd<'sh>> {
+    let cxx = tools::compiler("CXX", "g++");
+    let find = |name: &str| cmd!(sh, "{cxx} -print-file-name={name}").quiet().read();
+    let preload = format!("{} {}", find("libasan.so")?, find("libstdc++.so.6")?);
+    Ok(on(out, command).env("LD_PRELOAD", preload).env("ASAN_OPTIONS", "detect_leaks=0"))
+}
+
+/// Whether a library is newer than all of its sources.
+fn is_newest(library: &Path, sources: &[PathBuf]) -> Result<bool> {
+    let Ok(built) = fs::metadata(library) else { return Ok(false) };
+    let built = built.modified()?;
+    let newer = |source: &PathBuf| Ok(fs::metadata(source)?.modified()? > built);
+    Ok(!sources.iter().map(newer).collect::<Result<Vec<bool>>>()?.contains(&true))
+}
+
+/// Compiles each source into an object in `out`, all at the same time.
+fn compile(sources: &[PathBuf], include: &[&Path], out: &Path, flags: &[&str]) -> Result<()> {
+    let (cxx, cuda) = (tools::compiler("CXX", "g++"), tools::root().join("tests/emulator/cuda.hpp"));
+    let compile = |source: &PathBuf| -> Result<()> {
+        let sh = tools::shell()?;
+        let object = out.join(source.with_extension("o").file_name().unwrap_or_default());
+        let mut command = cmd!(sh, "{cxx} -std=c++17 -O2 -g -fPIC -fvisibility=hidden -ffp-contract=off")
+            .args(["-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
+            .args(flags)
+            .args(include.iter().flat_map(|folder| [Path::new("-I"), folder]));
+        if source.extension().is_some_and(|extension| extension == "cu") {
+            command = command.args(["-x", "c++", "-include"]).arg(&cuda);
+        }
+        command.arg("-c").arg(source).arg("-o").arg(object).quiet().run().with_context(|| source.display().to_string())
+    };
+    sources.par_iter().try_for_each(compile)
+}
+
+/// Links a shared library NAME.so.N, which exports what `exports` says, and a link NAME.so to it.
+fn link(inputs: &[PathBuf], library: &Path, exports: &str, flags: &[&str]) -> Result<()> {
+    let (sh, cxx) = (tools::shell()?, tools::compiler("CXX", "g++"));
+    let script = library.with_extension("exports");
+    fs::write(&script, exports)?;
+    let name = library.file_name().unwrap_or_default();
+    let command = cmd!(sh, "{cxx} -shared -pthread {flags...} {inputs...} -o {library} -Wl,--no-undefined");
+    let command = command.args(["-Xlinker", "-soname", "-Xlinker"]).arg(name);
+    command.args(["-Xlinker", "--version-script", "-Xlinker"]).arg(script).quiet().run()?;
+    let alias = library.with_extension("");
+    Ok(cmd!(sh, "ln -sf {name} {alias}").quiet().run()?)
+}

@@ -1,0 +1,71 @@
+//! The library for C: its symbols, tests and examples.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use regex::Regex;
+use xshell::{Shell, cmd};
+
+use crate::{cuda, emulator, tools};
+
+const C: [&str; 5] = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror"];
+const CPP: [&str; 5] = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"];
+
+/// Builds the library and runs everything that uses it from C, C++ and Python.
+pub(crate) fn run(sh: &Shell) -> Result<()> {
+    tools::packages(sh, &["clang-14", "libclang-rt-14-dev", "valgrind", "libc6-dbg", "binutils"])?;
+    for kind in ["cdylib", "staticlib"] {
+        cmd!(sh, "cargo rustc --locked --release --features capi --crate-type {kind}").run()?;
+    }
+    let target = tools::target()?;
+    let library = target.join("release");
+    symbols(sh, &library)?;
+    for mode in [&[][..], &["--sanitize"], &["--valgrind"]] {
+        let out = target.join(format!("ffi{}", mode.concat()));
+        cmd!(sh, "tests/ffi/run {library} {mode...} --out {out}").run()?;
+    }
+
+    // The README's commands, and its lines of C if it has any.
+    let readme = fs::read_to_string(tools::root().join("README.md"))?;
+    let script = Regex::new(r"(?s)\n## From C.*?\n```sh\n(.*?)\n```")?;
+    let script = script.captures(&readme).context("README has no commands for C")?[1].to_owned();
+    let python = tools::numpy(sh)?;
+    cmd!(sh, "bash -euxo pipefail -c {script}").env_remove("CARGO_TARGET_DIR").env("PYTHONPATH", python).run()?;
+
+    for (cc, cxx) in [("gcc", "g++"), ("clang-14", "clang++-14")] {
+        examples(sh, cc, cxx, &library, "-1")?;
+    }
+    let sh = cuda::shell()?;
+    cuda::build(&sh, &["rustc", "--features", "cuda,capi", "--crate-type", "cdylib"])?;
+    let emulator = emulator::build(false, None)?;
+    sh.set_var("LD_LIBRARY_PATH", emulator);
+    examples(&sh, "gcc", "g++", &target.join("debug"), "0")
+}
+
+/// The library exports what the header declares, and nothing else.
+fn symbols(sh: &Shell, library: &Path) -> Result<()> {
+    let (cc, library) = (tools::compiler("CC", "gcc"), library.join("libgradblend.so"));
+    let header = cmd!(sh, "{cc} -E -P include/gradblend.h").quiet().read()?;
+    let declaration = Regex::new(r"\b(gradblend_[a-z_]+) *\(")?;
+    let declared: BTreeSet<_> = declaration.captures_iter(&header).map(|found| found[1].to_owned()).collect();
+    let symbols = cmd!(sh, "nm -D --defined-only {library}").quiet().read()?;
+    let exported: BTreeSet<_> =
+        symbols.lines().filter_map(|line| Some(line.split_whitespace().last()?.into())).collect();
+    let difference: Vec<_> = declared.symmetric_difference(&exported).collect();
+    ensure!(difference.is_empty(), "either declared or exported, but not both: {difference:?}");
+    Ok(())
+}
+
+/// Compiles and runs the examples in C and C++ on a device.
+fn examples(sh: &Shell, cc: &str, cxx: &str, library: &Path, device: &str) -> Result<()> {
+    let out = tools::target()?.join("ffi-example");
+    for (compiler, flags, source) in [(cc, C, "examples/c/step.c"), (cxx, CPP, "examples/cpp/late_fusion.cpp")] {
+        let search = [format!("-L{}", library.display()), format!("-Wl,-rpath,{}", library.display())];
+        cmd!(sh, "{compiler} {flags...} -Iinclude {source} -o {out} {search...} -lgradblend -ldl -lm").run()?;
+        let quick: &[&str] = if source.ends_with("cpp") { &["--quick"] } else { &[] };
+        cmd!(sh, "{out} {quick...} --device {device}").run()?;
+    }
+    Ok(())
+}
