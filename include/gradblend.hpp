@@ -1,5 +1,5 @@
 /*
- * Classes for gradblend.h, which says what each call does and what its letters mean. A header alone, C++17 or later.
+ * RAII classes for gradblend.h, which documents the functions and letters. Header only, C++17 or later.
  *
  *     gradblend::Blender blender = gradblend::Blender::create(GRADBLEND_CPU, gradblend::config(2));
  *     gradblend::Tensors tensors(2);
@@ -7,16 +7,16 @@
  *     gradblend::Plan plan = blender.plan(tensors);
  *     blender.step(plan, stream);
  *
- * Errors.    With exceptions, as above, what can fail throws Error. Without (-fno-exceptions) it returns a Result: a
- *            value or an Error. Return<T> is what it is in either. The two live in inline namespaces of
- *            different names, so that a program can be linked from both kinds of translation units. Calls do no more
- *            than the C function, but for vectors and messages, which are the only memory that is allocated here.
- * Ownership. A Blender and a Plan own their handle and nothing else: gradients and streams stay the caller's, and
- *            gradients must stay where they are until the plan is updated or gone. A plan and its blender may go in
- *            either order.
- * Moving.    One that was moved from, or made by default, is empty: it may be assigned to and destroyed, and every
- *            other call on it is the error GRADBLEND_INVALID_ARGUMENT.
- * Threads.   Const methods may run at the same time on one object, any other runs alone. Functions: on any thread.
+ * Errors.    With exceptions, as above, functions throw Error. With -fno-exceptions they return a Result: a value or an
+ *            Error. Return<T> is T or Result<T>. The two variants live in inline namespaces of different names, so that
+ *            translation units of both kinds can be linked into one program. Each method only calls the C function; the
+ *            header allocates memory for vectors and error messages alone.
+ * Ownership. A Blender and a Plan own their handle and nothing else. Gradients and streams stay the caller's, and
+ *            gradients must stay valid until the plan is updated or destroyed. A plan and its blender may be destroyed
+ *            in either order.
+ * Moving.    A moved-from or default-constructed object is empty: it may be assigned to and destroyed, and every other
+ *            call on it is the error GRADBLEND_INVALID_ARGUMENT.
+ * Threads.   Const methods may run at the same time on one object; any other method runs alone. Functions: any thread.
  * Streams.   As in gradblend.h; the default is the legacy default stream, and the CPU ignores it.
  *
  * Licence: MIT OR Apache-2.0.
@@ -48,7 +48,7 @@ namespace gradblend {
 #if defined(__cpp_exceptions)
 inline namespace with_exceptions {
 
-// Why a call failed: its status, and as what() the status by name with the library's message.
+// The error of a call: its status, and a what() of the status name and the library's message.
 class Error : public std::runtime_error {
 public:
     Error(gradblend_status status, const std::string &message)
@@ -59,14 +59,14 @@ private:
     gradblend_status status_;
 };
 
-// What a call returns that has a T to give.
+// The return type of a function with a result of type T.
 template <typename T>
 using Return = T;
 
 #else
 inline namespace without_exceptions {
 
-// Why a call failed: its status, and as what() the status by name with the library's message. By default, no failure:
+// The error of a call: its status, and a what() of the status name and the library's message. By default no error:
 // GRADBLEND_OK and an empty text.
 class Error {
 public:
@@ -81,7 +81,7 @@ private:
     std::string what_;
 };
 
-// Whether a call succeeded, and if not, why: else error() is a default Error.
+// Success or an Error; error() of a success is a default Error.
 template <typename T>
 class Result;
 
@@ -93,7 +93,7 @@ public:
     bool has_value() const noexcept { return error_.status() == GRADBLEND_OK; }
     explicit operator bool() const noexcept { return has_value(); }
     const Error &error() const noexcept { return error_; }
-    // Ends the process, saying why, if there was an error.
+    // Prints an error and aborts the process if there is one.
     void value() const {
         if (!has_value()) {
             std::fprintf(stderr, "%s\n", error_.what());
@@ -105,7 +105,7 @@ private:
     Error error_;
 };
 
-// The same with what the call gives; value() ends the process if there was an error.
+// A value or an Error; value() of an Error prints it and aborts the process.
 template <typename T>
 class [[nodiscard]] Result : public Result<void> {
 public:
@@ -119,7 +119,7 @@ private:
     std::optional<T> value_;
 };
 
-// What a call returns that has a T to give.
+// The return type of a function with a result of type T.
 template <typename T>
 using Return = Result<T>;
 
@@ -136,15 +136,15 @@ Return<T> fail(gradblend_status status, const std::string &message) {
 #endif
 }
 
-// The message of the call that failed last on this thread.
+// The message of the last call on this thread that failed.
 inline std::string last_error() {
     std::string message(gradblend_last_error(nullptr, 0), '\0');
-    // A string has room for the terminating 0 that the library writes.
+    // A std::string has one more byte for the terminating 0 that the library writes.
     gradblend_last_error(message.data(), message.size() + 1);
     return message;
 }
 
-// From a status to what the call returns. The value is a reference because the call that gives the status fills it.
+// Converts a status to the return type. `value` is a reference: the call that returns the status writes to it.
 inline Return<void> outcome(gradblend_status status) {
     return status == GRADBLEND_OK ? Return<void>() : fail<void>(status, last_error());
 }
@@ -154,7 +154,7 @@ Return<T> outcome(gradblend_status status, T &value) {
     return status == GRADBLEND_OK ? Return<T>(std::move(value)) : fail<T>(status, last_error());
 }
 
-// For what a C function cannot see: how long an array is.
+// The C functions do not know the length of arrays; these checks do.
 template <typename T>
 Return<T> wrong_count(const std::string &what, std::size_t got, std::size_t expected) {
     return fail<T>(GRADBLEND_INVALID_ARGUMENT,
@@ -168,20 +168,20 @@ struct Destroy {
 
 } // namespace detail
 
-// The defaults for K = `modalities`, to be changed where they should differ. Errors: INVALID_ARGUMENT.
+// The defaults for K = `modalities`. Errors: INVALID_ARGUMENT.
 [[nodiscard]] inline Return<gradblend_config> config(std::uint32_t modalities) {
     gradblend_config defaults{};
     return detail::outcome(gradblend_config_default(modalities, &defaults), defaults);
 }
 
-// K weights, and GRADBLEND_FLAG_HELD or GRADBLEND_FLAG_CLAMPED where it applies.
+// K weights, and the flags GRADBLEND_FLAG_HELD and GRADBLEND_FLAG_CLAMPED.
 struct Solution {
     std::vector<double> weights;
     std::uint32_t flags;
 };
 
-// The weights for K numerators and a second moment, K x K, that come from elsewhere. `in_force` is what to hold where
-// there is nothing to go by: K weights, or none for 1/K each. Errors: INVALID_ARGUMENT.
+// gradblend_solve for K numerators and a K x K second moment. `in_force` has the K weights to return with HELD, or is
+// empty for 1/K each. Errors: INVALID_ARGUMENT.
 [[nodiscard]] inline Return<Solution> solve(const gradblend_config &config, const std::vector<double> &numerator,
                                             const std::vector<double> &second_moment,
                                             const std::vector<double> &in_force = {}) {
@@ -202,42 +202,41 @@ struct Solution {
     return detail::outcome(status, solution);
 }
 
-// Collects the tensors of a plan, and owns the arrays of addresses that they point to; gradients stay the caller's.
-// What data() gives is good until the next add, the arrays of addresses until the builder goes, through every add and
-// every move. A plan takes what it needs, so the builder may go once the plan is made, or be cleared and filled again
-// for an update. Errors: INVALID_ARGUMENT for another number of modality gradients than K; nothing was added then.
+// Collects the tensors of a plan, and owns the address arrays that they point to; gradients stay the caller's. data() is
+// valid until the next add; the address arrays do not move until destruction, whatever is added or moved. A plan copies
+// what it needs, so the builder may be destroyed, or cleared and filled again for an update. Errors: INVALID_ARGUMENT
+// for a number of modality gradients other than K; nothing is added then.
 class Tensors {
 public:
     explicit Tensors(std::uint32_t modalities) : modalities_(modalities) {}
     Tensors(Tensors &&) noexcept = default;
     Tensors &operator=(Tensors &&) noexcept = default;
 
-    // One tensor: `len` elements of `dtype`, t, g, the K addresses v_k, and where to blend to. nullptr is absent.
+    // Adds one tensor: `len` elements of `dtype`, t, g, the K addresses v_k, and the output. nullptr is absent.
     Return<void> add(std::uint64_t len, std::int32_t dtype, const void *train, const void *valid,
                      std::initializer_list<const void *> modalities, void *blended = nullptr) {
         return push(len, dtype, train, valid, modalities.begin(), modalities.size(), blended);
     }
 
-    // The same, from an array of `count` addresses, which is copied.
+    // The same with an array of `count` addresses, which is copied.
     Return<void> add(std::uint64_t len, std::int32_t dtype, const void *train, const void *valid,
                      const void *const *modalities, std::size_t count, void *blended) {
         return push(len, dtype, train, valid, modalities, count, blended);
     }
 
-    // The same, of floats.
+    // The same for floats.
     Return<void> add(std::uint64_t len, const float *train, const float *valid,
                      std::initializer_list<const float *> modalities, float *blended = nullptr) {
         return push(len, GRADBLEND_F32, train, valid, modalities.begin(), modalities.size(), blended);
     }
 
-    // The same, from an array of `count` addresses of floats.
+    // The same for floats, with an array of `count` addresses.
     Return<void> add(std::uint64_t len, const float *train, const float *valid, const float *const *modalities,
                      std::size_t count, float *blended) {
         return push(len, GRADBLEND_F32, train, valid, modalities, count, blended);
     }
 
-    // The same, from arrays of any framework that speaks DLPack, without a copy: `count` gradients, each of them and
-    // each of the others possibly absent. The arrays stay the caller's.
+    // The same from DLPack arrays of any framework, without a copy; each may be absent. The arrays stay the caller's.
     Return<void> from_dlpack(std::int32_t device, const gradblend_dlpack *train, const gradblend_dlpack *valid,
                              const gradblend_dlpack *gradients, std::size_t count,
                              const gradblend_dlpack *blended = nullptr) {
@@ -253,7 +252,7 @@ public:
         return detail::outcome(status);
     }
 
-    // Forgets the tensors and keeps the memory: adding as many again allocates nothing.
+    // Removes the tensors and keeps the memory: adding as many again allocates nothing.
     void clear() noexcept { tensors_.clear(); }
     const gradblend_tensor *data() const noexcept { return tensors_.data(); }
     std::size_t size() const noexcept { return tensors_.size(); }
@@ -278,8 +277,7 @@ private:
         return detail::wrong_count<void>(tensor + ": modality gradients", count, modalities_);
     }
 
-    // Room for K addresses. It comes from pages that never move: one growing array would take the addresses away from
-    // under the tensors that point to them.
+    // Memory for K addresses, in pages that never move: tensors point to it, and a growing array would be reallocated.
     const void **next_addresses() {
         const std::size_t page = size() / page_len, at = size() % page_len;
         if (page == pages_.size()) {
@@ -294,13 +292,13 @@ private:
     std::vector<std::vector<const void *>> pages_;
 };
 
-// A checked list of tensors, for the blender that made it alone.
+// A checked list of tensors, for the blender that created it.
 class Plan {
 public:
     Plan() noexcept = default;
 
-    // Takes other addresses for the same count, lengths and dtypes, without allocating or waiting. Errors:
-    // INVALID_ARGUMENT, naming tensor and modality, and the plan is as it was; CUDA.
+    // Replaces the addresses for the same count, lengths and dtypes. Does not allocate or synchronize. Errors:
+    // INVALID_ARGUMENT, naming tensor and modality, and the plan is unchanged; CUDA.
     Return<void> update(const gradblend_tensor *tensors, std::uint64_t count, void *stream = nullptr) {
         return detail::outcome(gradblend_plan_update(handle_.get(), tensors, count, stream));
     }
@@ -312,9 +310,9 @@ public:
         return update(tensors.data(), tensors.size(), stream);
     }
 
-    // Whether there is a plan: not so if it was moved from.
+    // False for an empty object.
     explicit operator bool() const noexcept { return handle_ != nullptr; }
-    // For calls of gradblend.h; still owned here.
+    // The handle, for the functions of gradblend.h; this object keeps the ownership.
     gradblend_plan *get() const noexcept { return handle_.get(); }
 
 private:
@@ -325,19 +323,19 @@ private:
     std::uint32_t modalities_ = 0;
 };
 
-// Where the 2K pending sums lie on the device: c_0 .. c_K-1, then d_0 .. d_K-1.
+// Device address of the 2K pending sums: c_0 .. c_K-1, then d_0 .. d_K-1.
 struct PendingSums {
     double *sums;
     std::uint32_t count;
 };
 
-// Estimates the weights of K losses from their gradients, and blends the gradients with them. Each method is the call
-// of gradblend.h with its name, and fails as that does. Destroying one waits for its pending work.
+// Estimates the weights of K losses from their gradients, and blends the gradients with these weights. Each method
+// calls the function of gradblend.h of the same name and has its errors. The destructor waits for pending work.
 class Blender {
 public:
     Blender() noexcept = default;
 
-    // A blender with weights of 1/K and no observation, on GRADBLEND_CPU or a CUDA device.
+    // Creates a blender with weights of 1/K and no observation, on GRADBLEND_CPU or a CUDA device.
     [[nodiscard]] static Return<Blender> create(std::int32_t device, const gradblend_config &config) {
         gradblend_blender *blender = nullptr;
         const gradblend_status status = gradblend_blender_create(device, &config, &blender);
@@ -349,7 +347,7 @@ public:
     Blender(std::int32_t device, const gradblend_config &config) : Blender(create(device, config)) {}
 #endif
 
-    // Checks `count` tensors and makes a plan of them. Errors name tensor and modality.
+    // Checks `count` tensors and creates a plan for them. Errors name tensor and modality.
     [[nodiscard]] Return<Plan> plan(const gradblend_tensor *tensors, std::uint64_t count) const {
         gradblend_plan *plan = nullptr;
         const gradblend_status status = gradblend_plan_create(handle_.get(), tensors, count, &plan);
@@ -364,7 +362,7 @@ public:
         return plan(tensors.data(), tensors.size());
     }
 
-    // One pass over memory: `what` is any of GRADBLEND_DOT, _BLEND (with _ACCUMULATE) and _OBSERVE.
+    // One pass over memory; `what` is any combination of GRADBLEND_DOT, _BLEND, _ACCUMULATE (with _BLEND) and _OBSERVE.
     Return<void> pass(const Plan &plan, std::uint32_t what, void *stream = nullptr) {
         return detail::outcome(gradblend_pass(handle_.get(), plan.get(), what, stream));
     }
@@ -380,50 +378,50 @@ public:
         return detail::outcome(gradblend_blend(handle_.get(), plan.get(), stream));
     }
 
-    // Dot, blend with the weights in force before it, observe: one pass over memory.
+    // dot, blend with the weights in force at entry, observe: one pass over memory.
     Return<void> step(const Plan &plan, void *stream = nullptr) {
         return detail::outcome(gradblend_step(handle_.get(), plan.get(), stream));
     }
 
-    // Starts a new super-epoch: forgets everything but the weights.
+    // Starts a new super-epoch: zeroes all state except the weights.
     Return<void> reset(void *stream = nullptr) { return detail::outcome(gradblend_reset(handle_.get(), stream)); }
 
-    // Puts K weights in force as given.
+    // Puts K weights in force as given, with any signs and any sum.
     Return<void> set_weights(const std::vector<double> &weights, void *stream = nullptr) {
         const auto count = static_cast<std::uint32_t>(std::min<std::size_t>(weights.size(), UINT32_MAX));
         return detail::outcome(gradblend_set_weights(handle_.get(), weights.data(), count, stream));
     }
 
-    // The address on the device, the caller's, of the factor that all gradients are scaled by; nullptr is 1.
+    // Sets the device address (the caller's memory) of the factor by which gradients are scaled. nullptr is 1.
     Return<void> set_grad_scale(const float *scale) {
         return detail::outcome(gradblend_set_grad_scale(handle_.get(), scale));
     }
 
-    // What the blender knows. Waits for `stream`.
+    // The state of the blender. Synchronizes `stream`.
     [[nodiscard]] Return<gradblend_report> report(void *stream = nullptr) {
         gradblend_report report{};
         return detail::outcome(gradblend_get_report(handle_.get(), &report, stream), report);
     }
 
-    // S, K x K, row-major. Waits for `stream`.
+    // S, K x K, row-major. Synchronizes `stream`.
     [[nodiscard]] Return<std::vector<double>> second_moments(void *stream = nullptr) {
         std::vector<double> moments(std::size_t{modalities()} * modalities());
         return detail::outcome(gradblend_get_second_moments(handle_.get(), moments.data(), stream), moments);
     }
 
-    // Where the device can read the K weights in force. The blender's; read it while no call on the blender runs.
+    // Device address of the K weights in force: the blender's memory. Read it only while no call on the blender runs.
     [[nodiscard]] Return<const float *> device_weights() const {
         const float *weights = nullptr;
         return detail::outcome(gradblend_device_weights(handle_.get(), &weights), weights);
     }
 
-    // What a sharded trainer adds up across its shards between dot and observe. The blender's.
+    // The pending sums, the blender's memory, which a sharded trainer all-reduces between dot and observe.
     [[nodiscard]] Return<PendingSums> pending_sums() const {
         PendingSums pending{};
         return detail::outcome(gradblend_pending_sums(handle_.get(), &pending.sums, &pending.count), pending);
     }
 
-    // The whole state. Waits for `stream`.
+    // The whole state. Synchronizes `stream`.
     [[nodiscard]] Return<std::vector<unsigned char>> save(void *stream = nullptr) {
         std::size_t bytes = 0;
         gradblend_status status = gradblend_save(handle_.get(), nullptr, &bytes, stream);
@@ -434,22 +432,22 @@ public:
         return detail::outcome(status, state);
     }
 
-    // Goes on from a saved state. After an error the blender is as it was.
+    // Restores a state written by save. After an error the blender is unchanged.
     Return<void> load(const void *state, std::size_t bytes, void *stream = nullptr) {
         return detail::outcome(gradblend_load(handle_.get(), state, bytes, stream));
     }
 
     Return<void> load(const std::vector<unsigned char> &state, void *stream = nullptr) {
-        // An empty vector may have no address, and is truncated rather than missing.
+        // The data() of an empty vector may be nullptr; the error must be CORRUPT_STATE, not a NULL argument.
         static const unsigned char nothing = 0;
         return load(state.empty() ? &nothing : state.data(), state.size(), stream);
     }
 
-    // Whether there is a blender: not so if it was moved from.
+    // False for an empty object.
     explicit operator bool() const noexcept { return handle_ != nullptr; }
-    // For calls of gradblend.h; still owned here.
+    // The handle, for the functions of gradblend.h; this object keeps the ownership.
     gradblend_blender *get() const noexcept { return handle_.get(); }
-    // K; 0 of an empty one.
+    // K; 0 for an empty object.
     std::uint32_t modalities() const noexcept { return handle_ ? modalities_ : 0; }
 
 private:

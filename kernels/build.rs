@@ -1,5 +1,5 @@
-//! Compiles the kernels into one image a source: machine code for each architecture that the toolkit knows of those
-//! listed, and PTX of the lowest for those to come.
+//! Compiles the kernels: one fat binary for each source, with machine code for each architecture of the list that the
+//! toolkit supports, and PTX of the lowest one for later GPUs.
 
 #[path = "header.rs"]
 mod header;
@@ -11,15 +11,19 @@ use std::process::Command;
 
 /// Compute capabilities that get machine code: A100, RTX 30, RTX 40, H100 and H200, B200, RTX 50.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
-/// What is compiled, and what it includes.
+/// The sources that become images; they include the `.cuh` files.
 const SOURCES: [&str; 2] = ["kernels/pass.cu", "kernels/state.cu"];
+/// Flags of nvcc that decide what an image contains, besides the architectures.
+const FLAGS: [&str; 4] = ["-std=c++17", "-O3", "-fatbin", "-fmad=false"];
+/// Variables that nvcc reads itself.
+const NVCC_VARIABLES: [&str; 3] = ["NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN"];
 
-/// Compiles, or ends the build with what is missing.
+/// Compiles the kernels, or ends the build with the reason.
 pub(crate) fn build() {
     println!("cargo:rerun-if-changed=kernels");
     println!("cargo:rerun-if-changed=src/abi.rs");
     let read = ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "GRADBLEND_CUDA_ARCHS", "DOCS_RS"];
-    for name in read.into_iter().chain(["NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN"]) {
+    for name in read.into_iter().chain(NVCC_VARIABLES) {
         println!("cargo:rerun-if-env-changed={name}");
     }
     if let Err(reason) = compile() {
@@ -31,53 +35,82 @@ pub(crate) fn build() {
 
 fn compile() -> Result<(), String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set; is this run by cargo?")?);
-    write(&out.join("abi.cuh"), header::header().as_bytes())?;
+    let header = header::header();
+    write(&out.join("abi.cuh"), header.as_bytes())?;
+    let key_file = out.join("images.key");
     if env::var_os("DOCS_RS").is_some() {
-        // Documentation is built where no toolkit is; nothing runs there.
+        // docs.rs has no toolkit, and runs nothing.
+        write(&key_file, &[])?;
         for source in SOURCES {
             write(&image(&out, source), &[])?;
         }
-        return tell("none", &[]);
+        set_build_info("none", &[]);
+        return Ok(());
     }
-    let nvcc = find()?;
-    let version = run(Command::new(&nvcc).arg("--version"))?;
-    let version = version.split("release ").nth(1).and_then(|rest| rest.split(',').next());
-    let version = version.ok_or_else(|| format!("{} --version names no release", nvcc.display()))?.to_owned();
-    let known = run(Command::new(&nvcc).arg("--list-gpu-arch"))?;
-    let known: Vec<u32> = known.lines().filter_map(|line| line.trim().strip_prefix("compute_")?.parse().ok()).collect();
-    let architectures = architectures(&known, &version)?;
-    let threads = env::var("NUM_JOBS").unwrap_or_else(|_| "1".into());
-    for source in SOURCES {
-        let mut command = Command::new(&nvcc);
-        command.args(["-std=c++17", "-O3", "-fatbin", "-fmad=false", "--threads", &threads]);
-        for architecture in &architectures {
-            command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
-        }
-        command.arg(format!("-gencode=arch=compute_{0},code=compute_{0}", architectures[0]));
-        command.arg("-Ikernels").arg("-I").arg(&out).arg(source);
-        let said = run(command.arg("-o").arg(image(&out, source)))?;
-        for line in said.lines().filter(|line| line.contains("warning")) {
-            println!("cargo:warning={line}");
-        }
+    let nvcc = find_nvcc()?;
+    let version_text = run(Command::new(&nvcc).arg("--version"))?;
+    let version = version_text.split("release ").nth(1).and_then(|rest| rest.split(',').next());
+    let version = version.ok_or_else(|| format!("{} --version names no release", nvcc.display()))?;
+    let supported = run(Command::new(&nvcc).arg("--list-gpu-arch"))?;
+    let supported: Vec<u32> =
+        supported.lines().filter_map(|line| line.trim().strip_prefix("compute_")?.parse().ok()).collect();
+    let architectures = architectures(&supported, version)?;
+    let mut flags: Vec<String> = FLAGS.map(String::from).to_vec();
+    for architecture in &architectures {
+        flags.push(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
     }
-    tell(&version, &architectures)
+    flags.push(format!("-gencode=arch=compute_{0},code=compute_{0}", architectures[0]));
+    let key = key(&version_text, &flags, &header)?;
+    let up_to_date = fs::read_to_string(&key_file).is_ok_and(|old| old == key)
+        && SOURCES.iter().all(|source| image(&out, source).exists());
+    if !up_to_date {
+        write(&key_file, &[])?;
+        let threads = env::var("NUM_JOBS").unwrap_or_else(|_| "1".into());
+        for source in SOURCES {
+            let mut command = Command::new(&nvcc);
+            command.args(&flags).args(["--threads", &threads, "-Ikernels", "-I"]).arg(&out).arg(source);
+            let output = run(command.arg("-o").arg(image(&out, source)))?;
+            for line in output.lines().filter(|line| line.contains("warning")) {
+                println!("cargo:warning={line}");
+            }
+        }
+        write(&key_file, key.as_bytes())?;
+    }
+    set_build_info(version, &architectures);
+    Ok(())
 }
 
-/// Where a source's image goes.
+/// All that decides the contents of the images. The environment does so only by these variables: another `PATH` that has
+/// the same version of nvcc compiles nothing again.
+fn key(version: &str, flags: &[String], header: &str) -> Result<String, String> {
+    let mut key = format!("{version}\n{flags:?}\n{header}\n");
+    for name in NVCC_VARIABLES {
+        key += &format!("{name}={:?}\n", env::var_os(name));
+    }
+    let folder = fs::read_dir("kernels").map_err(|error| format!("kernels: {error}"))?;
+    let mut paths: Vec<PathBuf> = folder.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    paths.sort();
+    for path in paths.iter().filter(|path| path.extension().is_some_and(|end| end == "cu" || end == "cuh")) {
+        let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+        key += &format!("{}\n{text}\n", path.display());
+    }
+    Ok(key)
+}
+
+/// The path of a source's image.
 fn image(out: &Path, source: &str) -> PathBuf {
     out.join(Path::new(source).with_extension("fatbin").file_name().unwrap_or_default())
 }
 
-/// Hands what was built to the crate, for its error messages.
-fn tell(version: &str, architectures: &[u32]) -> Result<(), String> {
+/// Passes the toolkit's version and the architectures to the crate, for its error messages.
+fn set_build_info(version: &str, architectures: &[u32]) {
     let list: Vec<String> = architectures.iter().map(u32::to_string).collect();
     println!("cargo:rustc-env=GRADBLEND_TOOLKIT={version}");
     println!("cargo:rustc-env=GRADBLEND_ARCHITECTURES={}", list.join(" "));
-    Ok(())
 }
 
-/// The first nvcc among those that the environment names.
-fn find() -> Result<PathBuf, String> {
+/// The first nvcc that runs, in the order that the error message names.
+fn find_nvcc() -> Result<PathBuf, String> {
     if let Some(nvcc) = env::var_os("NVCC").filter(|nvcc| !nvcc.is_empty()) {
         let nvcc = PathBuf::from(nvcc);
         return if runs(&nvcc) { Ok(nvcc) } else { Err(format!("NVCC is {}, which does not run", nvcc.display())) };
@@ -102,8 +135,9 @@ fn runs(nvcc: &Path) -> bool {
     Command::new(nvcc).arg("--version").output().is_ok_and(|output| output.status.success())
 }
 
-/// The architectures to compile for, ascending: those listed as far as the toolkit knows them, or those asked for.
-fn architectures(known: &[u32], version: &str) -> Result<Vec<u32>, String> {
+/// The architectures to compile for, ascending: those of `GRADBLEND_CUDA_ARCHS`, or else those of the list that the toolkit
+/// supports.
+fn architectures(supported: &[u32], version: &str) -> Result<Vec<u32>, String> {
     let mut chosen = match env::var("GRADBLEND_CUDA_ARCHS") {
         Ok(list) if !list.trim().is_empty() => {
             let parse = |one: &str| {
@@ -113,7 +147,7 @@ fn architectures(known: &[u32], version: &str) -> Result<Vec<u32>, String> {
                 if number < 80 {
                     return Err(format!("GRADBLEND_CUDA_ARCHS has {number}; the kernels need 80 or higher"));
                 }
-                if !known.contains(&number) {
+                if !supported.contains(&number) {
                     return Err(format!("GRADBLEND_CUDA_ARCHS has {number}, which nvcc {version} does not know"));
                 }
                 Ok(number)
@@ -121,7 +155,7 @@ fn architectures(known: &[u32], version: &str) -> Result<Vec<u32>, String> {
             let words = list.split(|c: char| c == ',' || c == ';' || c.is_whitespace()).filter(|word| !word.is_empty());
             words.map(parse).collect::<Result<Vec<u32>, String>>()?
         }
-        _ => ARCHITECTURES.into_iter().filter(|architecture| known.contains(architecture)).collect(),
+        _ => ARCHITECTURES.into_iter().filter(|architecture| supported.contains(architecture)).collect(),
     };
     chosen.sort_unstable();
     chosen.dedup();
@@ -131,11 +165,11 @@ fn architectures(known: &[u32], version: &str) -> Result<Vec<u32>, String> {
     Ok(chosen)
 }
 
-/// What a command prints, both streams.
+/// The output of a command, stdout then stderr.
 fn run(command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
-    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    if output.status.success() { Ok(said) } else { Err(format!("{command:?}: {}\n{said}", output.status)) }
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    if output.status.success() { Ok(text) } else { Err(format!("{command:?}: {}\n{text}", output.status)) }
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), String> {

@@ -3,17 +3,17 @@
 
 #include "common.cuh"
 
-// Most modalities of a tile. A tensor with more of them is processed in groups of as many, and t and g are read again for
-// each group. 8 modalities, t and g in units of 16 bytes take 40 of the 128 registers of a thread.
+// Most modalities of a tile. A tensor with more of them is processed in groups of as many, and t and g are read again
+// for each group. 8 modalities, t and g in units of 16 bytes take 40 of the 128 registers of a thread.
 constexpr int TILE_MODALITIES = 8;
 
 // Positions of a tile's buffers.
 constexpr int TRAIN = 0, VALID = 1, BLENDED = 2, MODALITY = 3, BUFFERS = MODALITY + TILE_MODALITIES;
 
-// The chunk that a warp processes, alone or with the other warps of its thread block. It is in shared memory, and volatile
-// so that the compiler keeps no copies in registers, which the tile needs.
+// The chunk that a warp processes, alone or with the other warps of its thread block. It is in shared memory, and
+// volatile so that the compiler keeps no copies in registers, which the tile needs.
 struct ChunkDescriptor {
-    volatile uint64_t buffers[BUFFERS];       // addresses of the chunk's first element: t, g, blend, modalities of the group
+    volatile uint64_t buffers[BUFFERS];  // addresses of the chunk's first element: t, g, blend, modalities of the group
     volatile float weights[TILE_MODALITIES];  // of the group
     volatile uint64_t modality_addresses;     // table: buffers of the tensor's modalities, the present ones first
     volatile uint64_t modality_indices;       // table: which modalities these are

@@ -1,6 +1,6 @@
 // What all kernels share: the records of src/abi.rs, addresses as pointers, and the sum over a warp.
 //
-// The sources are CUDA C++ without inline PTX, so that a host compiler can compile them against tests/emulator/cuda.hpp.
+// The sources are CUDA C++ without inline PTX, so that a host compiler with tests/emulator/cuda.hpp compiles them too.
 #pragma once
 
 #include "abi.cuh"

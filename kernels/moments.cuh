@@ -17,7 +17,8 @@ struct ObservationStorage {
 
 // Elements of the second moment of a thread.
 constexpr uint32_t ELEMENTS = MAX_MODALITIES * MAX_MODALITIES / THREADS_PER_BLOCK;
-static_assert(ELEMENTS * THREADS_PER_BLOCK == MAX_MODALITIES * MAX_MODALITIES, "the threads share the second moment evenly");
+static_assert(ELEMENTS * THREADS_PER_BLOCK == MAX_MODALITIES * MAX_MODALITIES,
+              "the threads share the second moment evenly");
 static_assert(THREADS_PER_BLOCK >= 2 * MAX_MODALITIES, "a thread for each pending sum");
 
 // What an observation reads: of arrays, a thread has its elements.

@@ -32,8 +32,8 @@ __device__ __forceinline__ void store_warp_sums(const ChunkDescriptor &chunk, co
 }
 
 // Adds the partial sums of all spans in an order that depends on K alone, and adds the totals to the pending sums.
-__device__ __forceinline__ void reduce_partials(const TableArgs &table, const BlenderArgs &blender, FinalStorage &storage,
-                                                LoadedState &loaded) {
+__device__ __forceinline__ void reduce_partials(const TableArgs &table, const BlenderArgs &blender,
+                                                FinalStorage &storage, LoadedState &loaded) {
     const uint32_t modalities = blender.modalities, products = 2 * modalities, thread = threadIdx.x;
     // Each thread adds two products of every `groups`-th span.
     const uint32_t groups = THREADS_PER_BLOCK / modalities, pair = thread % modalities, group = thread / modalities;
@@ -98,7 +98,8 @@ __device__ __forceinline__ bool is_last_block(const BlenderArgs &blender, FinalS
 // Ends a pass: the last thread block adds up the partial sums, and observes if the pass asks for it.
 template <bool DOTS>
 __device__ __forceinline__ void finalize_grid(const TableArgs &table, const BlenderArgs &blender,
-                                              const ObservationArgs &observation, uint32_t what, FinalStorage &storage) {
+                                              const ObservationArgs &observation, uint32_t what,
+                                              FinalStorage &storage) {
     if (!is_last_block(blender, storage) || !(DOTS || (what & OBSERVE))) {
         return;
     }

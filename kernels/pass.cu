@@ -1,13 +1,15 @@
 // dot, blend, and both at once: one pass over memory that reads each element of each gradient once.
 //
-// A persistent grid: each thread block processes spans until none is left. Which block gets a span depends on timing; the
-// span's partial sum does not. A span is one chunk that all warps of the block share, or up to WARPS small chunks, one for
-// each warp. A chunk is read in units of 16 bytes. Thread i of the n that share a chunk owns units i, i + n, i + 2n, ...
-// and has two accumulators for each product: one for the first halves of its units, one for the second halves. So the
-// accumulator of an element follows from its position in the chunk and the chunk's length; alignment changes the width of
-// loads and nothing else. An accumulator adds at most 128 elements: with the rounding of t - g these are 129 roundings of
-// 2^-24, half of the guaranteed 2^-16. All further sums are f64: the two of a thread, the lanes of a warp, the warps of a
-// block, and last the spans, added by the thread block that finishes last (partials.cuh).
+// A persistent grid: each thread block processes spans until none is left. Which block gets a span depends on timing;
+// the span's partial sum does not. A span is one chunk that all warps of the block share, or up to WARPS small chunks,
+// one for each warp. A chunk is read in units of 16 bytes.
+//
+// Of the n threads that share a chunk, thread i owns units i, i + n, i + 2n, ... and has two accumulators for each
+// product: one for the first halves of its units, one for the second halves. So the accumulator of an element follows
+// from its position in the chunk and the chunk's length; alignment changes the width of loads and nothing else. An
+// accumulator adds at most 128 elements: with the rounding of t - g these are 129 roundings of 2^-24, half of the
+// guaranteed 2^-16. All further sums are f64: the two of a thread, the lanes of a warp, the warps of a block, and last
+// the spans, added by the thread block that finishes last (partials.cuh).
 
 #include "partials.cuh"
 
@@ -30,8 +32,8 @@ struct PassStorage {
 // Processes the group of N modalities that starts at `first`: sums of its products, and where `first` is 0 the blend of
 // all modalities. GUARD: a tensor with 5 or more modalities, whose group need not have all N.
 template <class T, int N, bool DOTS, bool BLENDS, bool GUARD>
-__device__ __forceinline__ void process_group(WarpStorage &warp, const float *weights, uint64_t zeros, uint32_t modalities,
-                                              uint32_t first) {
+__device__ __forceinline__ void process_group(WarpStorage &warp, const float *weights, uint64_t zeros,
+                                              uint32_t modalities, uint32_t first) {
     constexpr int UNITS = units_per_thread(DOTS ? 2 + N : N);
     ChunkDescriptor &chunk = warp.chunk;
     const bool dots = DOTS && (!BLENDS || (chunk.what & DOT));
@@ -42,9 +44,8 @@ __device__ __forceinline__ void process_group(WarpStorage &warp, const float *we
         load_group<BLENDS>(chunk, weights, first);
     }
     const TileLoads loads = {dots, adds, count};
-    const uint32_t threads = chunk.threads;
     Products<N> products = {};
-    for (uint32_t element = threadIdx.x % threads * T::PER_UNIT; element < chunk.len;
+    for (uint32_t element = threadIdx.x % chunk.threads * T::PER_UNIT; element < chunk.len;
          element += UNITS * chunk.threads * T::PER_UNIT) {
         Tile<N, UNITS> tile = {};
         load_tile<T, GUARD>(chunk, loads, zeros, element, tile);
@@ -70,7 +71,8 @@ __device__ __forceinline__ void clear_blended(const ChunkDescriptor &chunk) {
 
 // Processes a chunk by an unrolled body for the number of modalities present.
 template <class T, bool DOTS, bool BLENDS>
-__device__ __forceinline__ void process_chunk(WarpStorage &warp, const float *weights, uint64_t zeros, uint32_t modalities) {
+__device__ __forceinline__ void process_chunk(WarpStorage &warp, const float *weights, uint64_t zeros,
+                                              uint32_t modalities) {
     // The first group comes last: it stores the blend, perhaps over a gradient that the other groups read.
     uint32_t group = DOTS && (warp.chunk.what & DOT) ? (warp.chunk.present - 1) / TILE_MODALITIES : 0;
     for (;; --group) {
@@ -95,8 +97,8 @@ __device__ __forceinline__ void process_chunk(WarpStorage &warp, const float *we
 }
 
 template <bool DOTS, bool BLENDS>
-__device__ __forceinline__ void pass(const TableArgs &table, const BlenderArgs &blender, const ObservationArgs &observation,
-                                     uint32_t what, PassStorage &storage) {
+__device__ __forceinline__ void pass(const TableArgs &table, const BlenderArgs &blender,
+                                     const ObservationArgs &observation, uint32_t what, PassStorage &storage) {
     const uint32_t thread = threadIdx.x, modalities = blender.modalities;
     if (BLENDS && thread < modalities) {
         storage.weights[thread] = at<State>(blender.state)->weights_f32[thread];

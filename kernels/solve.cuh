@@ -4,8 +4,8 @@
 
 #include "common.cuh"
 
-// Shared memory of the solver. Rows have one column more than is used: the lanes read columns, and a stride of 32 f64 would
-// make them read one bank.
+// Shared memory of the solver. Rows have one column more than is used: the lanes read columns, and a stride of 32 f64
+// would make them read one bank.
 struct SolveStorage {
     double mean[MAX_MODALITIES];
     double matrix[MAX_MODALITIES][MAX_MODALITIES + 1];
@@ -74,10 +74,10 @@ __device__ __forceinline__ void substitute(SolveStorage &s, uint32_t count) {
     }
 }
 
-// a = (S + damping I)^-1 m; with CLAMP, modalities whose a is negative are dropped and the rest is solved again. Returns
-// whether all matrices had Cholesky factors, and in `dropped` whether a modality was dropped.
-__device__ __forceinline__ bool solve_correlated(SolveStorage &s, uint32_t modalities, double damping, uint32_t negative,
-                                                 bool &dropped) {
+// a = (S + damping I)^-1 m; with CLAMP, modalities whose a is negative are dropped and the rest is solved again.
+// Returns whether all matrices had Cholesky factors, and in `dropped` whether a modality was dropped.
+__device__ __forceinline__ bool solve_correlated(SolveStorage &s, uint32_t modalities, double damping,
+                                                 uint32_t negative, bool &dropped) {
     const uint32_t lane = threadIdx.x % WARP;
     uint32_t count = modalities;
     s.active[lane] = lane;
@@ -130,7 +130,7 @@ __device__ __forceinline__ bool solve_uncorrelated(SolveStorage &s, uint32_t mod
 }
 
 // Loads m and S into `s`, scaled to about 1 and S made symmetric. Weights do not change when m or S is scaled; scaling
-// keeps the trace, the products and the quotients from overflow and underflow. Returns this lane's m and the damping to add.
+// keeps the trace, products and quotients from overflow and underflow. Returns this lane's m and the damping to add.
 __device__ __forceinline__ double load_moments(const BlenderArgs &blender, SolveStorage &s, double &damping) {
     const uint32_t modalities = blender.modalities, lane = threadIdx.x % WARP;
     const State *state = at<const State>(blender.state);
@@ -155,8 +155,8 @@ __device__ __forceinline__ double load_moments(const BlenderArgs &blender, Solve
     s.mean[lane] = m;
     for (uint32_t i = lane; i < modalities * modalities; i += WARP) {
         const uint32_t j = i / modalities, k = i % modalities;
-        s.matrix[j][k] = s_scale > 0.0 ? 0.5 * (s.factor[j][k] / s_scale) + 0.5 * (s.factor[k][j] / s_scale)
-                                       : (j == k ? 1.0 : 0.0);
+        s.matrix[j][k] =
+            s_scale > 0.0 ? 0.5 * (s.factor[j][k] / s_scale) + 0.5 * (s.factor[k][j] / s_scale) : (j == k ? 1.0 : 0.0);
     }
     __syncwarp();
     damping = 0.0;

@@ -1,5 +1,5 @@
-// A tile: the units of each buffer of a chunk that a thread holds in registers. load_tile, accumulate and store_tile are
-// apart: all loads of a tile are issued before the first of them is used, so that LOADS_IN_FLIGHT or more are in flight.
+// A tile: the units of each buffer of a chunk that a thread holds in registers. load_tile, accumulate and store_tile
+// are apart: all loads of a tile are issued before the first is used, so LOADS_IN_FLIGHT or more are in flight.
 #pragma once
 
 #include "chunk.cuh"
@@ -25,8 +25,8 @@ struct Products {
     float c[2][N], d[2][N];
 };
 
-// Units of each of so many buffers that make LOADS_IN_FLIGHT loads or a few more. A power of two, as the number of units of
-// a whole chunk is, so that a whole chunk has whole tiles only.
+// Units of each of so many buffers that make LOADS_IN_FLIGHT loads or a few more. A power of two, as the number of
+// units of a whole chunk is, so that a whole chunk has whole tiles only.
 __host__ __device__ constexpr int units_per_thread(int buffers) {
     int units = 1;
     while (units * buffers < static_cast<int>(LOADS_IN_FLIGHT)) {
@@ -154,8 +154,8 @@ __device__ __forceinline__ void blend_rest(const ChunkDescriptor &chunk, const f
     }
 }
 
-// Adds the products of unit i of a tile to `products`, and replaces its `blended` by the blend of all modalities. One word
-// at a time: that keeps few elements in registers as f32.
+// Adds the products of unit i of a tile to `products`, and replaces its `blended` by the blend of all modalities. One
+// word at a time: that keeps few elements in registers as f32.
 template <class T, bool DOTS, bool BLENDS, int N, int UNITS>
 __device__ __forceinline__ void accumulate_unit(const ChunkDescriptor &chunk, const float *weights, bool blends, int i,
                                                 Tile<N, UNITS> &tile, Products<N> &products) {
@@ -204,7 +204,8 @@ __device__ __forceinline__ void accumulate(const ChunkDescriptor &chunk, const f
 
 // Stores `count` elements of a unit of the blend, by the widest stores that the alignment allows.
 template <class T>
-__device__ __forceinline__ void store_blended(const ChunkDescriptor &chunk, uint32_t offset, uint32_t count, uint4 unit) {
+__device__ __forceinline__ void store_blended(const ChunkDescriptor &chunk, uint32_t offset, uint32_t count,
+                                              uint4 unit) {
     const uint64_t address = chunk.buffers[BLENDED] + offset;
     const uint32_t alignment = chunk.alignment;
     const bool whole = count == T::PER_UNIT;

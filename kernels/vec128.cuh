@@ -63,9 +63,9 @@ __device__ __forceinline__ uint4 load_pieces(uint64_t address, uint32_t bytes) {
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The unit at byte `offset` of a buffer that is aligned to 2 bytes, or zeros: three words from the first aligned one on,
-// and the half words that remain at the ends. Their positions are computed without a branch, so that the loads of other
-// units can be in flight too.
+// The unit at byte `offset` of a buffer that is aligned to 2 bytes, or zeros: three words from the first aligned one
+// on, and the half words that remain at the ends. Their positions are computed without a branch, so that the loads of
+// other units can be in flight too.
 __device__ __forceinline__ uint4 load_halves(bool wanted, uint64_t buffer, uint32_t offset) {
     // Units lie 16 bytes apart, so all units of a buffer have the same misalignment: 0 or 2 bytes from a word.
     const uint32_t odd = buffer & 2;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void store_pieces(uint64_t address, uint32_t bytes, u
     }
 }
 
-// ---- Dtypes: how a 4-byte word of a unit converts to f32 elements and back. `narrow` rounds to nearest, ties to even ----
+// ---- Dtypes: a 4-byte word of a unit to f32 elements, and back to nearest, ties to even ----
 
 // The bits of two 16-bit floats.
 template <class Pair>

@@ -1,27 +1,25 @@
 //! Run calls and updates allocate nothing. One test alone in its program: the allocator counts for all threads.
 
-mod common;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::{Outcome, Place, Random, STREAM, Tensor};
-use gradblend::{Cadence, Config, Overfitting, Pass, Policy};
+use gradblend::{Blender, Cadence, Config, Overfitting, Pass, Policy, Stream};
+use gradblend_testkit::{Face, Input, Outcome, Random, Tensor};
 
 struct Counting;
 
 static CALLS: AtomicU64 = AtomicU64::new(0);
 
-// SAFETY: hands everything to the system's allocator.
+// SAFETY: every call is passed on to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         CALLS.fetch_add(1, Ordering::SeqCst);
-        // SAFETY: as the caller's.
+        // SAFETY: the caller keeps the contract of this method.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, address: *mut u8, layout: Layout) {
         CALLS.fetch_add(1, Ordering::SeqCst);
-        // SAFETY: as the caller's.
+        // SAFETY: the caller keeps the contract of this method.
         unsafe { System.dealloc(address, layout) }
     }
 }
@@ -37,41 +35,49 @@ fn calls(work: impl FnOnce() -> gradblend::Result<()>) -> gradblend::Result<u64>
 
 #[test]
 fn run_calls_and_updates_allocate_nothing() -> Outcome {
-    common::cpu(body)?;
+    gradblend_testkit::cpu(body)?;
     #[cfg(feature = "cuda")]
-    common::cuda(body)?;
+    gradblend_testkit::cuda(body)?;
     Ok(())
 }
 
-fn body(place: Place) -> Outcome {
-    let threads: &[u32] = if place == Place::Cpu { &[1, 2, 4] } else { &[1] };
+fn body(face: Face) -> Outcome {
+    let threads: &[u32] = if face.cuda { &[1] } else { &[1, 2, 4] };
     for &threads in threads {
         let policy = Policy { overfitting: Overfitting::Correlated, ..Policy::default() };
         let config = Config { threads, policy, cadence: Cadence::EveryObservation, ..Config::new(5) };
-        let mut blender = place.blender_with(config)?;
+        let mut blender = Blender::new(&face.device()?, config)?;
         let mut random = Random(51);
         let mut tensors: Vec<Tensor<f32>> = (0..8).map(|i| Tensor::random(&mut random, 30_000 * i, 5, 0, 4)).collect();
         let mut others = tensors.clone();
-        let (mut tensors, mut others) = (place.put(&mut tensors), place.put(&mut others));
-        let mut plan = blender.plan(&tensors.grads())?;
-        let grads = others.grads();
-        let mut turns = |turns| {
-            for _ in 0..turns {
-                blender.step(&plan, STREAM())?;
-                blender.dot(&plan, STREAM())?;
-                blender.pass(&plan, Pass::BLEND | Pass::ACCUMULATE, STREAM())?;
-                blender.observe(STREAM())?;
-                blender.reweight(STREAM())?;
-                blender.reset(STREAM())?;
-                plan.update(&grads, STREAM())?;
+        // The addresses of the C face can be bound again and again.
+        let (mut placed, mut others) = (face.place(&mut tensors), Face { c: true, ..face }.place(&mut others));
+        let others = others.inputs();
+        let others = || {
+            others.iter().filter_map(|input| match input {
+                // SAFETY: the buffers outlive the plan, and nothing else uses them.
+                Input::Addresses(addresses) => Some(unsafe { addresses.grads() }),
+                Input::Slices(_) => None,
+            })
+        };
+        let stream = Stream::default();
+        let mut plan = blender.plan(placed.inputs().into_iter().map(Input::grads))?;
+        let mut run = |rounds| {
+            for _ in 0..rounds {
+                blender.step(&plan, stream)?;
+                blender.dot(&plan, stream)?;
+                blender.pass(&plan, Pass::BLEND | Pass::ACCUMULATE, stream)?;
+                blender.observe(stream)?;
+                blender.reweight(stream)?;
+                blender.reset(stream)?;
+                plan.update(others(), stream)?;
             }
             Ok(())
         };
-        // The system's locks and conditions, and the binding to a driver, set themselves up at their first use.
-        turns(1)?;
-        let count = calls(|| turns(5))?;
-        assert_eq!(count, 0, "{threads} threads");
-        assert!(calls(|| blender.report(STREAM()).map(drop))? > 0, "the count counts");
+        // Locks, condition variables and the binding to a driver allocate at their first use.
+        run(1)?;
+        assert_eq!(calls(|| run(5))?, 0, "{threads} threads");
+        assert!(calls(|| blender.report(stream).map(drop))? > 0, "the counter works");
     }
     Ok(())
 }

@@ -1,43 +1,40 @@
-//! What can be wrong with a driver or a device, each as a typed error that leaves everything usable.
+//! Faults of a driver or a device: each is a typed error that leaves everything usable.
 #![cfg(feature = "cuda")]
-#![allow(clippy::panic)]
-
-mod common;
 
 use std::process::Command;
 
-use common::cuda::{Memory, alone_on_cuda, current, done, on_standin, skip, within};
-use common::{Outcome, Place, Random, STREAM, Tensor, bits};
 use cudarc::driver::sys::{self, CUresult};
-use gradblend::{Blender, Device, Error, GradScale, List, TensorGrads};
+use gradblend::{Config, DType, Device, Error, Role, TensorGrads};
+use gradblend_testkit::cuda::{
+    Emulator, Memory, alone_on_cuda, check, current_context, on_emulator, skip, with_context,
+};
+use gradblend_testkit::{
+    Face, Failure, Input, Outcome, Random, Result, Tensor, TestBlender, bits, rejected, rejected_as,
+};
 
-/// The error, which says all of these.
-#[track_caller]
-fn refused<T: std::fmt::Debug>(result: gradblend::Result<T>, says: &[&str]) -> Error {
-    match result {
-        Ok(got) => panic!("{got:?} instead of an error"),
-        Err(error) => {
-            says.iter().for_each(|words| assert!(error.to_string().contains(words), "{error} does not say {words:?}"));
-            error
-        }
-    }
+const FACE: Face = Face::CUDA;
+
+/// Checks that a step is right.
+fn check_step() -> Outcome {
+    let mut tensors = [Tensor::<f32>::random(&mut Random(301), 5000, 2, 0, 0)];
+    let (before, mut blender) = (tensors[0].clone(), FACE.blender(2)?);
+    FACE.run(&mut blender, &mut tensors, TestBlender::step)?;
+    tensors[0].check_blend(&before, &[0.5; 2], false, "afterwards");
+    assert_eq!(blender.report()?.observed, 1);
+    Ok(())
 }
 
-/// That a step goes through and is right.
-fn works() -> Outcome {
-    let mut tensors = [Tensor::<f32>::random(&mut Random(301), 5000, 2, 0, 0)];
-    let mut blender = Place::Cuda.blender(2)?;
-    Place::Cuda.run(&mut blender, &mut tensors, Blender::step)?;
-    tensors[0].check_blend(&[0.5; 2], None, "afterwards");
-    assert_eq!(blender.report(STREAM())?.observed, 1);
-    Ok(())
+/// The error behind a call that was rejected with this status, whose message has each of the `words`.
+#[track_caller]
+fn error<T: std::fmt::Debug>(result: std::result::Result<T, impl Into<Failure>>, status: i32, words: &str) -> Error {
+    rejected_as(result.map_err(Into::into), status, words).error.unwrap_or(Error::ForeignPlan)
 }
 
 #[test]
 fn no_such_device() -> Outcome {
     alone_on_cuda(|_| {
         for ordinal in [-1, i32::MIN, 99, i32::MAX] {
-            let error = refused(Device::cuda(ordinal), &[&format!("device {ordinal}")]);
+            let error = error(Device::cuda(ordinal), 4, &format!("device {ordinal}"));
             assert!(matches!(error, Error::NoDevice { ordinal: o, devices: 1.. } if o == ordinal), "{error:?}");
         }
         Ok(())
@@ -46,17 +43,17 @@ fn no_such_device() -> Outcome {
 
 #[test]
 fn no_device_at_all() -> Outcome {
-    on_standin(|standin| {
-        standin.set("devices", 0);
+    on_emulator(|emulator| {
+        emulator.set("devices", 0);
         assert_eq!(Device::cuda(0), Err(Error::NoDevice { ordinal: 0, devices: 0 }));
-        standin.set("devices", 1);
-        works()
+        emulator.set("devices", 1);
+        check_step()
     })
 }
 
 const CHILD: &str = "GRADBLEND_TEST_WITHOUT_DRIVER";
 
-/// Not a test: what `no_driver` runs in a process of its own, whose driver is another.
+/// Does nothing unless `no_driver` runs it in a process of its own, with another driver.
 #[test]
 fn without_driver() {
     if std::env::var_os(CHILD).is_some() {
@@ -68,20 +65,20 @@ fn without_driver() {
     }
 }
 
-/// What a process says that finds its driver in `folder`.
-fn with_driver_in(folder: &std::path::Path) -> Result<String, Box<dyn std::error::Error>> {
+/// Output of `without_driver` in a process that finds its driver in `folder`.
+fn with_driver_in(folder: &std::path::Path) -> std::result::Result<String, Box<dyn std::error::Error>> {
     let output = Command::new(std::env::current_exe()?)
         .args(["--exact", "without_driver", "--nocapture"])
         .env(CHILD, "1")
         .env("LD_LIBRARY_PATH", folder)
         .env_remove("LD_PRELOAD")
         .output()?;
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success() && said.matches(CHILD).count() == 2, "{output:?}");
-    Ok(said)
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && printed.matches(CHILD).count() == 2, "{output:?}");
+    Ok(printed)
 }
 
-/// A library that is none, and one that lacks functions.
+/// A file that is not a library, and a library that lacks functions.
 #[test]
 fn no_driver() -> Outcome {
     let folder = std::env::temp_dir().join(format!("gradblend-no-driver-{}", std::process::id()));
@@ -89,44 +86,44 @@ fn no_driver() -> Outcome {
     for name in ["libcuda.so", "libcuda.so.1"] {
         std::fs::write(folder.join(name), "")?;
     }
-    let said = with_driver_in(&folder)?;
+    let printed = with_driver_in(&folder)?;
     std::fs::remove_dir_all(&folder)?;
-    assert!(said.contains("libcuda.so.1"), "{said}");
+    assert!(printed.contains("libcuda.so.1"), "{printed}");
     let path = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
     let incomplete =
         std::env::split_paths(&path).map(|folder| folder.join("incomplete")).find(|folder| folder.exists());
     let Some(incomplete) = incomplete else {
-        skip("no incomplete driver beside the stand-in");
+        skip("no incomplete driver beside the emulator");
         return Ok(());
     };
-    let said = with_driver_in(&incomplete)?;
-    assert!(said.contains(" has no cu"), "{said}");
+    let printed = with_driver_in(&incomplete)?;
+    assert!(printed.contains(" has no cu"), "{printed}");
     Ok(())
 }
 
 #[test]
 fn old_device() -> Outcome {
-    on_standin(|standin| {
-        standin.set("major", 7);
-        standin.set("minor", 5);
-        let error = refused(Device::cuda(0), &["device 0", "Stand-in 0", "7.5", "kernels for"]);
+    on_emulator(|emulator| {
+        emulator.set("major", 7);
+        emulator.set("minor", 5);
+        let error = error(Device::cuda(0), 5, "device 0|Emulator 0|7.5|kernels for");
         assert!(matches!(error, Error::UnsupportedDevice { ordinal: 0, .. }), "{error:?}");
-        standin.reset();
-        works()
+        emulator.reset();
+        check_step()
     })
 }
 
 #[test]
 fn old_driver() -> Outcome {
-    on_standin(|standin| {
+    on_emulator(|emulator| {
         for result in [CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION, CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU] {
-            standin.set("image", result as i64);
-            standin.set("driver_version", 11_080);
-            let error =
-                refused(Place::Cuda.blender(2), &["Stand-in 0", "CUDA 11.8", "toolkit", &format!("{result:?}")]);
+            emulator.set("image", result as i64);
+            emulator.set("driver_version", 11_080);
+            let words = format!("Emulator 0|CUDA 11.8|toolkit|{result:?}");
+            let error = error(FACE.blender(2), 5, &words);
             assert!(matches!(error, Error::UnsupportedDevice { ordinal: 0, .. }), "{error:?}");
-            standin.reset();
-            works()?;
+            emulator.reset();
+            check_step()?;
         }
         Ok(())
     })
@@ -134,46 +131,53 @@ fn old_driver() -> Outcome {
 
 #[test]
 fn out_of_memory() -> Outcome {
-    on_standin(|standin| {
-        standin.set("memory", 4096);
-        let error = refused(Place::Cuda.blender(2), &["for the blender"]);
-        assert!(matches!(error, Error::OutOfMemory { what: "the blender", bytes: 4096.. }), "{error:?}");
-        standin.reset();
-        let blender = Place::Cuda.blender(2)?;
-        standin.set("memory", standin.count("live_bytes") as i64 + 1000);
-        let tensors: Vec<TensorGrads<'_>> = (0..100).map(|_| TensorGrads::blend_only::<f32>(&[None, None])).collect();
-        let error = refused(blender.plan(&tensors), &["for the plan"]);
-        assert!(matches!(error, Error::OutOfMemory { what: "the plan", bytes: 1000.. }), "{error:?}");
-        standin.reset();
-        blender.plan(&tensors)?;
-        works()
+    on_emulator(|emulator| {
+        emulator.set("memory", 4096);
+        let blender = error(FACE.blender(2), 6, "for the blender");
+        assert!(matches!(blender, Error::OutOfMemory { what: "the blender", bytes: 4096.. }), "{blender:?}");
+        emulator.reset();
+        let blender = FACE.blender(2)?;
+        emulator.set("memory", emulator.count("live_bytes") as i64 + 1000);
+        let inputs = || (0..100).map(|_| Input::Slices(TensorGrads::blend_only::<f32>(&[None, None]))).collect();
+        let plan = error(blender.plan(inputs()), 6, "for the plan");
+        assert!(matches!(plan, Error::OutOfMemory { what: "the plan", bytes: 1000.. }), "{plan:?}");
+        emulator.reset();
+        blender.plan(inputs())?;
+        check_step()
     })
 }
 
 #[test]
 fn launch_that_fails() -> Outcome {
-    on_standin(|standin| {
-        let mut blender = Place::Cuda.blender(2)?;
-        let saved = blender.save(STREAM())?;
+    on_emulator(|emulator| {
+        let mut blender = FACE.blender(2)?;
+        let saved = blender.save()?;
         let code = CUresult::CUDA_ERROR_LAUNCH_FAILED;
-        standin.fail("cuLaunchKernel", code, 0);
-        let name = format!("{code:?}");
-        let error = refused(blender.observe(STREAM()), &["cuLaunchKernel", &name, "719"]);
-        assert_eq!(error, Error::Cuda { call: "cuLaunchKernel", code: code as u32, name });
-        assert_eq!(blender.save(STREAM())?, saved);
-        blender.observe(STREAM())?;
-        works()
+        emulator.fail("cuLaunchKernel", code, 0);
+        let want = Error::Cuda { call: "cuLaunchKernel", code: code as u32, name: format!("{code:?}") };
+        rejected(blender.observe(), &want, "cuLaunchKernel|CUDA_ERROR_LAUNCH_FAILED|719");
+        assert_eq!(blender.save()?, saved);
+        blender.observe()?;
+        check_step()
     })
 }
 
-/// Whichever call of the driver fails, it is named, nothing stays behind, and the next try goes through.
+/// Whichever call of the driver fails, the error names it, nothing leaks, and the next attempt succeeds.
 #[test]
 fn any_call_that_fails() -> Outcome {
-    on_standin(|standin| {
+    fn all_calls(placed: &mut gradblend_testkit::Placed<'_, f32>) -> Result<()> {
+        let mut blender = FACE.blender(2)?;
+        // A plan takes the buffers once; an update takes them again.
+        let plan = blender.plan(placed.inputs())?;
+        let mut plan = plan.release();
+        plan.update(placed.inputs(), blender.stream)?;
+        blender.step(&plan)?;
+        blender.report().map(drop)
+    }
+    on_emulator(|emulator| {
         let names = ["live", "streams", "modules", "contexts"];
         let mut tensors = [Tensor::<f32>::random(&mut Random(302), 5000, 2, 0, 0)];
-        let mut lists = Place::Cuda.put(&mut tensors);
-        let grads = lists.grads();
+        let mut placed = FACE.place(&mut tensors);
         let mut failures = 0;
         for function in [
             "cuInit",
@@ -196,107 +200,99 @@ fn any_call_that_fails() -> Outcome {
             "cuLaunchKernel",
         ] {
             for after in 0..20 {
-                let before = names.map(|name| standin.count(name));
-                standin.fail(function, CUresult::CUDA_ERROR_UNKNOWN, after);
-                let all = || {
-                    let mut blender = Place::Cuda.blender(2)?;
-                    let mut plan = blender.plan(&grads)?;
-                    plan.update(&grads, STREAM())?;
-                    blender.step(&plan, STREAM())?;
-                    blender.report(STREAM()).map(drop)
-                };
-                match all() {
-                    Err(Error::Cuda { call, code: 999, .. }) => assert_eq!(call, function),
+                let before = names.map(|name| emulator.count(name));
+                emulator.fail(function, CUresult::CUDA_ERROR_UNKNOWN, after);
+                match all_calls(&mut placed) {
+                    Ok(()) => {} // It was called less often, or failed in a drop, which cannot report it.
+                    Err(Failure { error: Some(Error::Cuda { call, code: 999, .. }), .. }) => assert_eq!(call, function),
                     Err(other) => return Err(format!("{function}: {other:?}").into()),
-                    // It was not called so often; or failed where there is nobody to tell, in a drop.
-                    Ok(()) => {}
                 }
-                failures += u32::from(standin.count(function) > 0);
-                standin.reset();
-                let after_it = names.map(|name| standin.count(name));
-                // A call that fails while something is dropped may keep that from being freed, but nothing else does.
+                failures += u32::from(emulator.count(function) > 0);
+                emulator.reset();
+                let after_it = names.map(|name| emulator.count(name));
+                // Only these two, when they fail in a drop, keep something from being freed.
                 if !["cuCtxPushCurrent_v2", "cuThreadExchangeStreamCaptureMode"].contains(&function) {
                     assert_eq!(after_it, before, "{function} fails after {after}: {names:?}");
                 }
-                assert!(current().is_null(), "{function} fails after {after}");
+                assert!(current_context().is_null(), "{function} fails after {after}");
             }
         }
         assert!(failures > 100);
-        works()
+        check_step()
     })
 }
 
-/// Memory that the driver was never told of, where the device cannot read it.
+/// Memory that the driver does not know, where the device cannot read the host's memory.
 #[test]
 fn unknown_memory() -> Outcome {
-    on_standin(|standin| {
-        standin.set("pageable", 0);
+    on_emulator(|emulator| {
+        emulator.set("pageable", 0);
         let mut tensors = [Tensor::<f32>::random(&mut Random(303), 100, 2, 0, 0)];
-        let mut lists = Place::Cuda.put(&mut tensors);
-        let mut blender = Place::Cuda.blender(2)?;
-        let mut plan = blender.plan(&lists.grads())?;
+        let before = tensors[0].clone();
+        let mut placed = FACE.place(&mut tensors);
+        let mut blender = FACE.blender(2)?;
+        let stream = blender.stream;
+        let mut plan = blender.plan(placed.inputs())?;
         let (host, device) = (vec![0.0_f32; 100], Memory::of(&[0.0_f32; 100]));
-        let at = |list: &[f32]| list.as_ptr() as u64;
+        let at_host = host.as_ptr() as u64;
         let v = Some(&host[..]);
         let own = |len: u64, offset: usize| {
-            let at = device.address::<f32>(offset).cast_const().cast();
-            // SAFETY: plans of it are refused, or do not run.
-            unsafe { TensorGrads::from_raw(len, gradblend::DType::F32, at, at, &[at, at], std::ptr::null_mut()) }
+            let at = device.address::<f32>(offset) as usize;
+            // SAFETY: plans of it are rejected, or do not run.
+            unsafe { Input::at(len, DType::F32, at, at, &[at, at], 0) }
         };
-        let unknown = |tensor, list, address| Error::UnknownMemory { tensor, list, address };
-        let slices = [own(100, 0), TensorGrads::new(&host, &host, &[v, v])];
-        let want = unknown(1, List::Train, at(&host));
-        assert_eq!(refused(blender.plan(&slices), &["tensor 1", "train gradient"]), want);
-        let past = device.address::<u8>(0) as u64 + 404 - 1;
-        assert_eq!(refused(blender.plan(&[own(101, 0)]), &["tensor 0"]), unknown(0, List::Train, past));
-        assert_eq!(refused(blender.plan(&[own(100, 1)]), &["tensor 0"]), unknown(0, List::Train, past));
-        let mixed = [TensorGrads::blend_only(&[None, v])];
-        let want = unknown(0, List::Modality(1), at(&host));
-        assert_eq!(refused(blender.plan(&mixed), &["gradient of modality 1"]), want);
-        assert_eq!(refused(plan.update(&mixed, STREAM()), &["modality 1"]), want);
-        blender.plan(&[own(100, 0), own(99, 1), TensorGrads::new::<f32>(&[], &[], &[None, None])])?;
-        let cell = Box::new(1.0_f32);
-        // SAFETY: refused.
-        let scale = unsafe { GradScale::from_raw(&raw const *cell) };
-        let address = (&raw const *cell) as u64;
-        assert_eq!(refused(blender.set_grad_scale(scale), &["scale"]), Error::UnknownScale { address });
+        let unknown = |tensor, role, address| Error::UnknownMemory { tensor, role, address };
+        let slices = vec![own(100, 0), Input::Slices(TensorGrads::new(&host, &host, &[v, v]))];
+        rejected(blender.plan(slices), &unknown(1, Role::Train, at_host), "tensor 1|train gradient");
+        let past = unknown(0, Role::Train, device.address::<u8>(0) as u64 + 404 - 1);
+        rejected(blender.plan(vec![own(101, 0)]), &past, "tensor 0");
+        rejected(blender.plan(vec![own(100, 1)]), &past, "tensor 0");
+        let mixed = || vec![Input::Slices(TensorGrads::blend_only(&[None, v]))];
+        let want = unknown(0, Role::Modality(1), at_host);
+        rejected(blender.plan(mixed()), &want, "gradient of modality 1");
+        rejected(plan.update(mixed(), stream), &want, "modality 1");
+        let empty = Input::Slices(TensorGrads::new::<f32>(&[], &[], &[None, None]));
+        blender.plan(vec![own(100, 0), own(99, 1), empty])?;
+        let scale = Box::new(1.0_f32);
+        let address = (&raw const *scale) as u64;
+        // SAFETY: rejected, not read.
+        rejected(unsafe { blender.set_grad_scale(&raw const *scale) }, &Error::UnknownScale { address }, "scale");
         // The plan is as it was.
-        blender.step(&plan, STREAM())?;
-        assert_eq!(blender.report(STREAM())?.observed, 1);
+        blender.step(&plan)?;
+        assert_eq!(blender.report()?.observed, 1);
         drop(plan);
-        lists.fetch();
-        tensors[0].check_blend(&[0.5; 2], None, "after refused updates");
+        placed.fetch();
+        tensors[0].check_blend(&before, &[0.5; 2], false, "after rejected updates");
         Ok(())
     })
 }
 
-/// Another device's context is current again after each call.
+/// A current context of another device stays current after each call.
 #[test]
 fn another_device_stays_current() -> Outcome {
-    on_standin(|standin| {
-        standin.set("devices", 2);
+    on_emulator(|emulator| {
+        emulator.set("devices", 2);
         let mut other = std::ptr::null_mut();
-        // SAFETY: a place for the context of a device that is there.
-        within(|| done(unsafe { sys::cuDevicePrimaryCtxRetain(&mut other, 1) }));
-        // SAFETY: retained.
-        done(unsafe { sys::cuCtxPushCurrent_v2(other) });
-        works()?;
-        assert_eq!(current(), other);
+        // SAFETY: `other` is a valid out-pointer, and device 1 exists.
+        with_context(|| check(unsafe { sys::cuDevicePrimaryCtxRetain(&mut other, 1) }));
+        // SAFETY: the context is retained.
+        check(unsafe { sys::cuCtxPushCurrent_v2(other) });
+        check_step()?;
+        assert_eq!(current_context(), other);
         assert!(Device::cuda(2).is_err());
-        assert_eq!(current(), other);
-        // SAFETY: what was pushed and retained above.
+        assert_eq!(current_context(), other);
+        // SAFETY: the context was pushed and retained above.
         unsafe {
-            done(sys::cuCtxPopCurrent_v2(&mut other));
-            done(sys::cuDevicePrimaryCtxRelease_v2(1));
+            check(sys::cuCtxPopCurrent_v2(&mut other));
+            check(sys::cuDevicePrimaryCtxRelease_v2(1));
         }
         let mut second = [Tensor::<f32>::random(&mut Random(304), 5000, 2, 0, 0)];
         let mut first = second.clone();
-        // A device is chosen by its ordinal, whatever is current. Both read the host's memory here.
-        let mut blenders =
-            [Place::Cuda.blender(2)?, Blender::new(&Device::cuda(1)?, *Place::Cuda.blender(2)?.config())?];
-        for (blender, tensors) in blenders.iter_mut().zip([&mut first, &mut second]) {
-            let plan = blender.plan(&[tensors[0].grads()])?;
-            blender.step(&plan, STREAM())?;
+        // A device is chosen by its ordinal, whatever context is current. Both read the host's memory here.
+        for (ordinal, tensors) in [(0, &mut first), (1, &mut second)] {
+            let mut blender = FACE.blender_on(ordinal, Config::new(2))?;
+            let plan = blender.plan(vec![Input::Slices(tensors[0].grads())])?;
+            blender.step(&plan)?;
         }
         assert_eq!(bits(&first[0].blended), bits(&second[0].blended));
         Ok(())

@@ -1,35 +1,33 @@
-//! CUDA graphs: every run call can be captured, and what cannot be says so without spoiling the capture.
+//! CUDA graphs: every run call can be captured, and what cannot be captured is rejected without ending the capture.
 //!
-//! In a program of their own, one after the other: what waits for all work of a device, as the end of a blender that is in
-//! a graph does, spoils the captures of all threads.
+//! These tests run one after another, in a program of their own: a call that waits for all work of a device, as the drop
+//! of a blender that is part of a graph does, invalidates the captures of all threads.
 #![cfg(feature = "cuda")]
 
-mod common;
+use gradblend::{Error, Pass};
+use gradblend_testkit::cuda::{OwnStream, alone_on_cuda};
+use gradblend_testkit::{Face, Input, Outcome, Random, Result, Tensor, TestBlender, TestPlan, bits, rejected_as};
 
-use common::cuda::{Own, alone_on_cuda};
-use common::{Outcome, Place, Random, Tensor, bits};
-use gradblend::{Blender, Error, Pass, Plan, Stream, TensorGrads};
-
-type Operation = fn(&mut Blender, &Plan<'_>, Stream) -> gradblend::Result<()>;
+type Operation = fn(&mut TestBlender, &TestPlan<'_>) -> Result<()>;
 
 const OPERATIONS: [(&str, Operation); 10] = [
-    ("dot", |blender, plan, stream| blender.dot(plan, stream)),
-    ("blend", |blender, plan, stream| blender.blend(plan, stream)),
-    ("accumulate", |blender, plan, stream| blender.pass(plan, Pass::BLEND | Pass::ACCUMULATE, stream)),
-    ("step", |blender, plan, stream| blender.step(plan, stream)),
-    ("observe", |blender, _, stream| blender.observe(stream)),
-    ("reweight", |blender, _, stream| blender.reweight(stream)),
-    ("reset", |blender, _, stream| blender.reset(stream)),
-    ("set_weights", |blender, _, stream| blender.set_weights(&[0.5, 2.0, -1.0], stream)),
-    ("dot, observe, reweight, blend", |blender, plan, stream| {
-        blender.dot(plan, stream)?;
-        blender.observe(stream)?;
-        blender.reweight(stream)?;
-        blender.blend(plan, stream)
+    ("dot", TestBlender::dot),
+    ("blend", TestBlender::blend),
+    ("accumulate", TestBlender::accumulate),
+    ("step", TestBlender::step),
+    ("observe", |blender, _| blender.observe()),
+    ("reweight", |blender, _| blender.reweight()),
+    ("reset", |blender, _| blender.reset()),
+    ("set_weights", |blender, _| blender.set_weights(&[0.5, 2.0, -1.0])),
+    ("dot, observe, reweight, blend", |blender, plan| {
+        blender.dot(plan)?;
+        blender.observe()?;
+        blender.reweight()?;
+        blender.blend(plan)
     }),
-    ("step, reweight", |blender, plan, stream| {
-        blender.step(plan, stream)?;
-        blender.reweight(stream)
+    ("pass of all, reweight", |blender, plan| {
+        blender.pass(plan, Pass::all())?;
+        blender.reweight()
     }),
 ];
 
@@ -42,150 +40,153 @@ fn blends(tensors: &[Tensor<f32>]) -> Vec<Vec<u32>> {
     tensors.iter().map(|tensor| bits(&tensor.blended)).collect()
 }
 
-/// A blender that has seen something.
-fn seasoned(place: Place) -> gradblend::Result<Blender> {
-    let mut blender = place.blender(3)?;
-    place.run(&mut blender, &mut tensors(90, 0), Blender::step)?;
+/// A blender with an observation.
+fn observed(face: Face) -> Result<TestBlender> {
+    let mut blender = face.blender(3)?;
+    face.run(&mut blender, &mut tensors(90, 0), TestBlender::step)?;
     Ok(blender)
 }
 
 #[test]
 fn replays_do_what_calls_do() -> Outcome {
-    alone_on_cuda(|place| {
+    alone_on_cuda(|face| {
         for (name, operation) in OPERATIONS {
-            let own = Own::new();
+            let own = OwnStream::default();
             let (mut called, mut replayed) = (tensors(91, 4), tensors(91, 4));
-            let mut caller = seasoned(place)?;
-            place.run(&mut caller, &mut called, |blender, plan, stream| {
-                (0..3).try_for_each(|_| operation(blender, plan, stream))
-            })?;
-            let mut blender = seasoned(place)?;
-            let mut lists = place.put(&mut replayed);
-            let plan = blender.plan(&lists.grads())?;
-            let before = blender.save(own.stream())?;
-            let graph = own.capture(|stream| operation(&mut blender, &plan, stream))?;
-            assert_eq!(blender.save(own.stream())?, before, "{name}: a capture runs nothing");
+            let mut caller = observed(face)?;
+            face.run(&mut caller, &mut called, |blender, plan| (0..3).try_for_each(|_| operation(blender, plan)))?;
+            let mut blender = observed(face)?;
+            blender.stream = own.stream();
+            let mut placed = face.place(&mut replayed);
+            let plan = blender.plan(placed.inputs())?;
+            let before = blender.save()?;
+            let graph = own.capture(|| operation(&mut blender, &plan))?;
+            assert_eq!(blender.save()?, before, "{name}: a capture runs nothing");
             (0..3).for_each(|_| own.launch(&graph));
-            assert_eq!(blender.save(own.stream())?, caller.save(Stream::default())?, "{name}");
+            assert_eq!(blender.save()?, caller.save()?, "{name}");
             drop((graph, plan));
-            lists.fetch();
+            placed.fetch();
             assert_eq!(blends(&replayed), blends(&called), "{name}");
         }
         Ok(())
     })
 }
 
-/// A graph that was captured before an update works on the new addresses, and on what is absent now.
+/// A graph that was captured before an update uses the new addresses, and the modalities that are present now.
 #[test]
 fn graphs_see_updates() -> Outcome {
-    alone_on_cuda(|place| {
-        let own = Own::new();
+    alone_on_cuda(|face| {
+        let own = OwnStream::default();
         let (mut first, mut second, mut called) = (tensors(92, 0), tensors(93, 2), tensors(93, 2));
         let untouched = blends(&first);
-        let mut blender = place.blender(3)?;
-        let (mut first_lists, mut second_lists) = (place.put(&mut first), place.put(&mut second));
-        let mut plan = blender.plan(&first_lists.grads())?;
-        let graph = own.capture(|stream| blender.step(&plan, stream))?;
-        plan.update(&second_lists.grads(), own.stream())?;
+        let mut blender = face.blender(3)?;
+        blender.stream = own.stream();
+        let (mut first_placed, mut second_placed) = (face.place(&mut first), face.place(&mut second));
+        let mut plan = blender.plan(first_placed.inputs())?;
+        let graph = own.capture(|| blender.step(&plan))?;
+        plan.update(second_placed.inputs(), own.stream())?;
         own.launch(&graph);
         own.launch(&graph);
-        let saved = blender.save(own.stream())?;
+        let saved = blender.save()?;
         drop((graph, plan));
-        first_lists.fetch();
-        second_lists.fetch();
-        let mut caller = place.blender(3)?;
-        place.run(&mut caller, &mut called, |blender, plan, stream| {
-            blender.step(plan, stream)?;
-            blender.step(plan, stream)
+        first_placed.fetch();
+        second_placed.fetch();
+        let mut caller = face.blender(3)?;
+        face.run(&mut caller, &mut called, |blender, plan| {
+            blender.step(plan)?;
+            blender.step(plan)
         })?;
-        assert_eq!(saved, caller.save(Stream::default())?);
+        assert_eq!(saved, caller.save()?);
         assert_eq!(blends(&second), blends(&called));
-        assert_eq!(blends(&first), untouched, "the old addresses are forgotten");
+        assert_eq!(blends(&first), untouched, "the old addresses are not used");
         Ok(())
     })
 }
 
-/// Nor does the end of a blender and of a plan that are in no graph spoil the capture of another.
+/// The drop of a blender and of a plan that are part of no graph leaves the capture of another valid.
 #[test]
-fn drops_do_not_spoil_captures() -> Outcome {
-    alone_on_cuda(|place| {
-        let own = Own::new();
+fn drops_do_not_invalidate_captures() -> Outcome {
+    alone_on_cuda(|face| {
+        let own = OwnStream::default();
         let (mut all, mut others) = (tensors(98, 0), tensors(99, 0));
-        let (mut lists, mut other_lists) = (place.put(&mut all), place.put(&mut others));
-        let (mut blender, mut other) = (place.blender(3)?, place.blender(3)?);
-        let (plan, other_plan) = (blender.plan(&lists.grads())?, other.plan(&other_lists.grads())?);
-        other.step(&other_plan, Stream::default())?;
-        own.capture(|stream| {
+        let (mut placed, mut other_placed) = (face.place(&mut all), face.place(&mut others));
+        let (mut blender, mut other) = (face.blender(3)?, face.blender(3)?);
+        blender.stream = own.stream();
+        let (plan, other_plan) = (blender.plan(placed.inputs())?, other.plan(other_placed.inputs())?);
+        other.step(&other_plan)?;
+        own.capture(|| {
             drop((other, other_plan));
-            blender.step(&plan, stream)
+            blender.step(&plan)
         })?;
         Ok(())
     })
 }
 
-fn refused<T: std::fmt::Debug>(result: gradblend::Result<T>) {
-    assert!(matches!(result, Err(Error::Capturing { .. })), "{result:?}");
-}
-
-/// What has to wait or to copy is refused on a stream that captures, and the capture goes on.
+/// A call that waits or copies from the host is rejected on a stream that captures, and the capture continues.
 #[test]
-fn what_cannot_be_captured_is_refused() -> Outcome {
-    alone_on_cuda(|place| {
-        let own = Own::new();
+fn what_cannot_be_captured_is_rejected() -> Outcome {
+    fn capturing<T: std::fmt::Debug>(result: Result<T>) {
+        let failure = rejected_as(result, 1, "cannot be captured");
+        assert!(matches!(failure.error, Some(Error::Capturing { .. })), "{failure:?}");
+    }
+    alone_on_cuda(|face| {
+        let own = OwnStream::default();
         let (mut all, mut others, mut called) = (tensors(94, 0), tensors(95, 0), tensors(94, 0));
-        let (mut blender, mut caller) = (seasoned(place)?, seasoned(place)?);
-        place.run(&mut caller, &mut called, Blender::step)?;
-        let saved = blender.save(own.stream())?;
-        let (mut lists, mut other_lists) = (place.put(&mut all), place.put(&mut others));
-        let grads = other_lists.grads();
-        let mut plan = blender.plan(&lists.grads())?;
+        let (mut blender, mut caller) = (observed(face)?, observed(face)?);
+        blender.stream = own.stream();
+        face.run(&mut caller, &mut called, TestBlender::step)?;
+        let saved = blender.save()?;
+        let (mut placed, mut other_placed) = (face.place(&mut all), face.place(&mut others));
+        let mut plan = blender.plan(placed.inputs())?;
         let mut host = tensors(96, 0);
-        let slices: Vec<TensorGrads<'_>> = host.iter_mut().map(Tensor::grads).collect();
-        // A device that does not read the host's memory takes no slices at all.
-        let of_slices = blender.plan(&slices).ok();
-        let graph = own.capture(|stream| {
-            refused(blender.report(stream));
-            refused(blender.second_moments(stream));
-            refused(blender.save(stream));
-            refused(blender.load(&saved, stream));
-            refused(plan.update(&grads, stream));
+        // A device that cannot read the host's memory rejects slices altogether.
+        let of_slices = blender.plan(host.iter_mut().map(|tensor| Input::Slices(tensor.grads())).collect()).ok();
+        let graph = own.capture(|| {
+            capturing(blender.report());
+            capturing(blender.second_moments());
+            capturing(blender.save());
+            capturing(blender.load(&saved));
+            capturing(plan.update(other_placed.inputs(), own.stream()));
             if let Some(of_slices) = &of_slices {
-                refused(blender.step(of_slices, stream));
+                capturing(blender.step(of_slices));
             }
-            blender.step(&plan, stream)
+            blender.step(&plan)
         })?;
-        assert_eq!(blender.save(own.stream())?, saved, "nothing has happened");
+        assert_eq!(blender.save()?, saved, "nothing has run");
         own.launch(&graph);
-        assert_eq!(blender.save(own.stream())?, caller.save(Stream::default())?);
+        assert_eq!(blender.save()?, caller.save()?);
         drop((graph, plan, of_slices));
-        lists.fetch();
-        assert_eq!(blends(&all), blends(&called), "the plan has its own addresses");
+        placed.fetch();
+        assert_eq!(blends(&all), blends(&called), "the plan keeps its addresses");
         Ok(())
     })
 }
 
-/// A capture leaves other streams, other blenders, and the making of more of them alone.
+/// During a capture, other streams and other blenders work, and more of them can be made.
 #[test]
 fn captures_do_not_forbid_other_work() -> Outcome {
-    alone_on_cuda(|place| {
-        let (own, other) = (Own::new(), Own::new());
+    alone_on_cuda(|face| {
+        let (own, other) = (OwnStream::default(), OwnStream::default());
         let (mut all, mut more, mut called) = (tensors(97, 0), tensors(97, 0), tensors(97, 0));
-        let (mut blender, mut caller) = (place.blender(3)?, place.blender(3)?);
-        place.run(&mut caller, &mut called, Blender::step)?;
-        let (mut lists, mut more_lists) = (place.put(&mut all), place.put(&mut more));
-        let plan = blender.plan(&lists.grads())?;
-        let grads = more_lists.grads();
+        let (mut blender, mut caller) = (face.blender(3)?, face.blender(3)?);
+        blender.stream = own.stream();
+        face.run(&mut caller, &mut called, TestBlender::step)?;
+        caller.stream = other.stream();
+        let (mut placed, mut more_placed) = (face.place(&mut all), face.place(&mut more));
+        let plan = blender.plan(placed.inputs())?;
+        let inputs = more_placed.inputs();
         let mut made = None;
-        let graph = own.capture(|stream| {
-            let mut second = place.blender(3)?;
-            let second_plan = second.plan(&grads)?;
-            second.step(&second_plan, other.stream())?;
-            assert_eq!(second.save(other.stream())?, caller.save(other.stream())?);
+        let graph = own.capture(|| {
+            let mut second = face.blender(3)?;
+            second.stream = other.stream();
+            let second_plan = second.plan(inputs)?;
+            second.step(&second_plan)?;
+            assert_eq!(second.save()?, caller.save()?);
             made = Some((second, second_plan));
-            blender.step(&plan, stream)
+            blender.step(&plan)
         })?;
         own.launch(&graph);
-        assert_eq!(blender.save(own.stream())?, caller.save(Stream::default())?);
+        assert_eq!(blender.save()?, caller.save()?);
         Ok(())
     })
 }

@@ -1,185 +1,151 @@
-//! What the stand-in driver counts: bytes, launches, waits, allocations; and how many multiprocessors it says it has.
+//! What the emulator counts: bytes, launches, waits and allocations, at any number of SMs.
 #![cfg(feature = "cuda")]
 
-mod common;
+use gradblend::{DType, Pass, bf16, f16};
+use gradblend_testkit::cuda::{Emulator, OwnStream, on_emulator, with_context};
+use gradblend_testkit::{Face, Input, Outcome, Output, Random, Result, Sample, Tensor, TestBlender, TestPlan, bits};
 
-use common::cuda::{Own, Standin, on_standin, within};
-use common::{Outcome, Place, Random, STREAM, Sample, Target, Tensor, bits};
-use gradblend::{Blender, DType, Pass, Plan, Stream, TensorGrads, bf16, f16};
+const FACE: Face = Face::CUDA;
 
-/// What `work` adds to counters.
-fn counted<const N: usize>(
-    standin: Standin,
-    names: [&str; N],
-    work: impl FnOnce() -> gradblend::Result<()>,
-) -> gradblend::Result<[u64; N]> {
-    let before = names.map(|name| standin.count(name));
-    work()?;
-    let mut counts = names.map(|name| standin.count(name));
-    counts.iter_mut().zip(before).for_each(|(count, before)| *count -= before);
-    Ok(counts)
-}
+type Operation = fn(&mut TestBlender, &TestPlan<'_>) -> Result<()>;
 
-type Operation = fn(&mut Blender, &Plan<'_>, Stream) -> gradblend::Result<()>;
-
-/// What an operation reads and writes of a tensor, in lists: the floor of the design.
-struct Pattern {
-    name: &'static str,
-    operation: Operation,
-    dots: bool,
-    blends: bool,
-    accumulates: bool,
-}
-
-const PATTERNS: [Pattern; 5] = [
-    Pattern { name: "dot", operation: |b, p, s| b.dot(p, s), dots: true, blends: false, accumulates: false },
-    Pattern { name: "blend", operation: |b, p, s| b.blend(p, s), dots: false, blends: true, accumulates: false },
-    Pattern { name: "step", operation: |b, p, s| b.step(p, s), dots: true, blends: true, accumulates: false },
-    Pattern {
-        name: "accumulate",
-        operation: |b, p, s| b.pass(p, Pass::BLEND | Pass::ACCUMULATE, s),
-        dots: false,
-        blends: true,
-        accumulates: true,
-    },
-    Pattern {
-        name: "dot and accumulate",
-        operation: |b, p, s| b.pass(p, Pass::DOT | Pass::BLEND | Pass::ACCUMULATE, s),
-        dots: true,
-        blends: true,
-        accumulates: true,
-    },
+/// The operations over memory, by what they do.
+const OPERATIONS: [(Pass, Operation); 5] = [
+    (Pass::DOT, TestBlender::dot),
+    (Pass::BLEND, TestBlender::blend),
+    (Pass::DOT.union(Pass::BLEND), TestBlender::step),
+    (Pass::BLEND.union(Pass::ACCUMULATE), TestBlender::accumulate),
+    (Pass::DOT.union(Pass::BLEND).union(Pass::ACCUMULATE), |blender, plan| {
+        blender.pass(plan, Pass::DOT | Pass::BLEND | Pass::ACCUMULATE)
+    }),
 ];
 
-impl Pattern {
-    /// Bytes to load and to store.
-    fn floor<T: Sample>(&self, tensor: &Tensor<T>) -> [u64; 2] {
-        let present = tensor.present();
-        let dots = self.dots && tensor.dots && present > 0;
-        let blends = self.blends && tensor.target != Target::Nowhere && (present > 0 || !self.accumulates);
-        let loads = if dots { 2 } else { 0 }
-            + if dots || blends { present } else { 0 }
-            + usize::from(blends && self.accumulates);
-        let bytes = std::mem::size_of::<T>() * tensor.len();
-        [loads * bytes, usize::from(blends) * bytes].map(|bytes| bytes as u64)
-    }
+/// The minimum traffic of an operation on a tensor: bytes to load and to store.
+fn minimum_traffic<T: Sample>(what: Pass, tensor: &Tensor<T>) -> [u64; 2] {
+    let (present, accumulates) = (tensor.present(), what.contains(Pass::ACCUMULATE));
+    let dots = what.contains(Pass::DOT) && tensor.has_products && present > 0;
+    let blends = what.contains(Pass::BLEND) && tensor.output != Output::None && (present > 0 || !accumulates);
+    let loads =
+        if dots { 2 } else { 0 } + if dots || blends { present } else { 0 } + usize::from(blends && accumulates);
+    [loads, usize::from(blends)].map(|buffers| (buffers * size_of::<T>() * tensor.len()) as u64)
 }
 
-/// Every operation moves each byte of each list that takes part once, and no other.
+/// Every operation moves each byte of each buffer that takes part once, and no other byte.
 #[test]
-fn traffic_is_the_floor() -> Outcome {
-    fn body<T: Sample>(standin: Standin) -> Outcome {
+fn traffic_is_the_minimum() -> Outcome {
+    fn body<T: Sample>(emulator: Emulator) -> Outcome {
         let mut random = Random(201);
         for present in 0..=8 {
             let k = present + 1;
-            let mut blender = Place::Cuda.blender(k)?;
+            let mut blender = FACE.blender(k)?;
             for scattered in [false, true] {
                 let mut tensors: Vec<Tensor<T>> = [1, 70_001, 8192, 9000, 0, 333]
                     .map(|len| {
                         let mut tensor = Tensor::random(&mut random, len, k, 0, 0);
                         tensor.modalities[random.below(k)] = None;
-                        tensor.dots = random.below(5) != 0;
-                        tensor.target = if random.below(5) == 0 { Target::Nowhere } else { Target::Blended };
+                        tensor.has_products = random.below(5) != 0;
+                        tensor.output = if random.below(5) == 0 { Output::None } else { Output::Blended };
                         if scattered { tensor.scattered(&mut random) } else { tensor }
                     })
                     .into();
-                for pattern in &PATTERNS {
+                for (what, operation) in OPERATIONS {
                     let mut want = [0; 2];
                     for tensor in &tensors {
-                        want.iter_mut().zip(pattern.floor(tensor)).for_each(|(sum, bytes)| *sum += bytes);
+                        want.iter_mut().zip(minimum_traffic(what, tensor)).for_each(|(sum, bytes)| *sum += bytes);
                     }
-                    let got = counted(standin, ["loaded", "stored"], || {
-                        Place::Cuda.run(&mut blender, &mut tensors, pattern.operation)
-                    })?;
-                    let (name, dtype) = (pattern.name, T::DTYPE);
-                    assert_eq!(got, want, "{name}, {dtype}, {present} present, scattered: {scattered}");
+                    let run = || FACE.run(&mut blender, &mut tensors, operation);
+                    let got = emulator.counted(["loaded", "stored"], run)?;
+                    assert_eq!(got, want, "{what:?}, {}, {present} present, scattered: {scattered}", T::DTYPE);
                 }
             }
         }
         Ok(())
     }
-    on_standin(|standin| {
-        body::<f32>(standin)?;
-        body::<f16>(standin)?;
-        body::<bf16>(standin)
+    on_emulator(|emulator| {
+        body::<f32>(emulator)?;
+        body::<f16>(emulator)?;
+        body::<bf16>(emulator)
     })
 }
 
-/// More than 8 are read in tiles of 8, each with t and g again.
+/// More than 8 modalities are read in tiles of 8, each with t and g again.
 #[test]
 fn tiles_read_train_and_validation_gradients_again() -> Outcome {
-    on_standin(|standin| {
+    on_emulator(|emulator| {
         for present in [9, 16, 17, 32] {
             let mut tensors = [Tensor::<f16>::random(&mut Random(202), 70_001, present, 0, 0)];
-            let mut blender = Place::Cuda.blender(present)?;
-            let list = 2 * 70_001;
+            let mut blender = FACE.blender(present)?;
+            let bytes = 2 * 70_001;
             for (operation, want) in [
-                (Blender::dot as Operation, [2 * present.div_ceil(8) + present, 0]),
-                (Blender::blend as Operation, [present, 1]),
+                (TestBlender::dot as Operation, [2 * present.div_ceil(8) + present, 0]),
+                (TestBlender::blend as Operation, [present, 1]),
             ] {
-                let run = || Place::Cuda.run(&mut blender, &mut tensors, operation);
-                let got = counted(standin, ["loaded", "stored"], run)?;
-                assert_eq!(got, want.map(|lists| (lists * list) as u64), "{present} present");
+                let run = || FACE.run(&mut blender, &mut tensors, operation);
+                let got = emulator.counted(["loaded", "stored"], run)?;
+                assert_eq!(got, want.map(|buffers| (buffers * bytes) as u64), "{present} present");
             }
         }
         Ok(())
     })
 }
 
+/// Lengths of the parameter tensors of ResNet-50 and of a ViT-B/16: the models that the table of a plan must be small for.
+fn model_lengths() -> [Vec<u64>; 2] {
+    let mut resnet = vec![64 * 3 * 49, 64, 64, 2048 * 1000, 1000];
+    for (width, blocks, input) in [(64, 3, 64), (128, 4, 256), (256, 6, 512), (512, 3, 1024)] {
+        for block in 0..blocks {
+            let from = if block == 0 { input } else { 4 * width };
+            resnet.extend([from * width, width, width, 9 * width * width, width, width]);
+            resnet.extend([4 * width * width, 4 * width, 4 * width]);
+            resnet.extend(if block == 0 { vec![from * 4 * width, 4 * width, 4 * width] } else { Vec::new() });
+        }
+    }
+    let d = 768;
+    let block = [d, d, 3 * d * d, 3 * d, d * d, d, d, d, 4 * d * d, 4 * d, 4 * d * d, d];
+    let vit = [d, 197 * d, d * d, d, d, d, 1000 * d, 1000].into_iter().chain(block.into_iter().cycle().take(12 * 12));
+    [resnet, vit.collect()]
+}
+
 /// What a plan keeps on the device, tables and partial sums, is a small part of what its passes move.
 #[test]
 fn tables_are_small() -> Outcome {
-    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/shapes.json"))?;
-    let shapes: serde_json::Value = serde_json::from_str(&text)?;
-    let model = |name: &str| -> Option<Vec<u64>> {
-        let models = shapes["models"].as_array()?;
-        let parts = models.iter().find(|model| model["name"] == name)?["parts"].as_array()?;
-        let tensors = parts.iter().filter_map(|part| part["tensors"].as_array()).flatten();
-        tensors.map(|shape| shape.as_array()?.iter().map(|n| n.as_u64()).product()).collect()
-    };
-    let lists = [
-        ("ResNet-50", model("ResNet-50"), 0.0002),
-        ("ViT-B/16", model("ViT-B/16"), 0.0002),
-        ("TinyLlama-1.1B", model("TinyLlama-1.1B"), 0.0002),
-        ("83 million elements", Some(vec![83_000_000]), 0.0002),
-        ("100,000 tensors of 1,000", Some(vec![1000; 100_000]), 0.01),
-    ];
-    on_standin(|standin| {
-        for (name, list, most) in lists {
-            let list = list.ok_or(name)?;
-            // Never read, so never there; and inputs may share memory.
-            let memory = vec![0_u16; list.iter().copied().max().unwrap_or(0) as usize];
-            let at = memory.as_ptr().cast();
-            // SAFETY: at `at` are as many elements as the longest has; nothing writes to them.
-            let tensor =
-                |len: &u64| unsafe { TensorGrads::from_raw(*len, DType::BF16, at, at, &[at; 3], std::ptr::null_mut()) };
-            let tensors: Vec<_> = list.iter().map(tensor).collect();
-            let blender = Place::Cuda.blender(3)?;
-            let before = standin.count("live_bytes");
-            let _plan = blender.plan(&tensors)?;
-            let kept = standin.count("live_bytes") - before;
-            let moved = 6 * 2 * list.iter().sum::<u64>();
+    let [resnet, vit] = model_lengths();
+    assert_eq!((resnet.len(), vit.len()), (161, 152));
+    assert_eq!((resnet.iter().sum::<u64>(), vit.iter().sum::<u64>()), (25_557_032, 86_567_656));
+    let many = vec![1000; 100_000];
+    on_emulator(|emulator| {
+        for (lengths, most) in [(resnet, 0.0002), (vit, 0.0002), (vec![83_000_000], 0.0002), (many, 0.01)] {
+            // No plan of it runs, and inputs may share memory.
+            let memory = vec![0_u16; lengths.iter().copied().max().unwrap_or(0) as usize];
+            let at = memory.as_ptr().expose_provenance();
+            // SAFETY: `memory` is as long as the longest tensor, and nothing writes to it.
+            let input = |len: &u64| unsafe { Input::at(*len, DType::BF16, at, at, &[at; 3], 0) };
+            let inputs = lengths.iter().map(input).collect();
+            let blender = FACE.blender(3)?;
+            let before = emulator.count("live_bytes");
+            let _plan = blender.plan(inputs)?;
+            let kept = emulator.count("live_bytes") - before;
+            let moved = 6 * 2 * lengths.iter().sum::<u64>();
             let share = kept as f64 / moved as f64;
-            println!("{name}: {kept} bytes kept, {moved} moved by a step, {:.3} %", 100.0 * share);
-            assert!(share < most, "{name}: {kept} bytes kept, {moved} moved");
+            assert!(share < most, "{} tensors: {kept} bytes kept, {moved} moved by a step", lengths.len());
         }
         Ok(())
     })
 }
 
-/// The last block reads each partial sum once, and nothing else is added up.
+/// The last block reads each partial sum once, and adds nothing else.
 #[test]
 fn partial_sums_are_read_once() -> Outcome {
-    on_standin(|standin| {
-        // More than there are spans: each gets a block.
-        standin.set("multiprocessors", 1000);
+    on_emulator(|emulator| {
+        // More SMs than spans, so that each span gets a block.
+        emulator.set("sms", 1000);
         for (k, count) in [(1, 400), (3, 2000), (32, 1100)] {
             let mut random = Random(207);
             let mut tensors: Vec<Tensor<bf16>> =
                 (0..count).map(|i| Tensor::random(&mut random, 1 + i % 5, k, 0, 0)).collect();
-            let mut blender = Place::Cuda.blender(k)?;
+            let mut blender = FACE.blender(k)?;
             let [blocks, table] =
-                counted(standin, ["blocks", "table"], || Place::Cuda.run(&mut blender, &mut tensors, Blender::dot))?;
+                counted(emulator, ["blocks", "table"], || FACE.run(&mut blender, &mut tensors, TestBlender::dot))?;
             assert_eq!(blocks as usize, count.div_ceil(8), "K = {k}");
             assert_eq!(table, blocks * 2 * k as u64 * 8, "K = {k}");
         }
@@ -190,133 +156,131 @@ fn partial_sums_are_read_once() -> Outcome {
 /// A run call is one launch and nothing else; an update is a few copies and nothing else.
 #[test]
 fn calls_launch_once_and_do_not_wait() -> Outcome {
-    on_standin(|standin| {
+    on_emulator(|emulator| {
         let mut random = Random(203);
         let mut tensors: Vec<Tensor<f32>> = (0..30).map(|i| Tensor::random(&mut random, 999 * i, 4, 0, 3)).collect();
-        let mut lists = Place::Cuda.put(&mut tensors);
-        let own = Own::new();
-        let mut blender = Place::Cuda.blender(4)?;
-        let grads = lists.grads();
-        let mut plan = blender.plan(&grads)?;
-        let empty = blender.plan(&[])?;
+        let mut others = tensors.clone();
+        let (mut placed, mut other_placed) = (FACE.place(&mut tensors), FACE.place(&mut others));
+        let own = OwnStream::default();
+        let mut blender = FACE.blender(4)?;
+        blender.stream = own.stream();
+        let (mut plan, empty) = (blender.plan(placed.inputs())?, blender.plan(Vec::new())?);
         let names = ["launches", "copies", "waits", "allocations", "frees"];
         let operations: [(&str, Operation); 9] = [
-            ("dot", Blender::dot),
-            ("observe", |blender, _, stream| blender.observe(stream)),
-            ("reweight", |blender, _, stream| blender.reweight(stream)),
-            ("blend", Blender::blend),
-            ("step", Blender::step),
-            ("pass that observes alone", |blender, plan, stream| blender.pass(plan, Pass::OBSERVE, stream)),
-            ("pass of all", |blender, plan, stream| blender.pass(plan, Pass::all(), stream)),
-            ("reset", |blender, _, stream| blender.reset(stream)),
-            ("set_weights", |blender, _, stream| blender.set_weights(&[0.1; 4], stream)),
+            ("dot", TestBlender::dot),
+            ("observe", |blender, _| blender.observe()),
+            ("reweight", |blender, _| blender.reweight()),
+            ("blend", TestBlender::blend),
+            ("step", TestBlender::step),
+            ("a pass with only OBSERVE", |blender, plan| blender.pass(plan, Pass::OBSERVE)),
+            ("a pass of all", |blender, plan| blender.pass(plan, Pass::all())),
+            ("reset", |blender, _| blender.reset()),
+            ("set_weights", |blender, _| blender.set_weights(&[0.1; 4])),
         ];
         for (name, operation) in operations {
             for (plan, which) in [(&plan, "30 tensors"), (&empty, "no tensor")] {
-                let counts = counted(standin, names, || operation(&mut blender, plan, own.stream()))?;
+                let counts = emulator.counted(names, || operation(&mut blender, plan))?;
                 assert_eq!(counts, [1, 0, 0, 0, 0], "{name}, {which}: {names:?}");
             }
         }
+        let inputs = other_placed.inputs();
         let [launches, copies, waits, allocations, frees] =
-            counted(standin, names, || plan.update(&grads, own.stream()))?;
+            emulator.counted(names, || plan.update(inputs, own.stream()))?;
         assert_eq!([launches, waits, allocations, frees], [0; 4], "update");
         assert!(copies <= 3, "{copies} copies for an update");
-        assert_eq!(counted(standin, names, || blender.report(own.stream()).map(drop))?, [0, 1, 1, 0, 0], "report");
+        assert_eq!(emulator.counted(names, || blender.report().map(drop))?, [0, 1, 1, 0, 0], "report");
         Ok(())
     })
 }
 
-/// The same bits however many blocks there are, in whatever order they and their threads run.
+/// The bits depend neither on the number of thread blocks nor on the order in which blocks and threads run.
 #[test]
 fn grids_change_no_bit() -> Outcome {
-    on_standin(|standin| {
+    on_emulator(|emulator| {
         let mut random = Random(204);
         let mut tensors: Vec<Tensor<f32>> =
             (0..40).map(|i| Tensor::random(&mut random, 1 << (i % 18), 9, i % 3, 3)).collect();
-        // So far apart that sums in f64 round too, and differ in any other order.
+        // Magnitudes so different that the sums in f64 round too, and differ in any other order.
         for tensor in &mut tensors {
-            let scale = 2.0_f32.powi(random.below(41) as i32 - 20);
-            tensor.inputs().flat_map(|list| list.iter_mut()).for_each(|x| *x *= scale);
+            tensor.scale(2.0_f64.powi(random.below(41) as i32 - 20));
         }
         let mut want = None;
-        for multiprocessors in [1, 3, 132] {
+        for sms in [1, 3, 132] {
             for seed in [0, 1, 2] {
-                standin.set("multiprocessors", multiprocessors);
-                standin.set("seed", seed);
+                emulator.set("sms", sms);
+                emulator.set("seed", seed);
                 let mut own = tensors.clone();
-                let mut blender = Place::Cuda.blender(9)?;
-                let [blocks] = counted(standin, ["blocks"], || {
-                    Place::Cuda.run(&mut blender, &mut own, Blender::step)?;
-                    blender.reweight(STREAM())
+                let mut blender = FACE.blender(9)?;
+                let [blocks] = emulator.counted(["blocks"], || {
+                    FACE.run(&mut blender, &mut own, TestBlender::step)?;
+                    blender.reweight()
                 })?;
-                assert!(blocks > 1 || multiprocessors == 1, "{blocks} blocks");
+                assert!(blocks > 1 || sms == 1, "{blocks} blocks");
                 let blends: Vec<Vec<u32>> = own.iter().map(|tensor| bits(&tensor.blended)).collect();
-                let got = (blends, blender.save(STREAM())?);
-                assert!(
-                    &got == want.get_or_insert_with(|| got.clone()),
-                    "{multiprocessors} multiprocessors, seed {seed}"
-                );
+                let got = (blends, blender.save()?);
+                assert!(&got == want.get_or_insert_with(|| got.clone()), "{sms} sms, seed {seed}");
             }
         }
         Ok(())
     })
 }
 
-/// Whatever order things are dropped in, and with whatever pending, nothing stays behind.
+/// Plans and blenders free everything, in whatever order they are dropped, with work pending.
 #[test]
-fn nothing_stays_behind() -> Outcome {
-    on_standin(|standin| {
-        let own = Own::new();
+fn nothing_leaks() -> Outcome {
+    on_emulator(|emulator| {
+        let own = OwnStream::default();
         let names = ["live", "live_bytes", "streams", "modules", "contexts"];
-        within(|| ());
-        let before = names.map(|name| standin.count(name));
+        with_context(|| ());
+        let before = names.map(|name| emulator.count(name));
         for plan_first in [true, false] {
-            let mut blender = Place::Cuda.blender(3)?;
+            let mut blender = FACE.blender(3)?;
+            blender.stream = own.stream();
             let mut tensors = [Tensor::<f32>::random(&mut Random(205), 5000, 3, 0, 0)];
-            let mut lists = Place::Cuda.put(&mut tensors);
-            let plan = blender.plan(&lists.grads())?;
-            let other = blender.plan(&[])?;
-            blender.step(&plan, own.stream())?;
+            let mut placed = FACE.place(&mut tensors);
+            let (plan, other) = (blender.plan(placed.inputs())?, blender.plan(Vec::new())?);
+            blender.step(&plan)?;
             if plan_first {
                 drop((plan.release(), other, blender));
             } else {
                 drop(blender);
                 drop((plan, other));
             }
-            drop(lists);
-            assert_eq!(names.map(|name| standin.count(name)), before, "plan first: {plan_first}");
+            drop(placed);
+            assert_eq!(names.map(|name| emulator.count(name)), before, "plan first: {plan_first}");
         }
         Ok(())
     })
 }
 
-/// What is dropped waits for the work that uses it, whatever else has been put on other streams since; nothing is left to
-/// the driver, which waits too when memory is freed.
+/// A drop waits for the work that uses what is dropped, whatever has been put on other streams since, and does not leave
+/// that to the driver, which also waits when memory is freed.
 #[test]
 fn drops_wait_for_what_uses_them() -> Outcome {
-    on_standin(|standin| {
-        let (compute, copies) = (Own::new(), Own::new());
+    on_emulator(|emulator| {
+        let (compute, copies) = (OwnStream::default(), OwnStream::default());
         let mut tensors = [Tensor::<f32>::random(&mut Random(206), 5000, 3, 0, 0)];
-        let mut others = tensors.clone();
-        let (mut lists, mut other_lists) = (Place::Cuda.put(&mut tensors), Place::Cuda.put(&mut others));
-        let mut blender = Place::Cuda.blender(3)?;
-        let before = standin.count("busy_frees");
-        let first = blender.plan(&lists.grads())?;
-        blender.step(&first, compute.stream())?;
-        let grads = other_lists.grads();
-        let mut second = blender.plan(&grads)?;
+        let (mut others, mut updates) = (tensors.clone(), tensors.clone());
+        let (mut placed, mut other_placed, mut update_placed) =
+            (FACE.place(&mut tensors), FACE.place(&mut others), FACE.place(&mut updates));
+        let mut blender = FACE.blender(3)?;
+        blender.stream = compute.stream();
+        let before = emulator.count("busy_frees");
+        let first = blender.plan(placed.inputs())?;
+        blender.step(&first)?;
+        let mut second = blender.plan(other_placed.inputs())?;
         drop(first);
-        assert_eq!(standin.count("busy_frees"), before, "another plan was made meanwhile");
-        let third = blender.plan(&lists.grads())?;
-        blender.step(&third, compute.stream())?;
-        second.update(&grads, copies.stream())?;
-        copies.wait();
+        assert_eq!(emulator.count("busy_frees"), before, "another plan was made meanwhile");
+        let third = blender.plan(placed.inputs())?;
+        blender.step(&third)?;
+        second.update(update_placed.inputs(), copies.stream())?;
+        copies.synchronize();
         drop(third);
         drop(second);
-        assert_eq!(standin.count("busy_frees"), before, "another plan was updated meanwhile");
-        blender.set_weights(&[1.0, 2.0, 3.0], compute.stream())?;
+        assert_eq!(emulator.count("busy_frees"), before, "another plan was updated meanwhile");
+        blender.set_weights(&[1.0, 2.0, 3.0])?;
         drop(blender);
-        assert_eq!(standin.count("busy_frees"), before, "a blender");
+        assert_eq!(emulator.count("busy_frees"), before, "a blender");
         Ok(())
     })
 }

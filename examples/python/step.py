@@ -145,7 +145,7 @@ def main():
         gradblend.tensor(options.device, None, None, [v[0].T, None], None)
         raise AssertionError("a transposed array was taken")
     except RuntimeError as error:
-        print("refused:", error)
+        print("rejected:", error)
     gradblend.plan_destroy(plan)
     gradblend.blender_destroy(blender)
 

@@ -1,1 +1,29 @@
-//! Random gradients, an f64 oracle and dtype facts: shared by tests, benchmarks and fuzz targets.
+//! Random gradients, the f64 oracle, dtype facts, and the faces of the library that tests run through.
+//!
+//! Shared by the tests, the benchmarks, the fuzz target and the integrations. The oracle is a set of naive loops in f64
+//! and uses nothing of the library but its types.
+
+pub mod c;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+mod face;
+mod failure;
+mod oracle;
+mod property;
+mod random;
+mod sample;
+mod tensor;
+
+#[cfg(feature = "cuda")]
+pub use cuda::{on_cuda as cuda, on_cuda_through_c as ffi_cuda};
+pub use face::{Addresses, DeviceArray, Face, Input, Placed, TestBlender, TestPlan, cpu, ffi};
+pub use failure::{Failure, Result, name, rejected, rejected_as};
+pub use oracle::{Moments, Sums};
+pub use property::property;
+pub use proptest;
+pub use random::Random;
+pub use sample::Sample;
+pub use tensor::{Buffer, LENGTHS, Output, Tensor, bits, bits64};
+
+/// Result of a test body: an error fails the test and names itself.
+pub type Outcome = std::result::Result<(), Box<dyn std::error::Error>>;

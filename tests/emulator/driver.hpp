@@ -1,5 +1,5 @@
-// What the driver knows, and how its functions answer. driver.cpp has devices, kernels and memory; streams.cpp has
-// streams, events and graphs.
+// The state of the emulated driver, and what all of its functions share. driver.cpp has devices, modules, launches and
+// memory; streams.cpp has streams, events and graphs.
 #pragma once
 
 #include <algorithm>
@@ -17,56 +17,38 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-namespace standin {
+namespace emulator {
 
-// ---- Results ----
+// ---- Results: those of CUresult that the emulator returns, and those that tests make it return ----
 
 #define RESULTS(X) \
-    X(CUDA_SUCCESS, 0, "no error") \
-    X(CUDA_ERROR_INVALID_VALUE, 1, "invalid argument") \
-    X(CUDA_ERROR_OUT_OF_MEMORY, 2, "out of memory") \
-    X(CUDA_ERROR_NOT_INITIALIZED, 3, "initialization error") \
-    X(CUDA_ERROR_STUB_LIBRARY, 34, "CUDA driver is a stub library") \
-    X(CUDA_ERROR_NO_DEVICE, 100, "no CUDA-capable device is detected") \
-    X(CUDA_ERROR_INVALID_DEVICE, 101, "invalid device ordinal") \
-    X(CUDA_ERROR_INVALID_IMAGE, 200, "device kernel image is invalid") \
-    X(CUDA_ERROR_INVALID_CONTEXT, 201, "invalid device context") \
-    X(CUDA_ERROR_NO_BINARY_FOR_GPU, 209, "no kernel image is available for execution on the device") \
-    X(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, 222, "the provided PTX was compiled with an unsupported toolchain.") \
-    X(CUDA_ERROR_INVALID_HANDLE, 400, "invalid resource handle") \
-    X(CUDA_ERROR_ILLEGAL_STATE, 401, "the operation cannot be performed in the present state") \
-    X(CUDA_ERROR_NOT_FOUND, 500, "named symbol not found") \
-    X(CUDA_ERROR_NOT_READY, 600, "device not ready") \
-    X(CUDA_ERROR_ILLEGAL_ADDRESS, 700, "an illegal memory access was encountered") \
-    X(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, 701, "too many resources requested for launch") \
-    X(CUDA_ERROR_CONTEXT_IS_DESTROYED, 709, "context is destroyed") \
-    X(CUDA_ERROR_LAUNCH_FAILED, 719, "unspecified launch failure") \
-    X(CUDA_ERROR_NOT_PERMITTED, 800, "operation not permitted") \
-    X(CUDA_ERROR_NOT_SUPPORTED, 801, "operation not supported") \
-    X(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, 900, "operation not permitted when stream is capturing") \
-    X(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, 901, "operation failed due to a previous error during capture") \
-    X(CUDA_ERROR_STREAM_CAPTURE_ISOLATION, 905, "dependency created on uncaptured work in another stream") \
-    X(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, 906, "operation would make the legacy stream depend on a capturing stream") \
-    X(CUDA_ERROR_CAPTURED_EVENT, 907, "operation not permitted on an event last recorded in a capturing stream") \
-    X(CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD, 908, "attempt to terminate a capture sequence from another thread") \
-    X(CUDA_ERROR_UNKNOWN, 999, "unknown error")
+    X(SUCCESS, 0) X(ERROR_INVALID_VALUE, 1) X(ERROR_OUT_OF_MEMORY, 2) X(ERROR_NOT_INITIALIZED, 3) \
+    X(ERROR_STUB_LIBRARY, 34) X(ERROR_NO_DEVICE, 100) X(ERROR_INVALID_DEVICE, 101) X(ERROR_INVALID_IMAGE, 200) \
+    X(ERROR_INVALID_CONTEXT, 201) X(ERROR_NO_BINARY_FOR_GPU, 209) X(ERROR_UNSUPPORTED_PTX_VERSION, 222) \
+    X(ERROR_INVALID_HANDLE, 400) X(ERROR_ILLEGAL_STATE, 401) X(ERROR_NOT_FOUND, 500) X(ERROR_NOT_READY, 600) \
+    X(ERROR_ILLEGAL_ADDRESS, 700) X(ERROR_LAUNCH_OUT_OF_RESOURCES, 701) X(ERROR_CONTEXT_IS_DESTROYED, 709) \
+    X(ERROR_LAUNCH_FAILED, 719) X(ERROR_NOT_PERMITTED, 800) X(ERROR_NOT_SUPPORTED, 801) \
+    X(ERROR_STREAM_CAPTURE_UNSUPPORTED, 900) X(ERROR_STREAM_CAPTURE_INVALIDATED, 901) \
+    X(ERROR_STREAM_CAPTURE_ISOLATION, 905) X(ERROR_STREAM_CAPTURE_IMPLICIT, 906) X(ERROR_CAPTURED_EVENT, 907) \
+    X(ERROR_STREAM_CAPTURE_WRONG_THREAD, 908) X(ERROR_UNKNOWN, 999)
 
-#define X(name, code, text) name = code,
+#define X(name, code) CUDA_##name = code,
 enum : int { RESULTS(X) };
 #undef X
 
-// ---- Objects. A handle is the address of one. ----
+// ---- Objects. A handle is the address of one ----
 
-using Work = std::function<void()>;
+using Task = std::function<void()>;
 
-// What a node of a graph is, in the driver's numbers.
+// CUgraphNodeType.
 enum : int { KERNEL_NODE = 0, COPY_NODE = 1, MEMSET_NODE = 2, WAIT_NODE = 6, RECORD_NODE = 7 };
 
 struct Node {
     int type;
-    Work work;
+    Task task;
 };
 
+// CUstreamCaptureMode.
 enum : int { GLOBAL = 0, THREAD_LOCAL = 1, RELAXED = 2 };
 
 struct Context {
@@ -84,15 +66,15 @@ struct Capture {
 // Operations are numbered in the order of the calls, across all streams.
 struct Operation {
     uint64_t number;
-    uint64_t after;  // that it waits for, of another stream; 0: none
-    Work work;
+    uint64_t after;  // the operation of another stream that it waits for; 0: none
+    Task task;
 };
 
 struct Stream {
     enum Kind { CREATED, LEGACY, PER_THREAD };
     Context *context;
     Kind kind;
-    bool blocking;  // the legacy stream waits for it, and it for that
+    bool blocking;  // synchronizes with the legacy stream
     std::thread::id thread;
     std::deque<Operation> queue;
     std::shared_ptr<Capture> capture;
@@ -113,8 +95,8 @@ struct Module {
 
 struct Kernel {
     const char *name;
-    // Copies the parameters, as a launch does, and says what one thread does with them.
-    Work (*bind)(void **parameters);
+    // Copies the parameters, as a launch does, and returns what one thread runs.
+    Task (*bind)(void **parameters);
 };
 
 struct Function {
@@ -134,9 +116,9 @@ struct Allocation {
     bool host;
 };
 
-// Never destroyed: another thread of the process may still be calling when it ends.
+// Never destroyed: another thread may still call when the process ends.
 struct Driver {
-    std::mutex mutex;  // held by every call, and by the kernels that run in one
+    std::mutex mutex;  // locked by every call, and while kernels run
     bool initialised = false;
     uint64_t issued = 0;
     std::map<int, Context> contexts;  // by device
@@ -146,7 +128,7 @@ struct Driver {
     std::list<Function> functions;
     std::list<Graph> graphs, executables;
     std::map<uintptr_t, Allocation> allocations;
-    uint64_t live[2] = {};  // bytes in them, on the device and on the host
+    uint64_t live[2] = {};  // allocated bytes, of the device and of the host
 
     struct Fault {
         int code;
@@ -161,44 +143,43 @@ struct Driver {
 };
 inline Driver &driver = *new Driver;
 
-inline thread_local std::vector<Context *> current;  // the innermost last
+inline thread_local std::vector<Context *> current;  // the stack of contexts, the current one last
 inline thread_local int capture_mode = GLOBAL;
 
-// ---- Answers ----
+// ---- Functions of the API ----
 
-[[noreturn]] inline void refuse(int code) { throw code; }
+[[noreturn]] inline void fail_with(int code) { throw code; }
 
-inline void demand(bool condition, int otherwise) {
+inline void require(bool condition, int code) {
     if (!condition) {
-        refuse(otherwise);
+        fail_with(code);
     }
 }
 
-// Writes to an address that the caller gave.
 template <class T>
-void give(T *to, std::common_type_t<T> value) {
-    demand(to != nullptr, CUDA_ERROR_INVALID_VALUE);
+void set_out(T *to, std::common_type_t<T> value) {
+    require(to != nullptr, CUDA_ERROR_INVALID_VALUE);
     *to = value;
 }
 
-// Adds an object and hands out its handle.
+// Adds an object and returns its handle to the caller.
 template <class T>
-void give_new(T **handle, std::list<T> &all, T object) {
-    demand(handle != nullptr, CUDA_ERROR_INVALID_VALUE);
+void return_new(T **handle, std::list<T> &all, T object) {
+    require(handle != nullptr, CUDA_ERROR_INVALID_VALUE);
     *handle = &all.emplace_back(std::move(object));
 }
 
-// The object that a handle stands for.
+// The object of a handle.
 template <class T>
-T &the(std::list<T> &all, const void *handle) {
+T &get(std::list<T> &all, const void *handle) {
     const auto found = std::find_if(all.begin(), all.end(), [&](const T &one) { return &one == handle; });
-    demand(found != all.end(), CUDA_ERROR_INVALID_HANDLE);
+    require(found != all.end(), CUDA_ERROR_INVALID_HANDLE);
     return *found;
 }
 
 template <class T>
 void destroy(std::list<T> &all, const void *handle) {
-    const T &object = the(all, handle);
+    const T &object = get(all, handle);
     all.remove_if([&](const T &one) { return &one == &object; });
 }
 
@@ -208,7 +189,8 @@ inline void count(const char *name, uint64_t more = 1) { driver.counters[name] +
 
 enum Needs { NOTHING, DRIVER, CONTEXT };
 
-// What every function of the API does around its own work, which says no by `refuse`.
+// Runs the body of a function of the API: counts the call, applies faults, and checks what the function needs. Returns the
+// code of `fail_with`.
 template <class Body>
 int call(const char *function, Needs needs, Body body) {
     const std::lock_guard<std::mutex> lock(driver.mutex);
@@ -218,11 +200,11 @@ int call(const char *function, Needs needs, Body body) {
         if (fault != driver.faults.end() && fault->second.after-- == 0) {
             const int code = fault->second.code;
             driver.faults.erase(fault);
-            refuse(code);
+            fail_with(code);
         }
-        demand(needs == NOTHING || driver.initialised, CUDA_ERROR_NOT_INITIALIZED);
-        demand(needs != CONTEXT || !current.empty(), CUDA_ERROR_INVALID_CONTEXT);
-        demand(needs != CONTEXT || current.back()->retained > 0, CUDA_ERROR_CONTEXT_IS_DESTROYED);
+        require(needs == NOTHING || driver.initialised, CUDA_ERROR_NOT_INITIALIZED);
+        require(needs != CONTEXT || !current.empty(), CUDA_ERROR_INVALID_CONTEXT);
+        require(needs != CONTEXT || current.back()->retained > 0, CUDA_ERROR_CONTEXT_IS_DESTROYED);
         body();
     } catch (int code) {
         return code;
@@ -230,26 +212,32 @@ int call(const char *function, Needs needs, Body body) {
     return CUDA_SUCCESS;
 }
 
-// A function of one statement, given after its parameters.
-#define ANSWER(function, needs, parameters, ...) \
+// Defines a function of the API: its name, what it needs, its parameters, its statements.
+#define API(function, needs, parameters, ...) \
     EXPORT int function parameters { \
         return call(#function, needs, [&] { __VA_ARGS__; }); \
     }
 
+// ---- kernels.cpp ----
+
+// The kernel with this name, or NULL.
+const Kernel *find_kernel(const char *name);
+
 // ---- streams.cpp ----
 
-// The default streams come into being when they are first asked for.
-Stream &the_stream(void *handle);
-// Queues work, or makes it a node of the graph that the stream captures.
+// Default streams are created at their first use.
+Stream &get_stream(void *handle);
+// Queues a task, or makes it a node of the graph that the stream captures.
 void submit(Stream &stream, Node node, uint64_t after = 0);
-// Runs what is queued, up to an operation.
+// Runs the queued operations up to number `last`.
 void drain(Stream &stream, uint64_t last);
-// Runs all that is queued in a context.
-bool busy(const Context *context);  // whether any of its streams has work left
+// Whether any stream of a context has operations left.
+bool busy(const Context *context);
+// Runs all queued operations of a context.
 void drain_all(const Context *context);
-// Refuses a call that is not allowed during some captures. Having tried spoils them.
-void refuse_during(const std::function<bool(const Stream &)> &during, int code);
-// For calls that might wait, or change memory that a capture uses.
-void refuse_if_unsafe();
+// Rejects a call that some captures do not allow, and invalidates these captures.
+void reject_during_capture(const std::function<bool(const Stream &)> &during, int code);
+// For calls that might synchronize, or change memory that a capture uses.
+void reject_if_unsafe();
 
-}  // namespace standin
+}  // namespace emulator

@@ -1,5 +1,5 @@
-// Threads of a block as fibers. Which of them runs next is drawn from a seeded generator at every barrier and every
-// warp operation, so that code that lacks one comes to another result, or to none.
+// The threads of a block as fibers. At each barrier and warp operation a seeded generator chooses which fiber runs
+// next, so that a kernel that lacks a barrier computes another result, or none.
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -18,20 +18,20 @@
 
 #include "cuda.hpp"
 
-// Where __shared__ variables lie. The linker defines these where there is such a section.
+// The section of the __shared__ variables. The linker defines these symbols if there is such a section.
 extern "C" __attribute__((weak, visibility("hidden"))) char __start_shared_memory[], __stop_shared_memory[];
 
-// Leaves the stack that is in use, noting its pointer in `*leave`, and goes on with the one that was left at `enter`.
-extern "C" __attribute__((visibility("hidden"))) void standin_switch(void **leave, void *enter);
+// Stores the pointer of the current stack in `*leave`, and continues on the stack that was left at `enter`.
+extern "C" __attribute__((visibility("hidden"))) void emulator_switch(void **leave, void *enter);
 
-// Registers that a function must keep, below the address to return to.
+// Saves and restores the registers that a call preserves; the return address is above them.
 #if defined(__x86_64__)
 asm(R"(
     .text
-    .hidden standin_switch
-    .globl standin_switch
-    .type standin_switch, @function
-standin_switch:
+    .hidden emulator_switch
+    .globl emulator_switch
+    .type emulator_switch, @function
+emulator_switch:
     pushq %rbp
     pushq %rbx
     pushq %r12
@@ -47,17 +47,17 @@ standin_switch:
     popq %rbx
     popq %rbp
     ret
-    .size standin_switch, . - standin_switch
+    .size emulator_switch, . - emulator_switch
 )");
-// A new stack ends with what the switch pops, and a return address that nothing returns to.
+// Words of a new stack's first frame, and the position of the return address in it.
 constexpr size_t FRAME = 8, RETURN = 6;
 #elif defined(__aarch64__)
 asm(R"(
     .text
-    .hidden standin_switch
-    .globl standin_switch
-    .type standin_switch, %function
-standin_switch:
+    .hidden emulator_switch
+    .globl emulator_switch
+    .type emulator_switch, %function
+emulator_switch:
     sub sp, sp, #160
     stp x19, x20, [sp, #0]
     stp x21, x22, [sp, #16]
@@ -84,14 +84,14 @@ standin_switch:
     ldp d14, d15, [sp, #144]
     add sp, sp, #160
     ret
-    .size standin_switch, . - standin_switch
+    .size emulator_switch, . - emulator_switch
 )");
 constexpr size_t FRAME = 20, RETURN = 11;
 #else
-#error "standin_switch is written for x86-64 and aarch64"
+#error "emulator_switch is written for x86-64 and aarch64"
 #endif
 
-namespace standin {
+namespace emulator {
 namespace {
 
 constexpr unsigned MAX_THREADS = 1024;
@@ -104,27 +104,26 @@ constexpr size_t STACK = 64 << 10;
 struct Fiber {
     void *pointer = nullptr;          // of its stack, while it does not run
     const char *operation = nullptr;  // that it waits at
-    Place place = {};
+    Location location = {};
     bool ended = false;
-    // What AddressSanitizer wants to be told.
+    // For AddressSanitizer.
     const void *bottom = nullptr;
     size_t size = 0;
     void *fake = nullptr;
 };
 
-// Threads that wait for each other: those of a block, or of a warp.
-struct Meeting {
+// A barrier of a block or of a warp.
+struct Barrier {
     unsigned first = 0, size = 0, arrived = 0, round = 0;
     const char *operation = nullptr;  // of the first that arrived
-    Place place = {};
-    // Of this round and the one before: a thread may arrive again before another has looked at what it brought.
+    Location location = {};
+    // Of this round and the previous one: a thread may arrive again before another has read its value.
     uint64_t values[2][warpSize] = {};
-    bool any[2] = {};
 };
 
 struct Warp {
-    Meeting meeting;
-    unsigned ready[warpSize], ready_count = 0;  // its threads that could go on
+    Barrier barrier;
+    unsigned ready[warpSize], ready_count = 0;  // threads that can run
 };
 
 const char *kernel = nullptr;
@@ -132,11 +131,11 @@ const std::function<void()> *body;
 std::vector<Fiber> fibers;
 Fiber outside;  // the stack that a kernel is run from
 Fiber *running = &outside, *left;
-Meeting block;
+Barrier block;
 Warp warps[MAX_THREADS / warpSize];
 unsigned warp_count, ready_count, ended;
-// The warp that runs, and for how many turns on average while others could. Some blocks let a warp get far ahead, which
-// a fair choice among all threads hardly ever does.
+// The warp that runs, and for how many switches on average although others could. In some blocks a warp gets far ahead,
+// which a fair choice among all threads rarely does.
 unsigned favoured, patience;
 uint64_t generator;
 
@@ -148,44 +147,44 @@ uint64_t random() {
     return x ^ x >> 31;
 }
 
-void arrive_at_stack() {
+void finish_switch() {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(running->fake, &left->bottom, &left->size);
 #endif
 }
 
-void go_on_with(Fiber &next) {
+void switch_to(Fiber &next) {
     left = running;
     running = &next;
 #ifdef __SANITIZE_ADDRESS__
     left->fake = nullptr;
     __sanitizer_start_switch_fiber(left->ended ? nullptr : &left->fake, next.bottom, next.size);
 #endif
-    standin_switch(&left->pointer, next.pointer);
-    arrive_at_stack();
+    emulator_switch(&left->pointer, next.pointer);
+    finish_switch();
 }
 
-// What each thread of a meeting is at, those alike together.
-std::string account(const Meeting &meeting) {
+// The state of each thread of a barrier, equal neighbours together.
+std::string describe(const Barrier &barrier) {
     std::string text;
     const auto at = [](const Fiber &fiber) {
         return fiber.ended       ? std::string("ended")
-               : fiber.operation ? std::string("at ") + fiber.operation + " (" + fiber.place.file + ":" +
-                                       std::to_string(fiber.place.line) + ")"
+               : fiber.operation ? std::string("at ") + fiber.operation + " (" + fiber.location.file + ":" +
+                                       std::to_string(fiber.location.line) + ")"
                                  : std::string("not there yet");
     };
-    for (unsigned first = meeting.first, end; first < meeting.first + meeting.size; first = end) {
+    for (unsigned first = barrier.first, end; first < barrier.first + barrier.size; first = end) {
         const std::string here = at(fibers[first]);
-        for (end = first + 1; end < meeting.first + meeting.size && at(fibers[end]) == here; ++end) {
+        for (end = first + 1; end < barrier.first + barrier.size && at(fibers[end]) == here; ++end) {
         }
         text += "\n    threads " + std::to_string(first) + " to " + std::to_string(end - 1) + ": " + here;
     }
     return text;
 }
 
-// Apart from its callers: AddressSanitizer would move the variables of one that ends a fiber away from its stack.
-[[noreturn]] __attribute__((noinline)) void diverged(const char *how, const Meeting &meeting) {
-    fail("divergence: threads %s%s", how, account(meeting).c_str());
+// Not inlined: AddressSanitizer would move the variables of a caller that ends a fiber off its stack.
+[[noreturn]] __attribute__((noinline)) void diverged(const char *how, const Barrier &barrier) {
+    fail("divergence: threads %s%s", how, describe(barrier).c_str());
 }
 
 void make_ready(unsigned thread) {
@@ -194,12 +193,12 @@ void make_ready(unsigned thread) {
     ++ready_count;
 }
 
-void run_another() {
+void run_next() {
     if (ready_count == 0) {
         if (ended != block.size) {
-            diverged("wait for others that will not come", block);
+            diverged("wait for others that do not come", block);
         }
-        go_on_with(outside);
+        switch_to(outside);
         return;
     }
     if (warps[favoured].ready_count == 0 || below(patience) == 0) {
@@ -209,53 +208,51 @@ void run_another() {
         }
     }
     Warp &warp = warps[favoured];
-    const unsigned place = below(warp.ready_count), next = warp.ready[place];
-    warp.ready[place] = warp.ready[--warp.ready_count];
+    const unsigned index = below(warp.ready_count), next = warp.ready[index];
+    warp.ready[index] = warp.ready[--warp.ready_count];
     --ready_count;
     threadIdx.x = next;
     if (&fibers[next] != running) {
-        go_on_with(fibers[next]);
+        switch_to(fibers[next]);
     }
 }
 
 bool same(const char *a, const char *b) { return a == b || strcmp(a, b) == 0; }
 
-// Waits for all threads of a meeting; the place among `values` and `any` that this round has.
-unsigned meet(Meeting &meeting, const char *operation, Place place, uint64_t value) {
+// Waits for all threads of a barrier; returns their values.
+const uint64_t *arrive_and_wait(Barrier &barrier, const char *operation, Location location, uint64_t value) {
     Fiber &self = fibers[threadIdx.x];
     self.operation = operation;
-    self.place = place;
-    if (meeting.arrived == 0) {
-        meeting.operation = operation;
-        meeting.place = place;
-    } else if (!same(meeting.operation, operation) || meeting.place.line != place.line ||
-               !same(meeting.place.file, place.file)) {
-        diverged("that should meet are at different operations", meeting);
+    self.location = location;
+    if (barrier.arrived == 0) {
+        barrier.operation = operation;
+        barrier.location = location;
+    } else if (!same(barrier.operation, operation) || barrier.location.line != location.line ||
+               !same(barrier.location.file, location.file)) {
+        diverged("of one barrier are at different operations", barrier);
     }
-    const unsigned round = meeting.round % 2;
-    meeting.values[round][threadIdx.x % warpSize] = value;
-    meeting.any[round] |= value != 0;
-    if (++meeting.arrived == meeting.size) {
-        meeting.arrived = 0;
-        ++meeting.round;
-        meeting.any[meeting.round % 2] = false;
-        for (unsigned thread = meeting.first; thread < meeting.first + meeting.size; ++thread) {
+    const unsigned round = barrier.round % 2;
+    barrier.values[round][threadIdx.x % warpSize] = value;
+    if (++barrier.arrived == barrier.size) {
+        barrier.arrived = 0;
+        ++barrier.round;
+        for (unsigned thread = barrier.first; thread < barrier.first + barrier.size; ++thread) {
             fibers[thread].operation = nullptr;
             make_ready(thread);
         }
     }
-    run_another();
-    return round;
+    run_next();
+    return barrier.values[round];
 }
 
-// A fiber lives on from block to block. It never returns, and must not leave anything poisoned behind.
-__attribute__((no_sanitize_address)) void live() {
-    arrive_at_stack();
+// What a fiber runs: the kernel, once for each block. It never returns, so it must leave no stack memory poisoned.
+__attribute__((no_sanitize_address)) void run_fiber() {
+    finish_switch();
     for (;;) {
         (*body)();
         running->ended = true;
         ++ended;
-        run_another();
+        run_next();
     }
 }
 
@@ -266,9 +263,9 @@ Fiber make_fiber(unsigned number) {
         fail("no memory for the stacks");
     }
     char *bottom = static_cast<char *>(memory) + page;
-    // Stacks that start at different places in a page do not all compete for the same lines of the cache.
+    // Stacks start at different offsets in a page, so that they do not compete for the same cache lines.
     void **frame = reinterpret_cast<void **>(bottom + STACK - number % 16 * 256) - FRAME;
-    frame[RETURN] = reinterpret_cast<void *>(live);
+    frame[RETURN] = reinterpret_cast<void *>(run_fiber);
     Fiber fiber;
     fiber.pointer = frame;
     fiber.bottom = bottom;
@@ -288,14 +285,14 @@ void run_block(unsigned threads) {
         Warp &warp = warps[thread / warpSize];
         if (thread % warpSize == 0) {
             warp = {};
-            warp.meeting.first = thread;
+            warp.barrier.first = thread;
         }
-        ++warp.meeting.size;
+        ++warp.barrier.size;
         fibers[thread].operation = nullptr;
         fibers[thread].ended = false;
         make_ready(thread);
     }
-    run_another();
+    run_next();
 }
 
 }  // namespace
@@ -306,12 +303,11 @@ void fail(const char *format, ...) {
     va_start(arguments, format);
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
+    fprintf(stderr, "emulator: ");
     if (kernel != nullptr) {
-        fprintf(stderr, "stand-in: kernel %s, block %u of %u, thread %u: %s\n", kernel, blockIdx.x, gridDim.x,
-                threadIdx.x, text);
-    } else {
-        fprintf(stderr, "stand-in: %s\n", text);
+        fprintf(stderr, "kernel %s, block %u of %u, thread %u: ", kernel, blockIdx.x, gridDim.x, threadIdx.x);
     }
+    fprintf(stderr, "%s\n", text);
     abort();
 }
 
@@ -319,8 +315,8 @@ void seed(uint64_t value) { generator = value; }
 
 uint32_t below(uint32_t end) { return static_cast<uint32_t>((random() >> 32) * end >> 32); }
 
-// Writes between the variables too, where AddressSanitizer would have nobody write. A quarter of the words are zeros:
-// garbage that looks like an answer is the worst.
+// Also writes between variables, where AddressSanitizer allows no writes. A quarter of the words are zeros: garbage
+// that looks like a result is the hardest to notice.
 __attribute__((no_sanitize_address)) void scramble(void *memory, size_t bytes) {
     char *at = static_cast<char *>(memory);
     uint64_t state = random();
@@ -337,16 +333,13 @@ __attribute__((no_sanitize_address)) void scramble(void *memory, size_t bytes) {
     }
 }
 
-bool meet_block(const char *operation, Place place, bool value) {
-    return block.any[meet(block, operation, place, value)];
-}
+void sync_block(const char *operation, Location location) { arrive_and_wait(block, operation, location, 0); }
 
-const uint64_t *meet_warp(const char *operation, Place place, unsigned mask, uint64_t value) {
+const uint64_t *sync_warp(const char *operation, Location location, unsigned mask, uint64_t value) {
     if (mask != 0xffffffffu) {
-        fail("%s with mask %08x: only whole warps meet here", operation, mask);
+        fail("%s with mask %08x: only operations of whole warps are emulated", operation, mask);
     }
-    Meeting &warp = warps[threadIdx.x / warpSize].meeting;
-    return warp.values[meet(warp, operation, place, value)];
+    return arrive_and_wait(warps[threadIdx.x / warpSize].barrier, operation, location, value);
 }
 
 void run(const char *name, const std::function<void()> &thread_body, unsigned blocks, unsigned threads) {
@@ -369,4 +362,4 @@ void run(const char *name, const std::function<void()> &thread_body, unsigned bl
     kernel = nullptr;
 }
 
-}  // namespace standin
+}  // namespace emulator

@@ -1,8 +1,8 @@
 /*
- * What the test programs share: checks that say where and why, random numbers, dtypes, and memory on the device under
- * test. Every program takes
- *     --device N   the device to test: -1, the default, is the CPU
- *     --thin N     does one N-th of the random rounds
+ * Shared by the test programs: checks that print file, line and case; random numbers; memory on the device under test.
+ * Every program accepts
+ *     --device N   the device under test: a CUDA ordinal; the CPU (-1) by default
+ *     --thin N     run 1/N of the rounds
  */
 #ifndef CHECK_H
 #define CHECK_H
@@ -19,263 +19,130 @@
 #include "gradblend.h"
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
-#define MAX_K GRADBLEND_MAX_MODALITIES
 
 static int32_t device = GRADBLEND_CPU;
 static unsigned thin = 1;
-/* What is being tried, for the message of a check that fails. */
-static _Thread_local char trying[256];
+/* The case under test, printed by a check that fails. */
+static _Thread_local char test_case[256];
 
-#if defined(__GNUC__)
-#define LIKE_PRINTF(at, rest) __attribute__((format(printf, at, rest)))
-#else
-#define LIKE_PRINTF(at, rest)
-#endif
-
-LIKE_PRINTF(1, 2) static inline void try_case(const char *format, ...)
-{
+__attribute__((format(printf, 1, 2))) static inline void begin_case(const char *format, ...) {
     va_list args;
     va_start(args, format);
-    vsnprintf(trying, sizeof trying, format, args);
+    vsnprintf(test_case, sizeof test_case, format, args);
     va_end(args);
 }
 
-LIKE_PRINTF(3, 4) _Noreturn static inline void fail(const char *file, int line, const char *format, ...)
-{
+__attribute__((format(printf, 3, 4))) _Noreturn static inline void fail(const char *file, int line,
+                                                                        const char *format, ...) {
     char message[512];
     gradblend_last_error(message, sizeof message);
     va_list args;
     va_start(args, format);
     fprintf(stderr, "%s:%d: ", file, line);
     vfprintf(stderr, format, args);
-    fprintf(stderr, "\n    case: %s\n    last error: %s\n", *trying ? trying : "-", *message ? message : "-");
+    fprintf(stderr, "\n    case: %s\n    last error: %s\n", test_case, message);
     va_end(args);
     fflush(NULL);
     _Exit(1);
 }
 
-#define CHECK(what) ((what) ? (void)0 : fail(__FILE__, __LINE__, "%s", #what))
+#define CHECK(condition) ((condition) ? (void)0 : fail(__FILE__, __LINE__, "%s", #condition))
 
-static inline void check_near(double got, double want, double bound, const char *what, const char *file, int line)
-{
-    /* Written so that a NaN fails. */
-    if (!(fabs(got - want) <= bound)) {
-        fail(file, line, "%s is %.17g, expected %.17g +- %.3g", what, got, want, bound);
-    }
-}
-#define CHECK_NEAR(got, want, bound) check_near(got, want, bound, #got, __FILE__, __LINE__)
-
-static inline void check_status(gradblend_status got, gradblend_status want, const char *what, const char *file,
-                                int line)
-{
+static inline void check_status(gradblend_status got, gradblend_status want, const char *call, int line) {
     if (got != want) {
-        const char *names[] = {gradblend_status_name(got), gradblend_status_name(want)};
-        fail(file, line, "%s is %s, expected %s", what, names[0], names[1]);
+        fail("status", line, "%s is %s, expected %s", call, gradblend_status_name(got), gradblend_status_name(want));
     }
 }
-#define RETURNS(want, call) check_status(call, want, #call, __FILE__, __LINE__)
+#define RETURNS(want, call) check_status(call, want, #call, __LINE__)
 #define OK(call) RETURNS(GRADBLEND_OK, call)
 
-/* SplitMix64 (Steele, Lea, Flood 2014). */
-typedef struct {
-    uint64_t state;
-} random_state;
-
-static inline uint64_t random_next(random_state *random)
-{
-    uint64_t z = random->state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
-/* Uniform in [-1, 1). */
-static inline double random_number(random_state *random)
-{
-    return (double)(random_next(random) >> 11) / 4503599627370496.0 - 1.0;
-}
-
-static inline uint64_t random_below(random_state *random, uint64_t n)
-{
-    return random_next(random) % n;
-}
-
-/* A dtype as the oracle sees it. */
-typedef struct {
-    size_t bytes;
-    int precision;     /* bits of a significand, the hidden one included */
-    int least;         /* exponent of the smallest positive number */
-    uint32_t infinity; /* its bits */
-} dtype_facts;
-
-static const dtype_facts DTYPES[] = {
-    {4, 24, -149, 0x7f800000u}, /* GRADBLEND_F32 */
-    {2, 11, -24, 0x7c00u},      /* GRADBLEND_F16 */
-    {2, 8, -133, 0x7f80u},      /* GRADBLEND_BF16 */
-};
-
-/* Largest relative error of one rounding. */
-static inline double dtype_eps(int32_t dtype)
-{
-    return ldexp(1, -DTYPES[dtype].precision);
-}
-
-/* To the nearest number of the dtype, ties to even, as bits. */
-static inline uint32_t dtype_round(int32_t dtype, double x)
-{
-    const dtype_facts *facts = &DTYPES[dtype];
-    uint32_t sign = signbit(x) ? 1u << (8 * facts->bytes - 1) : 0;
-    if (isnan(x)) {
-        return sign | facts->infinity | 1u << (facts->precision - 2);
-    }
-    if (isinf(x)) {
-        return sign | facts->infinity;
-    }
-    int exponent;
-    frexp(x, &exponent);
-    int quantum = exponent - facts->precision;
-    if (quantum < facts->least) {
-        quantum = facts->least;
-    }
-    /* The hidden bit of the quotient adds 1 to the exponent's field; of a subnormal number there is none. */
-    double bits = ldexp(quantum - facts->least, facts->precision - 1) + rint(ldexp(fabs(x), -quantum));
-    return sign | (bits < facts->infinity ? (uint32_t)bits : facts->infinity);
-}
-
-static inline double dtype_exact(int32_t dtype, uint32_t bits)
-{
-    const dtype_facts *facts = &DTYPES[dtype];
-    uint32_t sign = 1u << (8 * facts->bytes - 1), magnitude = bits & ~sign;
-    uint32_t hidden = 1u << (facts->precision - 1), field = magnitude / hidden;
-    double x = ldexp(magnitude, facts->least);
-    if (magnitude >= facts->infinity) {
-        x = magnitude == facts->infinity ? INFINITY : NAN;
-    } else if (field > 0) {
-        x = ldexp(magnitude % hidden + hidden, facts->least + (int)field - 1);
-    }
-    return bits & sign ? -x : x;
-}
-
-static inline void list_set(int32_t dtype, void *list, uint64_t i, double x)
-{
-    uint32_t bits = dtype_round(dtype, x);
-    uint16_t half = (uint16_t)bits;
-    size_t bytes = DTYPES[dtype].bytes;
-    memcpy((char *)list + i * bytes, bytes == 4 ? (void *)&bits : (void *)&half, bytes);
-}
-
-static inline double list_get(int32_t dtype, const void *list, uint64_t i)
-{
-    uint32_t bits;
-    uint16_t half;
-    if (DTYPES[dtype].bytes == 4) {
-        memcpy(&bits, (const char *)list + 4 * i, 4);
-    } else {
-        memcpy(&half, (const char *)list + 2 * i, 2);
-        bits = half;
-    }
-    return dtype_exact(dtype, bits);
-}
-
 /*
- * Memory that the device works on and the host can read once the device is done: of malloc on the CPU, one allocation a
- * list, so that sanitizers see the bounds; managed memory on a CUDA device, and malloc where the driver has none: the
- * stand-in driver reads the memory of the host.
+ * Memory that the device works on and that the host reads after a synchronize: malloc on the CPU, managed memory on a
+ * CUDA device, and malloc where the driver has no managed memory (the emulator, which works on host memory).
  */
 static struct {
     void *library, *context;
     int (*set_current)(void *);
-    int (*managed)(uint64_t *, size_t, unsigned);
+    int (*alloc_managed)(uint64_t *, size_t, unsigned);
     int (*release)(uint64_t);
-    int (*to_host)(void *, uint64_t, size_t);
-    int (*to_device)(uint64_t, const void *, size_t);
-    int (*wait)(void *);
+    int (*synchronize)(void *);
 } cuda;
 
-static inline void cuda_function(void *to, const char *name, bool needed)
-{
-    void *function = dlsym(cuda.library, name);
-    if (!function && needed) {
-        fail(__FILE__, __LINE__, "the driver has no %s", name);
-    }
-    memcpy(to, &function, sizeof function);
+static inline void cuda_function(void *function, const char *name, bool required) {
+    void *symbol = dlsym(cuda.library, name);
+    CHECK(symbol || !required);
+    memcpy(function, &symbol, sizeof symbol);
 }
 
 /* Makes the device's context current on this thread. */
-static inline void cuda_enter(void)
-{
-    CHECK(cuda.set_current(cuda.context) == 0);
+static inline void cuda_enter_thread(void) {
+    CHECK(!cuda.library || cuda.set_current(cuda.context) == 0);
 }
 
-static inline void cuda_open(void)
-{
+static inline void cuda_open(void) {
     int (*init)(unsigned), (*retain)(void **, int);
     cuda.library = dlopen("libcuda.so.1", RTLD_NOW);
     CHECK(cuda.library);
     cuda_function(&init, "cuInit", true);
     cuda_function(&retain, "cuDevicePrimaryCtxRetain", true);
     cuda_function(&cuda.set_current, "cuCtxSetCurrent", true);
-    cuda_function(&cuda.managed, "cuMemAllocManaged", false);
+    cuda_function(&cuda.alloc_managed, "cuMemAllocManaged", false);
     cuda_function(&cuda.release, "cuMemFree_v2", true);
-    cuda_function(&cuda.to_host, "cuMemcpyDtoH_v2", true);
-    cuda_function(&cuda.to_device, "cuMemcpyHtoD_v2", true);
-    cuda_function(&cuda.wait, "cuStreamSynchronize", true);
+    cuda_function(&cuda.synchronize, "cuStreamSynchronize", true);
     CHECK(init(0) == 0 && retain(&cuda.context, device) == 0);
-    cuda_enter();
+    cuda_enter_thread();
 }
 
-static inline void *memory_new(size_t bytes)
-{
-    bytes += bytes == 0;
-    if (cuda.managed) {
-        uint64_t address;
-        CHECK(cuda.managed(&address, bytes, 1) == 0);
-        return (void *)(uintptr_t)address;
-    }
-    void *memory = malloc(bytes);
+static inline void *memory_new(size_t bytes) {
+    uint64_t address = 0;
+    CHECK(!cuda.alloc_managed || cuda.alloc_managed(&address, bytes, 1) == 0);
+    void *memory = cuda.alloc_managed ? (void *)(uintptr_t)address : malloc(bytes);
     CHECK(memory);
     return memory;
 }
 
-static inline void memory_free(void *memory)
-{
-    if (cuda.managed) {
+static inline void memory_free(void *memory) {
+    if (cuda.alloc_managed) {
         CHECK(cuda.release((uint64_t)(uintptr_t)memory) == 0);
     } else {
         free(memory);
     }
 }
 
-/* Waits for what was put on the default stream. */
-static inline void finish(void)
-{
-    CHECK(!cuda.library || cuda.wait(NULL) == 0);
-}
-
-/* Reads memory of a blender, once its work is done. */
-static inline void device_read(void *to, const void *from, size_t bytes)
-{
-    if (cuda.library) {
-        finish();
-        CHECK(cuda.to_host(to, (uint64_t)(uintptr_t)from, bytes) == 0);
-    } else {
-        memcpy(to, from, bytes);
+/* Random floats from -1 to 1. */
+static inline float *memory_random(size_t floats, unsigned seed) {
+    float *memory = memory_new(floats * sizeof *memory);
+    for (size_t i = 0; i < floats; i++) {
+        memory[i] = (float)rand_r(&seed) / ((float)RAND_MAX / 2) - 1;
     }
+    return memory;
 }
 
-static inline void device_write(void *to, const void *from, size_t bytes)
-{
-    if (cuda.library) {
-        CHECK(cuda.to_device((uint64_t)(uintptr_t)to, from, bytes) == 0);
-        finish();
-    } else {
-        memcpy(to, from, bytes);
+/* One f32 tensor of three modalities, random, in one allocation: t, g, v_0, v_1, v_2, blended. */
+enum { K = 3 };
+typedef struct {
+    float *memory;
+    const void *modalities[K];
+    gradblend_tensor tensor;
+} gradients;
+
+static inline void gradients_new(gradients *g, uint64_t len, unsigned seed) {
+    g->memory = memory_random((K + 3) * len, seed);
+    for (int k = 0; k < K; k++) {
+        g->modalities[k] = g->memory + (2 + (size_t)k) * len;
     }
+    g->tensor = (gradblend_tensor){len, GRADBLEND_F32, g->memory, g->memory + len, g->modalities,
+                                   g->memory + (2 + K) * len};
 }
 
-static inline void set_up(int count, char **args)
-{
-    for (int i = 1; i + 1 < count; i += 2) {
+/* Synchronizes the default stream. */
+static inline void synchronize(void) {
+    CHECK(!cuda.library || cuda.synchronize(NULL) == 0);
+}
+
+static inline void start(int count, char **args) {
+    CHECK(count % 2 == 1);
+    for (int i = 1; i < count; i += 2) {
         long value = strtol(args[i + 1], NULL, 10);
         if (strcmp(args[i], "--device") == 0) {
             device = (int32_t)value;
@@ -285,84 +152,48 @@ static inline void set_up(int count, char **args)
             fail(__FILE__, __LINE__, "unknown argument %s", args[i]);
         }
     }
-    CHECK(count % 2 == 1);
     CHECK(gradblend_version() == GRADBLEND_VERSION);
     if (device != GRADBLEND_CPU) {
         cuda_open();
     }
 }
 
-/* This many rounds, thinned. */
-static inline unsigned rounds(unsigned all)
-{
+/* The number of rounds for this run. */
+static inline unsigned rounds(unsigned all) {
     return (all + thin - 1) / thin;
 }
 
-static inline gradblend_config config_of(uint32_t k)
-{
+static inline gradblend_config config_new(uint32_t modalities, uint32_t threads) {
     gradblend_config config;
-    OK(gradblend_config_default(k, &config));
-    config.threads = 1;
+    OK(gradblend_config_default(modalities, &config));
+    config.threads = threads;
     return config;
 }
 
-static inline gradblend_blender *blender_of(const gradblend_config *config)
-{
+static inline gradblend_blender *blender_new(const gradblend_config *config) {
     gradblend_blender *blender = NULL;
     OK(gradblend_blender_create(device, config, &blender));
     CHECK(blender);
     return blender;
 }
 
-/* The saved state of a blender. The caller frees it. */
-static inline unsigned char *saved_of(gradblend_blender *blender, size_t *bytes)
-{
+static inline gradblend_plan *plan_new(const gradblend_blender *blender, const gradblend_tensor *tensors,
+                                       uint64_t count) {
+    gradblend_plan *plan = NULL;
+    OK(gradblend_plan_create(blender, tensors, count, &plan));
+    CHECK(plan);
+    return plan;
+}
+
+/* The saved state of a blender, to be freed. */
+static inline unsigned char *saved_state(gradblend_blender *blender, size_t *bytes) {
     OK(gradblend_save(blender, NULL, bytes, NULL));
-    unsigned char *saved = (unsigned char *)malloc(*bytes);
+    unsigned char *saved = malloc(*bytes);
     CHECK(saved);
     size_t room = *bytes;
     OK(gradblend_save(blender, saved, &room, NULL));
     CHECK(room == *bytes);
     return saved;
-}
-
-/* Whether two blenders know the same, bit for bit. */
-static inline bool same_state(gradblend_blender *one, gradblend_blender *other)
-{
-    size_t bytes, other_bytes;
-    unsigned char *saved = saved_of(one, &bytes), *other_saved = saved_of(other, &other_bytes);
-    bool same = bytes == other_bytes && memcmp(saved, other_saved, bytes) == 0;
-    free(saved);
-    free(other_saved);
-    return same;
-}
-
-/* The pending sums, c then d. */
-static inline void sums_of(gradblend_blender *blender, uint32_t k, double *sums)
-{
-    double *address = NULL;
-    uint32_t count = 0;
-    OK(gradblend_pending_sums(blender, &address, &count));
-    CHECK(address && count == 2 * k);
-    device_read(sums, address, count * sizeof *sums);
-}
-
-/* Puts these in place of the pending sums, as a sharded trainer does. */
-static inline void put_sums(gradblend_blender *blender, uint32_t k, const double *sums)
-{
-    double *address = NULL;
-    uint32_t count = 0;
-    OK(gradblend_pending_sums(blender, &address, &count));
-    device_write(address, sums, 2 * k * sizeof *sums);
-}
-
-/* The weights in force as the device has them. */
-static inline void weights_of(gradblend_blender *blender, uint32_t k, float *weights)
-{
-    const float *address = NULL;
-    OK(gradblend_device_weights(blender, &address));
-    CHECK(address);
-    device_read(weights, address, k * sizeof *weights);
 }
 
 #endif

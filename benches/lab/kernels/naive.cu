@@ -1,58 +1,67 @@
-// What a user writes first: one kernel for each step of the arithmetic, an element a thread. And the two that a benchmark
-// needs beside them: plain reading, and the sum of cuBLAS's results over all tensors.
-#include "vec128.cuh"
+// What a user writes first: one kernel for each step of the arithmetic, an element a thread. And two that the
+// laboratory needs beside them: plain reading, and the sum of cuBLAS's results over all tensors. No code of gradblend.
+#include <stdint.h>
+#include <string.h>
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 
 namespace {
 
-constexpr uint32_t BLOCK = 256;
+constexpr uint32_t BLOCK = 256, WARP = 32;
 
-// Elements as they lie in memory.
-template <class D>
-struct Bits {
-    using Type = unsigned short;
+template <class T>
+__device__ T *at(uint64_t address) {
+    return reinterpret_cast<T *>(address);
+}
+
+// Dtypes: the bits of an element, to f32 and back with one rounding.
+struct F32 {
+    using Bits = float;
+    static __device__ float widen(Bits bits) { return bits; }
+    static __device__ Bits narrow(float x) { return x; }
 };
-template <>
-struct Bits<Float> {
-    using Type = uint32_t;
+
+struct F16 {
+    using Bits = unsigned short;
+    static __device__ float widen(Bits bits) { return __half2float(__ushort_as_half(bits)); }
+    static __device__ Bits narrow(float x) {
+        const auto pair = __floats2half2_rn(x, x);
+        Bits bits;
+        memcpy(&bits, &pair, sizeof bits);
+        return bits;
+    }
+};
+
+struct BF16 {
+    using Bits = unsigned short;
+    static __device__ float widen(Bits bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+    static __device__ Bits narrow(float x) {
+        const auto pair = __floats2bfloat162_rn(x, x);
+        Bits bits;
+        memcpy(&bits, &pair, sizeof bits);
+        return bits;
+    }
 };
 
 template <class D>
-__device__ float get(uint64_t list, uint64_t i) {
-    float x[D::PER_WORD];
-    D::widen(at<const typename Bits<D>::Type>(list)[i], x);
-    return x[0];
+__device__ float get(uint64_t buffer, uint64_t i) {
+    return D::widen(at<const typename D::Bits>(buffer)[i]);
 }
 
 template <class D>
-__device__ void put(uint64_t list, uint64_t i, float value) {
-    const float x[D::PER_WORD] = {value};
-    at<typename Bits<D>::Type>(list)[i] = static_cast<typename Bits<D>::Type>(D::narrow(x));
+__device__ void put(uint64_t buffer, uint64_t i, float value) {
+    at<typename D::Bits>(buffer)[i] = D::narrow(value);
 }
 
 __device__ uint64_t index() { return static_cast<uint64_t>(blockIdx.x) * BLOCK + threadIdx.x; }
 
-// out = t - g
-template <class D>
-__device__ void difference(uint64_t t, uint64_t g, uint64_t out, uint64_t len) {
-    if (index() < len) {
-        put<D>(out, index(), get<D>(t, index()) - get<D>(g, index()));
+__device__ double warp_sum(double x) {
+    for (uint32_t other = WARP / 2; other > 0; other /= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, other);
     }
-}
-
-// out = w v
-template <class D>
-__device__ void scale(float w, uint64_t v, uint64_t out, uint64_t len) {
-    if (index() < len) {
-        put<D>(out, index(), w * get<D>(v, index()));
-    }
-}
-
-// out += w v
-template <class D>
-__device__ void axpy(float w, uint64_t v, uint64_t out, uint64_t len) {
-    if (index() < len) {
-        put<D>(out, index(), get<D>(out, index()) + w * get<D>(v, index()));
-    }
+    return x;
 }
 
 __device__ double block_sum(double x) {
@@ -62,8 +71,7 @@ __device__ double block_sum(double x) {
         sums[threadIdx.x / WARP] = x;
     }
     __syncthreads();
-    x = threadIdx.x < BLOCK / WARP ? sums[threadIdx.x] : 0.0;
-    return warp_sum(x);
+    return warp_sum(threadIdx.x < BLOCK / WARP ? sums[threadIdx.x] : 0.0);
 }
 
 // sum += <a, b>: f32 in a thread, f64 beyond.
@@ -79,7 +87,7 @@ __device__ void product(uint64_t a, uint64_t b, uint64_t len, uint64_t sum) {
     }
 }
 
-// sums[j] = sum_i results[i][j], a block for each j.
+// sums[j] = sum_i results[i][j], a thread block for each j.
 template <class D>
 __device__ void total(uint64_t results, uint64_t rows, uint64_t columns, uint64_t sums) {
     double own = 0.0;
@@ -94,46 +102,48 @@ __device__ void total(uint64_t results, uint64_t rows, uint64_t columns, uint64_
 
 }  // namespace
 
+#define KERNEL extern "C" __global__ void __launch_bounds__(BLOCK)
+
+// out = t - g; out = w v; out += w v; sum += <a, b>; column sums.
 #define KERNELS(name, D) \
-    extern "C" __global__ void __launch_bounds__(BLOCK) difference_##name(uint64_t t, uint64_t g, uint64_t out, uint64_t len) { \
-        difference<D>(t, g, out, len); \
+    KERNEL difference_##name(uint64_t t, uint64_t g, uint64_t out, uint64_t len) { \
+        if (index() < len) put<D>(out, index(), get<D>(t, index()) - get<D>(g, index())); \
     } \
-    extern "C" __global__ void __launch_bounds__(BLOCK) scale_##name(float w, uint64_t v, uint64_t out, uint64_t len) { \
-        scale<D>(w, v, out, len); \
+    KERNEL scale_##name(float w, uint64_t v, uint64_t out, uint64_t len) { \
+        if (index() < len) put<D>(out, index(), w * get<D>(v, index())); \
     } \
-    extern "C" __global__ void __launch_bounds__(BLOCK) axpy_##name(float w, uint64_t v, uint64_t out, uint64_t len) { \
-        axpy<D>(w, v, out, len); \
+    KERNEL axpy_##name(float w, uint64_t v, uint64_t out, uint64_t len) { \
+        if (index() < len) put<D>(out, index(), get<D>(out, index()) + w * get<D>(v, index())); \
     } \
-    extern "C" __global__ void __launch_bounds__(BLOCK) product_##name(uint64_t a, uint64_t b, uint64_t len, uint64_t sum) { \
-        product<D>(a, b, len, sum); \
-    } \
-    extern "C" __global__ void __launch_bounds__(BLOCK) total_##name(uint64_t results, uint64_t rows, uint64_t columns, uint64_t sums) { \
+    KERNEL product_##name(uint64_t a, uint64_t b, uint64_t len, uint64_t sum) { product<D>(a, b, len, sum); } \
+    KERNEL total_##name(uint64_t results, uint64_t rows, uint64_t columns, uint64_t sums) { \
         total<D>(results, rows, columns, sums); \
     }
-KERNELS(f32, Float)
-KERNELS(f16, Half)
-KERNELS(bf16, Bfloat)
+KERNELS(f32, F32)
+KERNELS(f16, F16)
+KERNELS(bf16, BF16)
 
-// Reads units of 16 bytes, four on their way at a time, and writes nothing unless they add up to a number that random
-// data do not.
-extern "C" __global__ void __launch_bounds__(BLOCK) read_units(uint64_t address, uint64_t units, uint64_t sink) {
-    constexpr uint32_t AHEAD = 4;
+// Reads units of 16 bytes with four loads in flight, and writes nothing unless they add up to a number that random data
+// do not.
+KERNEL read_units(uint64_t address, uint64_t units, uint64_t sink) {
+    constexpr uint32_t LOADS = 4;
     const uint64_t stride = static_cast<uint64_t>(gridDim.x) * BLOCK;
+    const uint4 *from = at<const uint4>(address);
     uint32_t sum = 0;
     uint64_t i = index();
-    for (; i + (AHEAD - 1) * stride < units; i += AHEAD * stride) {
-        uint4 unit[AHEAD];
+    for (; i + (LOADS - 1) * stride < units; i += LOADS * stride) {
+        uint4 unit[LOADS];
 #pragma unroll
-        for (uint32_t j = 0; j < AHEAD; ++j) {
-            unit[j] = load_unit(address + 16 * (i + j * stride));
+        for (uint32_t j = 0; j < LOADS; ++j) {
+            unit[j] = __ldcs(from + i + j * stride);
         }
 #pragma unroll
-        for (uint32_t j = 0; j < AHEAD; ++j) {
+        for (uint32_t j = 0; j < LOADS; ++j) {
             sum ^= unit[j].x ^ unit[j].y ^ unit[j].z ^ unit[j].w;
         }
     }
     for (; i < units; i += stride) {
-        const uint4 unit = load_unit(address + 16 * i);
+        const uint4 unit = __ldcs(from + i);
         sum ^= unit.x ^ unit.y ^ unit.z ^ unit.w;
     }
     if (sum == 0x9e3779b9u) {

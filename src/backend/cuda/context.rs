@@ -92,7 +92,7 @@ impl Context {
     fn new(ordinal: i32) -> Result<Self> {
         let found = driver::find(ordinal)?;
         let pageable = found.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS)? != 0;
-        let multiprocessors = found.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let sms = found.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let mut context = std::ptr::null_mut();
         // SAFETY: `context` is a valid out-pointer for one handle; `found.device` is a device.
         unsafe { call!(cuDevicePrimaryCtxRetain(&mut context, found.device)) }?;
@@ -113,7 +113,7 @@ impl Context {
             let _current = made.enter_relaxed()?;
             let pass = made.load(PASS)?;
             let state = made.load(STATE)?;
-            let kernel = |module, name| kernel(module, name, multiprocessors);
+            let kernel = |module, name| kernel(module, name, sms);
             made.kernels = Kernels {
                 dot: kernel(pass, c"dot")?,
                 blend: kernel(pass, c"blend")?,
@@ -226,14 +226,14 @@ impl Drop for Current {
     }
 }
 
-fn kernel(module: CUmodule, name: &CStr, multiprocessors: i32) -> Result<Kernel> {
+fn kernel(module: CUmodule, name: &CStr, sms: i32) -> Result<Kernel> {
     let (mut function, mut blocks) = (std::ptr::null_mut(), 0);
     // SAFETY: `function` and `blocks` are valid out-pointers; the module is loaded.
     unsafe {
         call!(cuModuleGetFunction(&mut function, module, name.as_ptr()))?;
         call!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, function, THREADS_PER_BLOCK as i32, 0))?;
     }
-    Ok(Kernel { function, resident_blocks: (blocks.max(1) as u64) * (multiprocessors.max(1) as u64) })
+    Ok(Kernel { function, resident_blocks: (blocks.max(1) as u64) * (sms.max(1) as u64) })
 }
 
 /// Synchronizes a stream. Its context must be current.

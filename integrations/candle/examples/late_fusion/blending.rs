@@ -65,7 +65,7 @@ impl Blending {
             });
         }
         // A plan is made of lengths and dtypes, so it can be made before there is any gradient.
-        let plan = blender.plan(&tensors)?;
+        let plan = blender.plan(tensors)?;
         let (parameters, gradients) = (parameters.to_vec(), None);
         Ok(Blending { plan, blender, gradients, blended, blended_at, parameters, modalities, library: Duration::ZERO })
     }
@@ -94,7 +94,7 @@ impl Blending {
                 TensorGrads::from_raw(len, DType::F32, train, valid, &losses, blended)
             });
         }
-        self.plan.update(&tensors, Stream::default())?;
+        self.plan.update(tensors, Stream::default())?;
         // Only now does the plan no longer point at the gradients of the step before.
         self.gradients = Some(gradients);
         self.blender.step(&self.plan, Stream::default())?;
