@@ -103,6 +103,9 @@ __device__ __forceinline__ void pass(const TableArgs &table, const BlenderArgs &
     if (BLENDS && thread < modalities) {
         storage.weights[thread] = at<State>(blender.state)->weights_f32[thread];
     }
+    for (uint32_t w = 0; DOTS && w < WARPS && thread < 2 * MAX_MODALITIES; ++w) {
+        storage.warps[w].sums[thread] = 0.0;
+    }
     if (thread == 0) {
         storage.span = blockIdx.x;
     }
@@ -119,10 +122,6 @@ __device__ __forceinline__ void pass(const TableArgs &table, const BlenderArgs &
         // All warps share a chunk that is alone in its span.
         const bool shared = span.end - span.first == 1;
         const uint32_t index = shared ? span.first : span.first + thread / WARP;
-        // All of the sums, not 2K: of a loop with a bound that it does not know, nvcc makes one that costs five registers.
-        for (uint32_t i = 0; DOTS && i < 2 * MAX_MODALITIES; i += WARP) {
-            warp.sums[thread % WARP + i] = 0.0;
-        }
         uint32_t dtype = F32;
         const bool works = index < span.end &&
                            load_chunk<DOTS, BLENDS>(table, modalities, what, index, shared ? THREADS_PER_BLOCK : WARP,
@@ -150,6 +149,8 @@ __device__ __forceinline__ void pass(const TableArgs &table, const BlenderArgs &
             double sum = 0.0;
             for (uint32_t w = 0; w < WARPS; ++w) {
                 sum += storage.warps[w].sums[thread];
+                // A warp adds nothing to a product of a modality that its next chunk's tensor lacks.
+                storage.warps[w].sums[thread] = 0.0;
             }
             at<double>(table.partials)[partial * 2 * modalities + thread] = sum;
         }
