@@ -5,9 +5,7 @@ use std::process::Command;
 
 use cudarc::driver::sys::{self, CUresult};
 use gradblend::{Config, DType, Device, Error, Role, TensorGrads};
-use gradblend_testkit::cuda::{
-    Emulator, Memory, alone_on_cuda, check, current_context, on_emulator, skip, with_context,
-};
+use gradblend_testkit::cuda::{Memory, alone_on_cuda, check, current_context, on_emulator, skip, with_context};
 use gradblend_testkit::{
     Face, Failure, Input, Outcome, Random, Result, Tensor, TestBlender, bits, rejected, rejected_as,
 };
@@ -227,13 +225,14 @@ fn any_call_that_fails() -> Outcome {
 fn unknown_memory() -> Outcome {
     on_emulator(|emulator| {
         emulator.set("pageable", 0);
+        let host = vec![0.0_f32; 100];
         let mut tensors = [Tensor::<f32>::random(&mut Random(303), 100, 2, 0, 0)];
         let before = tensors[0].clone();
         let mut placed = FACE.place(&mut tensors);
         let mut blender = FACE.blender(2)?;
         let stream = blender.stream;
         let mut plan = blender.plan(placed.inputs())?;
-        let (host, device) = (vec![0.0_f32; 100], Memory::of(&[0.0_f32; 100]));
+        let device = Memory::of(&[0.0_f32; 100]);
         let at_host = host.as_ptr() as u64;
         let v = Some(&host[..]);
         let own = |len: u64, offset: usize| {

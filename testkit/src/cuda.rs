@@ -93,7 +93,7 @@ pub fn current_context() -> sys::CUcontext {
 /// # Safety
 /// `from` has `len` numbers in memory of the device, which only work on the default stream writes to.
 pub(crate) unsafe fn read<N: Copy>(from: *const N, len: usize) -> Vec<N> {
-    let mut numbers = Vec::with_capacity(len);
+    let mut numbers: Vec<N> = Vec::with_capacity(len);
     let (to, bytes) = (numbers.as_mut_ptr(), len * size_of::<N>());
     // SAFETY: `numbers` has room for `bytes` bytes, and `from` has as many by the caller's promise.
     unsafe {
