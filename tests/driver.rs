@@ -160,6 +160,14 @@ fn launch_that_fails() -> Outcome {
     })
 }
 
+/// The functions of the driver that a blender, a plan and a step call.
+const FUNCTIONS: &str = "
+    cuInit cuDeviceGetCount cuDeviceGet cuDeviceGetName cuDeviceGetAttribute cuDevicePrimaryCtxRetain
+    cuCtxPushCurrent_v2 cuThreadExchangeStreamCaptureMode cuModuleLoadData cuModuleGetFunction
+    cuOccupancyMaxActiveBlocksPerMultiprocessor cuStreamCreate cuMemAlloc_v2 cuMemcpyHtoDAsync_v2
+    cuMemcpyDtoHAsync_v2 cuStreamSynchronize cuStreamIsCapturing cuLaunchKernel
+";
+
 /// Whichever call of the driver fails, the error names it, nothing leaks, and the next attempt succeeds.
 #[test]
 fn any_call_that_fails() -> Outcome {
@@ -177,26 +185,7 @@ fn any_call_that_fails() -> Outcome {
         let mut tensors = [Tensor::<f32>::random(&mut Random(302), 5000, 2, 0, 0)];
         let mut placed = FACE.place(&mut tensors);
         let mut failures = 0;
-        for function in [
-            "cuInit",
-            "cuDeviceGetCount",
-            "cuDeviceGet",
-            "cuDeviceGetName",
-            "cuDeviceGetAttribute",
-            "cuDevicePrimaryCtxRetain",
-            "cuCtxPushCurrent_v2",
-            "cuThreadExchangeStreamCaptureMode",
-            "cuModuleLoadData",
-            "cuModuleGetFunction",
-            "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-            "cuStreamCreate",
-            "cuMemAlloc_v2",
-            "cuMemcpyHtoDAsync_v2",
-            "cuMemcpyDtoHAsync_v2",
-            "cuStreamSynchronize",
-            "cuStreamIsCapturing",
-            "cuLaunchKernel",
-        ] {
+        for function in FUNCTIONS.split_whitespace() {
             for after in 0..20 {
                 let before = names.map(|name| emulator.count(name));
                 emulator.fail(function, CUresult::CUDA_ERROR_UNKNOWN, after);
