@@ -115,7 +115,9 @@ fn impossible_states_are_rejected(face: Face) -> Outcome {
     let empty = face.blender(2)?.save()?;
     let one = 1_u64.to_le_bytes();
     let (weight, moment) = ("weight", "moment");
-    let cases: [(&[(usize, f64)], bool, &str); 6] = [
+    // Numbers to put at some positions, whether there is an observation, and what the message names.
+    type Case<'a> = (&'a [(usize, f64)], bool, &'a str);
+    let cases: [Case<'_>; 6] = [
         (&[], true, weight),
         (&[(36, 0.5)], false, weight),
         (&[(36, 2.0)], true, weight),

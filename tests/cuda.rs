@@ -1,9 +1,6 @@
 //! What a CUDA device adds: the bits of the CPU from the same sums, streams, contexts, threads, and slices of host memory.
 #![cfg(feature = "cuda")]
 
-use gradblend::{
-    Average, Blender, Cadence, Config, Error, GradScale, Negative, Overfitting, Pass, Policy, TensorGrads,
-};
 use gradblend::{Average, Cadence, Config, Error, Flags, Negative, Overfitting, Pass, Policy};
 use gradblend_testkit::cuda::{OwnStream, current_context, on_cuda, skip, with_context};
 use gradblend_testkit::{Face, Input, Outcome, Random, Result, Sample, Sums, Tensor, TestBlender, bits};
@@ -152,7 +149,7 @@ fn any_stream_gives_the_same_bits() -> Outcome {
 #[test]
 fn threads_do_not_disturb_each_other() -> Outcome {
     on_cuda(|face| {
-        let alone: Vec<_> = (80..84).map(|seed| steps(face, seed)).collect::<Result<_, _>>()?;
+        let alone: Vec<_> = (80..84).map(|seed| steps(face, seed)).collect::<Result<_>>()?;
         std::thread::scope(|scope| {
             let threads: Vec<_> = (80..84).map(|seed| scope.spawn(move || steps(face, seed))).collect();
             for (thread, alone) in threads.into_iter().zip(alone) {

@@ -5,9 +5,7 @@ use std::process::Command;
 
 use cudarc::driver::sys::{self, CUresult};
 use gradblend::{Config, DType, Device, Error, Role, TensorGrads};
-use gradblend_testkit::cuda::{
-    Emulator, Memory, alone_on_cuda, check, current_context, on_emulator, skip, with_context,
-};
+use gradblend_testkit::cuda::{Memory, alone_on_cuda, check, current_context, on_emulator, skip, with_context};
 use gradblend_testkit::{
     Face, Failure, Input, Outcome, Random, Result, Tensor, TestBlender, bits, rejected, rejected_as,
 };
@@ -162,6 +160,14 @@ fn launch_that_fails() -> Outcome {
     })
 }
 
+/// The functions of the driver that a blender, a plan and a step call.
+const FUNCTIONS: &str = "
+    cuInit cuDeviceGetCount cuDeviceGet cuDeviceGetName cuDeviceGetAttribute cuDevicePrimaryCtxRetain
+    cuCtxPushCurrent_v2 cuThreadExchangeStreamCaptureMode cuModuleLoadData cuModuleGetFunction
+    cuOccupancyMaxActiveBlocksPerMultiprocessor cuStreamCreate cuMemAlloc_v2 cuMemcpyHtoDAsync_v2
+    cuMemcpyDtoHAsync_v2 cuStreamSynchronize cuStreamIsCapturing cuLaunchKernel
+";
+
 /// Whichever call of the driver fails, the error names it, nothing leaks, and the next attempt succeeds.
 #[test]
 fn any_call_that_fails() -> Outcome {
@@ -179,26 +185,7 @@ fn any_call_that_fails() -> Outcome {
         let mut tensors = [Tensor::<f32>::random(&mut Random(302), 5000, 2, 0, 0)];
         let mut placed = FACE.place(&mut tensors);
         let mut failures = 0;
-        for function in [
-            "cuInit",
-            "cuDeviceGetCount",
-            "cuDeviceGet",
-            "cuDeviceGetName",
-            "cuDeviceGetAttribute",
-            "cuDevicePrimaryCtxRetain",
-            "cuCtxPushCurrent_v2",
-            "cuThreadExchangeStreamCaptureMode",
-            "cuModuleLoadData",
-            "cuModuleGetFunction",
-            "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-            "cuStreamCreate",
-            "cuMemAlloc_v2",
-            "cuMemcpyHtoDAsync_v2",
-            "cuMemcpyDtoHAsync_v2",
-            "cuStreamSynchronize",
-            "cuStreamIsCapturing",
-            "cuLaunchKernel",
-        ] {
+        for function in FUNCTIONS.split_whitespace() {
             for after in 0..20 {
                 let before = names.map(|name| emulator.count(name));
                 emulator.fail(function, CUresult::CUDA_ERROR_UNKNOWN, after);
@@ -227,13 +214,14 @@ fn any_call_that_fails() -> Outcome {
 fn unknown_memory() -> Outcome {
     on_emulator(|emulator| {
         emulator.set("pageable", 0);
+        let host = vec![0.0_f32; 100];
         let mut tensors = [Tensor::<f32>::random(&mut Random(303), 100, 2, 0, 0)];
         let before = tensors[0].clone();
         let mut placed = FACE.place(&mut tensors);
         let mut blender = FACE.blender(2)?;
         let stream = blender.stream;
         let mut plan = blender.plan(placed.inputs())?;
-        let (host, device) = (vec![0.0_f32; 100], Memory::of(&[0.0_f32; 100]));
+        let device = Memory::of(&[0.0_f32; 100]);
         let at_host = host.as_ptr() as u64;
         let v = Some(&host[..]);
         let own = |len: u64, offset: usize| {

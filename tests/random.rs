@@ -219,7 +219,9 @@ impl Side {
         };
         operation(&mut self.blender, &plan)?;
         self.plan = Some(plan.release());
-        (f32s.fetch(), f16s.fetch(), bf16s.fetch());
+        f32s.fetch();
+        f16s.fetch();
+        bf16s.fetch();
         Ok(())
     }
 }

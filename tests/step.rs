@@ -214,81 +214,43 @@ struct Golden {
 
 /// Of the CPU, then of every GPU; each of f32, f16 and bf16. A GPU adds the sums in another order than the CPU, and its
 /// blend rounds once for a multiplication and an addition.
-const GOLDEN: [[Golden; 3]; 2] = [
-    [
-        Golden {
-            sums: [
-                0x4065_2a53_e702_0000,
-                0xc064_eafa_9f0e_0000,
-                0x4061_f05a_0c74_0000,
-                0xc065_62e0_18cc_0000,
-                0x4049_830d_73fe_0000,
-                0xc067_b253_4bc8_0000,
-            ],
-            blend: 0x2e08_b864_5c48_0679,
-            nine: [0x03dd_f8fb_8ac0_1a08, 0x12bf_d6b0_1504_5e5c],
-        },
-        Golden {
-            sums: [
-                0x4065_2a4b_48d4_0000,
-                0xc064_eafe_9f60_0000,
-                0x4061_f06c_d114_0000,
-                0xc065_6304_02c4_0000,
-                0x4049_8522_4ce0_0000,
-                0xc067_b2b0_0790_0000,
-            ],
-            blend: 0xb683_5c7f_4fcc_9796,
-            nine: [0x30be_4e11_8af8_527c, 0x28cc_1717_d197_fe38],
-        },
-        Golden {
-            sums: [
-                0x4065_2e46_2c68_0000,
-                0xc064_e8dc_2750_0000,
-                0x4061_ee27_d580_0000,
-                0xc065_6e3f_c590_0000,
-                0x4049_8a2d_0bc0_0000,
-                0xc067_b744_0b30_0000,
-            ],
-            blend: 0x283c_1ac1_ec3b_b7a7,
-            nine: [0x2ba5_9777_e3e1_6f03, 0x65ec_45ad_1f3d_6066],
-        },
-    ],
-    [
-        Golden {
-            sums: [
-                0x4065_2a54_00c3_4000,
-                0xc064_eafa_6500_c000,
-                0x4061_f059_f9b0_8000,
-                0xc065_62df_d14b_8000,
-                0x4049_830c_b578_0000,
-                0xc067_b253_0ca3_0000,
-            ],
-            blend: 0xbcde_add9_3d8a_0666,
-            nine: [0x9745_db15_df1b_c9fb, 0x44ee_46f4_dd83_96e3],
-        },
-        Golden {
-            sums: [
-                0x4065_2a4a_e9bc_0000,
-                0xc064_eafe_f198_0000,
-                0x4061_f06c_a4e0_0000,
-                0xc065_6304_0483_0000,
-                0x4049_8522_9c80_0000,
-                0xc067_b2b0_02b8_0000,
-            ],
-            blend: 0x2bb5_a791_4b45_15d8,
-            nine: [0x2d91_d562_be26_be3d, 0x736a_a697_92ca_1f21],
-        },
-        Golden {
-            sums: [
-                0x4065_2e46_3120_0000,
-                0xc064_e8dc_22b8_0000,
-                0x4061_ee27_cf50_0000,
-                0xc065_6e3f_94c0_0000,
-                0x4049_8a2d_8f00_0000,
-                0xc067_b743_ede0_0000,
-            ],
-            blend: 0xb6ca_4b4a_445a_9e52,
-            nine: [0x7bc0_0316_fde7_bfbf, 0x67d9_6326_ac7b_3652],
-        },
-    ],
-];
+#[rustfmt::skip]
+const GOLDEN: [[Golden; 3]; 2] = [[
+    Golden {
+        sums: [0x4065_2a53_e702_0000, 0xc064_eafa_9f0e_0000, 0x4061_f05a_0c74_0000,
+               0xc065_62e0_18cc_0000, 0x4049_830d_73fe_0000, 0xc067_b253_4bc8_0000],
+        blend: 0x2e08_b864_5c48_0679,
+        nine: [0x03dd_f8fb_8ac0_1a08, 0x12bf_d6b0_1504_5e5c],
+    },
+    Golden {
+        sums: [0x4065_2a4b_48d4_0000, 0xc064_eafe_9f60_0000, 0x4061_f06c_d114_0000,
+               0xc065_6304_02c4_0000, 0x4049_8522_4ce0_0000, 0xc067_b2b0_0790_0000],
+        blend: 0xb683_5c7f_4fcc_9796,
+        nine: [0x30be_4e11_8af8_527c, 0x28cc_1717_d197_fe38],
+    },
+    Golden {
+        sums: [0x4065_2e46_2c68_0000, 0xc064_e8dc_2750_0000, 0x4061_ee27_d580_0000,
+               0xc065_6e3f_c590_0000, 0x4049_8a2d_0bc0_0000, 0xc067_b744_0b30_0000],
+        blend: 0x283c_1ac1_ec3b_b7a7,
+        nine: [0x2ba5_9777_e3e1_6f03, 0x65ec_45ad_1f3d_6066],
+    },
+], [
+    Golden {
+        sums: [0x4065_2a54_00c3_4000, 0xc064_eafa_6500_c000, 0x4061_f059_f9b0_8000,
+               0xc065_62df_d14b_8000, 0x4049_830c_b578_0000, 0xc067_b253_0ca3_0000],
+        blend: 0xbcde_add9_3d8a_0666,
+        nine: [0x9745_db15_df1b_c9fb, 0x44ee_46f4_dd83_96e3],
+    },
+    Golden {
+        sums: [0x4065_2a4a_e9bc_0000, 0xc064_eafe_f198_0000, 0x4061_f06c_a4e0_0000,
+               0xc065_6304_0483_0000, 0x4049_8522_9c80_0000, 0xc067_b2b0_02b8_0000],
+        blend: 0x2bb5_a791_4b45_15d8,
+        nine: [0x2d91_d562_be26_be3d, 0x736a_a697_92ca_1f21],
+    },
+    Golden {
+        sums: [0x4065_2e46_3120_0000, 0xc064_e8dc_22b8_0000, 0x4061_ee27_cf50_0000,
+               0xc065_6e3f_94c0_0000, 0x4049_8a2d_8f00_0000, 0xc067_b743_ede0_0000],
+        blend: 0xb6ca_4b4a_445a_9e52,
+        nine: [0x7bc0_0316_fde7_bfbf, 0x67d9_6326_ac7b_3652],
+    },
+]];

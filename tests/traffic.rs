@@ -144,8 +144,8 @@ fn partial_sums_are_read_once() -> Outcome {
             let mut tensors: Vec<Tensor<bf16>> =
                 (0..count).map(|i| Tensor::random(&mut random, 1 + i % 5, k, 0, 0)).collect();
             let mut blender = FACE.blender(k)?;
-            let [blocks, table] =
-                counted(emulator, ["blocks", "table"], || FACE.run(&mut blender, &mut tensors, TestBlender::dot))?;
+            let run = || FACE.run(&mut blender, &mut tensors, TestBlender::dot);
+            let [blocks, table] = emulator.counted(["blocks", "table"], run)?;
             assert_eq!(blocks as usize, count.div_ceil(8), "K = {k}");
             assert_eq!(table, blocks * 2 * k as u64 * 8, "K = {k}");
         }

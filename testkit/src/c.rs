@@ -1,28 +1,16 @@
-//! Blenders and plans behind the C functions, with the records of `include/gradblend.h`.
+//! The records of `include/gradblend.h`, and the C functions without a handle.
 
 use std::ffi::c_void;
-use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::ptr::{null, null_mut};
+use std::ptr::null;
 
 use gradblend::dlpack::Dlpack;
-use gradblend::ffi::{self, Status, gradblend_blender, gradblend_plan};
-use gradblend::{
-    Average, Cadence, Config, DType, Flags, Negative, Overfitting, Pass, Policy, Report, Solution, Stream,
-};
+use gradblend::{Average, Cadence, Config, DType, Flags, Negative, Overfitting, Policy, Solution, ffi};
 
 use crate::failure::{Failure, Result};
 use crate::{Addresses, Input};
 
-/// A call on a blender.
-pub(crate) type Call = unsafe extern "C" fn(*mut gradblend_blender, *mut c_void) -> Status;
-/// A call on a blender and a plan.
-pub(crate) type Run = unsafe extern "C" fn(*mut gradblend_blender, *const gradblend_plan, *mut c_void) -> Status;
-
 /// The C record of a configuration.
-///
-/// # Errors
-/// Those of `gradblend_config_default`.
 pub fn config(config: &Config) -> Result<ffi::gradblend_config> {
     let mut record = MaybeUninit::uninit();
     // SAFETY: room for one record, which the call fills if it succeeds.
@@ -107,8 +95,8 @@ pub(crate) unsafe fn from_dlpack(
     })
 }
 
-/// The C records of tensors, with the addresses that they point to.
-fn records(inputs: Vec<Input<'_>>) -> Vec<(ffi::gradblend_tensor, Addresses)> {
+/// The C records of tensors, and the addresses that they point to.
+pub(crate) fn records(inputs: Vec<Input<'_>>) -> (Vec<ffi::gradblend_tensor>, Vec<Addresses>) {
     let record = |input| match input {
         Input::Addresses(a) => {
             let (train, valid, modalities, blended) = (a.train, a.valid, a.modalities.as_ptr(), a.blended);
@@ -116,162 +104,5 @@ fn records(inputs: Vec<Input<'_>>) -> Vec<(ffi::gradblend_tensor, Addresses)> {
         }
         Input::Slices(_) => unreachable!("C takes addresses"),
     };
-    inputs.into_iter().map(record).collect()
-}
-
-/// A blender's handle.
-#[derive(Debug)]
-pub(crate) struct CBlender(*mut gradblend_blender);
-
-// SAFETY: a handle is used by one thread at a time, which is all that the header asks.
-unsafe impl Send for CBlender {}
-
-impl Drop for CBlender {
-    fn drop(&mut self) {
-        ffi::gradblend_blender_destroy(self.0);
-    }
-}
-
-/// A plan's handle.
-#[derive(Debug)]
-pub struct CPlan<'a>(*mut gradblend_plan, PhantomData<&'a mut [u8]>);
-
-impl Drop for CPlan<'_> {
-    fn drop(&mut self) {
-        ffi::gradblend_plan_destroy(self.0);
-    }
-}
-
-impl<'a> CPlan<'a> {
-    pub(crate) fn release(self) -> CPlan<'static> {
-        let handle = self.0;
-        std::mem::forget(self);
-        CPlan(handle, PhantomData)
-    }
-
-    pub(crate) fn update(&mut self, inputs: Vec<Input<'a>>, stream: Stream) -> Result<()> {
-        let inputs = records(inputs);
-        let tensors: Vec<_> = inputs.iter().map(|(tensor, _)| *tensor).collect();
-        let (address, count) = (tensors.as_ptr(), tensors.len() as u64);
-        // SAFETY: as many records; the addresses live in `inputs`, and the buffers as long as this plan.
-        Failure::check(unsafe { ffi::gradblend_plan_update(self.0, address, count, stream.as_raw()) })
-    }
-}
-
-impl CBlender {
-    pub(crate) fn new(device: i32, wanted: &Config) -> Result<Self> {
-        let (config, mut blender) = (config(wanted)?, null_mut());
-        // SAFETY: a record, and room for a handle.
-        Failure::check(unsafe { ffi::gradblend_blender_create(device, &config, &mut blender) })?;
-        Ok(CBlender(blender))
-    }
-
-    pub(crate) fn plan<'a>(&self, inputs: Vec<Input<'a>>) -> Result<CPlan<'a>> {
-        let inputs = records(inputs);
-        let tensors: Vec<_> = inputs.iter().map(|(tensor, _)| *tensor).collect();
-        let mut plan = null_mut();
-        // SAFETY: as many records; the addresses live in `inputs`, and the buffers as long as the plan.
-        let status = unsafe { ffi::gradblend_plan_create(self.0, tensors.as_ptr(), tensors.len() as u64, &mut plan) };
-        assert!(status == 0 || plan.is_null(), "a rejected call writes nothing");
-        Failure::check(status)?;
-        Ok(CPlan(plan, PhantomData))
-    }
-
-    pub(crate) fn run(&mut self, plan: &CPlan<'_>, function: Run, stream: Stream) -> Result<()> {
-        // SAFETY: handles, whose buffers the plan borrows.
-        Failure::check(unsafe { function(self.0, plan.0, stream.as_raw()) })
-    }
-
-    pub(crate) fn pass(&mut self, plan: &CPlan<'_>, what: Pass, stream: Stream) -> Result<()> {
-        // SAFETY: handles, whose buffers the plan borrows.
-        Failure::check(unsafe { ffi::gradblend_pass(self.0, plan.0, what.bits(), stream.as_raw()) })
-    }
-
-    pub(crate) fn call(&mut self, function: Call, stream: Stream) -> Result<()> {
-        // SAFETY: a handle.
-        Failure::check(unsafe { function(self.0, stream.as_raw()) })
-    }
-
-    pub(crate) fn set_weights(&mut self, weights: &[f64], stream: Stream) -> Result<()> {
-        let (address, count) = (weights.as_ptr(), weights.len() as u32);
-        // SAFETY: a handle and as many numbers.
-        Failure::check(unsafe { ffi::gradblend_set_weights(self.0, address, count, stream.as_raw()) })
-    }
-
-    /// # Safety
-    /// As for [`gradblend::GradScale::from_raw`].
-    pub(crate) unsafe fn set_grad_scale(&mut self, scale: *const f32) -> Result<()> {
-        // SAFETY: a handle, and the caller's promise.
-        Failure::check(unsafe { ffi::gradblend_set_grad_scale(self.0, scale) })
-    }
-
-    pub(crate) fn report(&mut self, stream: Stream) -> Result<Report> {
-        let mut report = MaybeUninit::<ffi::gradblend_report>::zeroed();
-        // SAFETY: a handle and room for one record, of numbers alone; the caller says how large it is.
-        let report = unsafe {
-            (&raw mut (*report.as_mut_ptr()).size).write(size_of::<ffi::gradblend_report>() as u32);
-            Failure::check(ffi::gradblend_get_report(self.0, report.as_mut_ptr(), stream.as_raw()))?;
-            report.assume_init()
-        };
-        assert_eq!(report.size as usize, size_of::<ffi::gradblend_report>());
-        let values = |all: [f64; gradblend::MAX_MODALITIES]| {
-            let (values, rest) = all.split_at(report.modalities as usize);
-            assert!(rest.iter().all(|value| *value == 0.0), "zeros after the K values");
-            values.to_vec()
-        };
-        Ok(Report {
-            observed: report.observed,
-            skipped: report.skipped,
-            flags: Flags::from_bits_retain(report.flags),
-            nonfinite: report.nonfinite,
-            weights: values(report.weights),
-            mean: values(report.mean),
-            second_moment: values(report.second_moment),
-            ogr: values(report.ogr),
-            ogr_blend: report.ogr_blend,
-            ogr_uniform: report.ogr_uniform,
-        })
-    }
-
-    pub(crate) fn second_moments(&mut self, k: usize, stream: Stream) -> Result<Vec<f64>> {
-        let mut numbers = vec![0.0; k * k];
-        let address = numbers.as_mut_ptr();
-        // SAFETY: a handle and room for K x K numbers.
-        Failure::check(unsafe { ffi::gradblend_get_second_moments(self.0, address, stream.as_raw()) })?;
-        Ok(numbers)
-    }
-
-    pub(crate) fn addresses(&self, k: usize) -> Result<(*mut f64, *const f32)> {
-        let (mut sums, mut count, mut weights) = (null_mut(), 0, null());
-        // SAFETY: a handle and room for two addresses and a count.
-        unsafe {
-            Failure::check(ffi::gradblend_pending_sums(self.0, &mut sums, &mut count))?;
-            Failure::check(ffi::gradblend_device_weights(self.0, &mut weights))?;
-        }
-        assert_eq!(count as usize, 2 * k);
-        Ok((sums, weights))
-    }
-
-    /// Saves into a buffer of exactly the size that the library asks for; one byte less is rejected and says the size.
-    pub(crate) fn save(&mut self, stream: Stream) -> Result<Vec<u8>> {
-        let mut bytes = 0;
-        // SAFETY: a handle and room for a size.
-        Failure::check(unsafe { ffi::gradblend_save(self.0, null_mut(), &mut bytes, stream.as_raw()) })?;
-        let mut saved = vec![0_u8; bytes];
-        let mut small = bytes - 1;
-        // SAFETY: a handle and room for `bytes` bytes.
-        unsafe {
-            let rejected = ffi::gradblend_save(self.0, saved.as_mut_ptr().cast(), &mut small, stream.as_raw());
-            assert_eq!((rejected, small, saved.iter().any(|byte| *byte != 0)), (1, bytes, false));
-            Failure::check(ffi::gradblend_save(self.0, saved.as_mut_ptr().cast(), &mut bytes, stream.as_raw()))?;
-        }
-        assert_eq!(bytes, saved.len());
-        Ok(saved)
-    }
-
-    pub(crate) fn load(&mut self, saved: &[u8], stream: Stream) -> Result<()> {
-        let (address, bytes) = (saved.as_ptr().cast(), saved.len());
-        // SAFETY: a handle and as many bytes.
-        Failure::check(unsafe { ffi::gradblend_load(self.0, address, bytes, stream.as_raw()) })
-    }
+    inputs.into_iter().map(record).unzip()
 }

@@ -18,17 +18,11 @@ impl Face {
 }
 
 /// Runs a body on CUDA device 0. Without one the body is skipped, or fails if `GRADBLEND_REQUIRE_CUDA` is 1.
-///
-/// # Errors
-/// Those of the body, and those of [`Device::cuda`].
 pub fn on_cuda(body: impl FnOnce(Face) -> Outcome) -> Outcome {
     on_device(Face::CUDA, body)
 }
 
 /// As [`on_cuda`], through the C functions.
-///
-/// # Errors
-/// As [`on_cuda`].
 pub fn on_cuda_through_c(body: impl FnOnce(Face) -> Outcome) -> Outcome {
     on_device(Face::FFI_CUDA, body)
 }
@@ -93,7 +87,7 @@ pub fn current_context() -> sys::CUcontext {
 /// # Safety
 /// `from` has `len` numbers in memory of the device, which only work on the default stream writes to.
 pub(crate) unsafe fn read<N: Copy>(from: *const N, len: usize) -> Vec<N> {
-    let mut numbers = Vec::with_capacity(len);
+    let mut numbers: Vec<N> = Vec::with_capacity(len);
     let (to, bytes) = (numbers.as_mut_ptr(), len * size_of::<N>());
     // SAFETY: `numbers` has room for `bytes` bytes, and `from` has as many by the caller's promise.
     unsafe {
@@ -214,9 +208,6 @@ impl OwnStream {
     }
 
     /// Captures what `work` puts on this stream.
-    ///
-    /// # Errors
-    /// Those of `work`.
     pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is live and not capturing.
@@ -309,9 +300,6 @@ impl Emulator {
     }
 
     /// What `work` adds to these counters.
-    ///
-    /// # Errors
-    /// Those of `work`.
     pub fn counted<const N: usize>(self, names: [&str; N], work: impl FnOnce() -> Result<()>) -> Result<[u64; N]> {
         let before = names.map(|name| self.count(name));
         work()?;
@@ -328,9 +316,6 @@ impl Emulator {
 }
 
 /// Runs a body on CUDA device 0 while no other such body of this program runs.
-///
-/// # Errors
-/// As [`on_cuda`].
 pub fn alone_on_cuda(body: impl FnOnce(Face) -> Outcome) -> Outcome {
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -338,9 +323,6 @@ pub fn alone_on_cuda(body: impl FnOnce(Face) -> Outcome) -> Outcome {
 }
 
 /// Runs a body with the emulator, alone and with the settings that it starts with. It is skipped on any other driver.
-///
-/// # Errors
-/// As [`on_cuda`].
 pub fn on_emulator(body: impl FnOnce(Emulator) -> Outcome) -> Outcome {
     alone_on_cuda(|_| {
         let Some(emulator) = Emulator::find() else {

@@ -35,9 +35,6 @@ impl From<Error> for Failure {
 
 impl Failure {
     /// Whether a call of the C functions succeeded; if not, with this thread's last message.
-    ///
-    /// # Errors
-    /// Any status but `GRADBLEND_OK`.
     pub fn check(status: i32) -> Result<()> {
         if status == 0 {
             return Ok(());

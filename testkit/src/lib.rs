@@ -3,6 +3,7 @@
 //! Shared by the tests, the benchmarks, the fuzz target and the integrations. The oracle is a set of naive loops in f64
 //! and uses nothing of the library but its types.
 
+mod blender;
 pub mod c;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -14,9 +15,10 @@ mod random;
 mod sample;
 mod tensor;
 
+pub use blender::{TestBlender, TestPlan};
 #[cfg(feature = "cuda")]
 pub use cuda::{on_cuda as cuda, on_cuda_through_c as ffi_cuda};
-pub use face::{Addresses, DeviceArray, Face, Input, Placed, TestBlender, TestPlan, cpu, ffi};
+pub use face::{Addresses, DeviceArray, Face, Input, Placed, cpu, ffi};
 pub use failure::{Failure, Result, name, rejected, rejected_as};
 pub use oracle::{Moments, Sums};
 pub use property::property;

@@ -6,9 +6,6 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRu
 use crate::Outcome;
 
 /// Runs `body` on values of a strategy: `cases` of them, or `PROPTEST_CASES`. The values are the same in every run.
-///
-/// # Errors
-/// The first failing case, shrunk.
 pub fn property<S: Strategy>(cases: u32, strategy: S, body: impl Fn(S::Value) -> Outcome) -> Outcome {
     let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(cases);
     let config = Config { cases, failure_persistence: None, ..Config::default() };
