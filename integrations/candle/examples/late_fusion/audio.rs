@@ -1,4 +1,4 @@
-//! Real audio and images from files: spoken digits as WAV, handwritten digits as CSV.
+//! Spoken digits from WAV files, as log-mel energies.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use realfft::RealFftPlanner;
 
-use crate::data::{CLASSES, Image, PIXELS};
+use crate::data::CLASSES;
 
 const SAMPLE_RATE: u32 = 8_000;
 /// 32 ms, a power of two.
@@ -14,23 +14,23 @@ const FRAME: usize = 256;
 /// 10 ms.
 const HOP: usize = 80;
 const MEL_BANDS: usize = 20;
-/// Recordings differ in length, so each is cut into this many parts of equal length, whose frames are averaged.
+/// Recordings differ in length, so each is divided into this many parts of equal length, whose frames are averaged.
 const PARTS: usize = 8;
 
 /// A spoken digit.
 pub(crate) struct Recording {
     pub(crate) digit: usize,
     pub(crate) speaker: String,
-    /// `PARTS` x `MEL_BANDS` log energies, less their mean: how loud a recording is says nothing about its digit.
+    /// `PARTS` x `MEL_BANDS` log energies minus their mean: the loudness of a recording is independent of its digit.
     pub(crate) features: Vec<f32>,
 }
 
-/// Reads all `{digit}_{speaker}_{index}.wav` of a folder, or of the folder `recordings` in it, in order of name.
+/// Reads all `{digit}_{speaker}_{index}.wav` of a folder, or of its subfolder `recordings`, in order of name.
 pub(crate) fn read_recordings(folder: &Path) -> Result<Vec<Recording>> {
     let inner = folder.join("recordings");
     let folder = if inner.is_dir() { inner } else { folder.to_owned() };
-    let entries =
-        fs::read_dir(&folder).with_context(|| format!("cannot read the audio folder {}", folder.display()))?;
+    let context = || format!("cannot read the audio folder {}", folder.display());
+    let entries = fs::read_dir(&folder).with_context(context)?;
     let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<PathBuf>>>()?;
     paths.retain(|path| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("wav")));
     paths.sort();
@@ -42,28 +42,23 @@ pub(crate) fn read_recordings(folder: &Path) -> Result<Vec<Recording>> {
 
 fn read_recording(path: &Path, mel: &mut LogMel) -> Result<Recording> {
     let name = path.file_stem().and_then(|stem| stem.to_str()).context("the name is not UTF-8")?;
-    // The speaker is what stands between the first and the last underscore.
+    // The speaker's name may have underscores.
     let parts = name.split_once('_').and_then(|(digit, rest)| Some((digit, rest.rsplit_once('_')?)));
     let Some((digit, (speaker, index))) = parts else {
         bail!("the name is not {{digit}}_{{speaker}}_{{index}}.wav");
     };
     let digit = digit.parse::<usize>().ok().filter(|digit| *digit < CLASSES);
     let digit = digit.context("the name does not start with a digit from 0 to 9")?;
-    ensure!(index.parse::<u32>().is_ok(), "the name does not end with an index, but with {index:?}");
+    ensure!(index.parse::<u32>().is_ok(), "the name ends with {index:?}, expected an index");
     ensure!(!speaker.is_empty(), "the name has no speaker");
     let mut reader = hound::WavReader::open(path)?;
-    let spec = reader.spec();
-    ensure!(
-        spec.channels == 1
-            && spec.sample_rate == SAMPLE_RATE
-            && spec.bits_per_sample == 16
-            && spec.sample_format == hound::SampleFormat::Int,
-        "expected mono, {SAMPLE_RATE} Hz, 16-bit integers; got {} channels, {} Hz, {}-bit {:?}",
-        spec.channels,
-        spec.sample_rate,
-        spec.bits_per_sample,
-        spec.sample_format
-    );
+    let format = hound::WavSpec {
+        channels: 1,
+        sample_rate: SAMPLE_RATE,
+        bits_per_sample: 16,
+        sample_format: hound::SampleFormat::Int,
+    };
+    ensure!(reader.spec() == format, "expected {format:?}, got {:?}", reader.spec());
     let samples = reader.samples::<i16>().map(|s| Ok(f32::from(s?) / 32_768.0)).collect::<Result<Vec<_>>>()?;
     ensure!(!samples.is_empty(), "the recording is empty");
     Ok(Recording { digit, speaker: speaker.to_owned(), features: mel.features(samples)? })
@@ -91,7 +86,7 @@ impl LogMel {
             };
             (0..=FRAME / 2).map(weight).collect()
         };
-        // Hann.
+        // Hann window.
         let window = |i: usize| (std::f32::consts::PI * i as f32 / FRAME as f32).sin().powi(2);
         LogMel {
             fft: RealFftPlanner::new().plan_fft_forward(FRAME),
@@ -112,7 +107,7 @@ impl LogMel {
             self.fft.process(&mut frame, &mut spectrum)?;
             let energy = |band: &Vec<f32>| {
                 let sum: f32 = band.iter().zip(&spectrum).map(|(weight, bin)| weight * bin.norm_sqr()).sum();
-                // Below that is the noise of 16 bits.
+                // The quantisation noise of 16 bits is below 1e-6.
                 (sum + 1e-6).ln()
             };
             frames.push(self.bands.iter().map(energy).collect::<Vec<f32>>());
@@ -128,27 +123,4 @@ impl LogMel {
         features.iter_mut().for_each(|feature| *feature -= mean);
         Ok(features)
     }
-}
-
-/// Reads images of 8 x 8 pixels from 0 to 16, row-major, and a label, 65 integers a line.
-pub(crate) fn read_images(path: &Path) -> Result<Vec<Image>> {
-    let text = fs::read_to_string(path).with_context(|| format!("cannot read the images {}", path.display()))?;
-    let mut images = Vec::new();
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        images.push(read_image(line).with_context(|| format!("{}, line {}", path.display(), number + 1))?);
-    }
-    ensure!(!images.is_empty(), "{} holds no image", path.display());
-    Ok(images)
-}
-
-fn read_image(line: &str) -> Result<Image> {
-    let fields: Vec<&str> = line.split(',').map(str::trim).collect();
-    ensure!(fields.len() == PIXELS + 1, "expected {PIXELS} pixels and a label, got {} fields", fields.len());
-    let mut values = Vec::with_capacity(fields.len());
-    for (i, field) in fields.iter().enumerate() {
-        let limit = if i < PIXELS { 16 } else { CLASSES - 1 };
-        let value = field.parse::<usize>().ok().filter(|value| *value <= limit);
-        values.push(value.with_context(|| format!("field {} is {field:?}, expected 0 to {limit}", i + 1))?);
-    }
-    Image::new(values[..PIXELS].iter().map(|pixel| *pixel as f32), values[PIXELS])
 }

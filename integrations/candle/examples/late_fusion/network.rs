@@ -14,22 +14,22 @@ use candle_nn::{Linear, loss};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-use crate::data::{Batch, CLASSES};
+use crate::data::{CLASSES, Samples};
 
-/// One encoder and one head for each modality, and a head on all encoders' features.
+/// One encoder and one head per modality, and a fused head on the features of all encoders.
 pub(crate) struct Network {
     encoders: Vec<Linear>,
     heads: Vec<Linear>,
-    fused: Vec<Linear>,
-    parameters: Vec<Var>,
+    fused: [Linear; 2],
+    pub(crate) parameters: Vec<Var>,
 }
 
 impl Network {
-    /// A network whose weights come from `rng` alone: candle cannot seed its own random numbers on the CPU.
+    /// A network with the initial weights of `rng`: candle's own random numbers cannot be seeded on the CPU.
     pub(crate) fn new(widths: &[usize], hidden: usize, rng: &mut ChaCha8Rng) -> Result<Self> {
         let mut parameters = Vec::new();
         let mut linear = |inputs: usize, outputs: usize| -> Result<Linear> {
-            // Uniform within 1 / sqrt(inputs), for weights and biases: the usual start of a linear layer.
+            // Uniform within 1 / sqrt(inputs), for weights and biases: the usual initialisation of a linear layer.
             let bound = 1.0 / (inputs as f32).sqrt();
             let mut draw = |len: usize| (0..len).map(|_| rng.random_range(-bound..bound)).collect::<Vec<f32>>();
             let weight = Var::from_vec(draw(inputs * outputs), (outputs, inputs), &Device::Cpu)?;
@@ -40,74 +40,54 @@ impl Network {
         };
         let encoders = widths.iter().map(|width| linear(*width, hidden)).collect::<Result<_>>()?;
         let heads = widths.iter().map(|_| linear(hidden, CLASSES)).collect::<Result<_>>()?;
-        let fused = vec![linear(hidden * widths.len(), hidden)?, linear(hidden, CLASSES)?];
+        let fused = [linear(hidden * widths.len(), hidden)?, linear(hidden, CLASSES)?];
         Ok(Network { encoders, heads, fused, parameters })
     }
 
-    pub(crate) fn parameters(&self) -> &[Var] {
-        &self.parameters
-    }
-
-    /// K: one loss for each modality, and the fused one.
+    /// K: one loss per modality, and the fused one.
     pub(crate) fn losses_len(&self) -> usize {
         self.heads.len() + 1
     }
 
-    /// The logits of head `k`, the fused one last, for each `k` that is wanted. Only encoders that a wanted head needs
-    /// are run.
-    fn logits(&self, batch: &Batch, wanted: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let fused = wanted.last().copied().unwrap_or(false);
-        let mut features = Vec::with_capacity(self.encoders.len());
-        let mut logits = Vec::with_capacity(wanted.len());
+    /// Logits of each wanted head, the fused one last. Runs only the encoders that a wanted head needs.
+    fn logits(&self, samples: &Samples, wanted: impl Fn(usize) -> bool) -> Result<Vec<Option<Tensor>>> {
+        let fused = wanted(self.heads.len());
+        let (mut features, mut logits) = (Vec::new(), Vec::new());
         for (k, (encoder, head)) in self.encoders.iter().zip(&self.heads).enumerate() {
-            if !wanted[k] && !fused {
-                logits.push(None);
-                continue;
+            let mut own = None;
+            if wanted(k) || fused {
+                let feature = encoder.forward(&samples.inputs[k])?.relu()?;
+                own = wanted(k).then(|| head.forward(&feature)).transpose()?;
+                features.push(feature);
             }
-            let feature = encoder.forward(&batch.inputs[k])?.relu()?;
-            logits.push(if wanted[k] { Some(head.forward(&feature)?) } else { None });
-            features.push(feature);
+            logits.push(own);
         }
-        logits.push(if fused {
-            let mut x = Tensor::cat(&features, 1)?;
-            for (i, layer) in self.fused.iter().enumerate() {
-                x = layer.forward(&if i == 0 { x } else { x.relu()? })?;
-            }
-            Some(x)
-        } else {
-            None
-        });
+        let forward = || self.fused[1].forward(&self.fused[0].forward(&Tensor::cat(&features, 1)?)?.relu()?);
+        logits.push(fused.then(forward).transpose()?);
         Ok(logits)
     }
 
-    /// The mean cross-entropy L_k of each loss that is wanted.
-    pub(crate) fn losses(&self, batch: &Batch, wanted: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let of = |logits: Option<Tensor>| match logits {
-            Some(logits) => Ok(Some(loss::cross_entropy(&logits, &batch.labels)?)),
-            None => Ok(None),
-        };
-        self.logits(batch, wanted)?.into_iter().map(of).collect()
+    /// The mean cross-entropy L_k of each wanted loss.
+    pub(crate) fn losses(&self, samples: &Samples, wanted: impl Fn(usize) -> bool) -> Result<Vec<Option<Tensor>>> {
+        let loss = |logits: Option<Tensor>| logits.map(|logits| loss::cross_entropy(&logits, &samples.labels));
+        let losses = self.logits(samples, wanted)?.into_iter().map(|logits| loss(logits).transpose());
+        Ok(losses.collect::<candle_core::Result<_>>()?)
     }
 
     /// L_k alone.
-    pub(crate) fn loss(&self, batch: &Batch, k: usize) -> Result<Tensor> {
-        let mut losses = self.losses(batch, &self.only(k))?;
-        losses.swap_remove(k).context("the network has no such head")
+    pub(crate) fn loss(&self, samples: &Samples, k: usize) -> Result<Tensor> {
+        self.losses(samples, |j| j == k)?.swap_remove(k).context("the network has no such head")
     }
 
-    /// How many samples of the batch head `k` classifies rightly.
-    pub(crate) fn right(&self, batch: &Batch, k: usize) -> Result<u32> {
-        let logits = self.logits(batch, &self.only(k))?.swap_remove(k).context("the network has no such head")?;
-        let right = logits.argmax(1)?.eq(&batch.labels)?;
-        Ok(right.to_dtype(candle_core::DType::U32)?.sum_all()?.to_scalar()?)
-    }
-
-    fn only(&self, k: usize) -> Vec<bool> {
-        (0..self.losses_len()).map(|j| j == k).collect()
+    /// Share of the samples that head `k` classifies correctly.
+    pub(crate) fn accuracy(&self, samples: &Samples, k: usize) -> Result<f64> {
+        let logits = self.logits(samples, |j| j == k)?.swap_remove(k).context("the network has no such head")?;
+        let correct = logits.argmax(1)?.eq(&samples.labels)?.to_dtype(candle_core::DType::U32)?;
+        Ok(f64::from(correct.sum_all()?.to_scalar::<u32>()?) / samples.len() as f64)
     }
 }
 
-/// Adam. Written here because candle's does not tell its state, and a checkpoint of the loss-based estimator needs it.
+/// Adam. Our own because candle's does not expose its state, which a checkpoint of the loss-based estimator needs.
 #[derive(Clone)]
 pub(crate) struct Adam {
     rate: f64,
@@ -122,7 +102,7 @@ impl Adam {
         Ok(Adam { rate, steps: 0, moments: parameters.iter().map(zeros).collect::<Result<_>>()? })
     }
 
-    /// One step. A parameter without a gradient stays as it is.
+    /// One step. A parameter without a gradient does not change.
     pub(crate) fn step(&mut self, parameters: &[Var], gradients: &GradStore) -> Result<()> {
         const BETA: (f64, f64) = (0.9, 0.999);
         self.steps += 1;

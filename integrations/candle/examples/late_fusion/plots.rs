@@ -1,5 +1,6 @@
 //! Three plots as SVG: accuracy of each method, weights over training, OGR over training.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -8,7 +9,7 @@ use plotters::prelude::*;
 
 use crate::report::{Outcome, deviation, mean};
 
-/// Colours that are told apart by colour-blind readers too (Okabe and Ito). The fused loss is the first.
+/// Colours that colour-blind readers can distinguish (Okabe and Ito). The first is the fused loss.
 const COLOURS: [RGBColor; 5] = [
     RGBColor(86, 180, 233),
     RGBColor(230, 159, 0),
@@ -20,20 +21,25 @@ const GREY: RGBColor = RGBColor(130, 130, 130);
 const WIDTH: u32 = 1000;
 const PANEL_HEIGHT: u32 = 280;
 const HEADER: i32 = 56;
-
-/// Fonts are the viewer's: SVG text needs none here.
+/// The viewer's font: plotters needs none to write text as SVG.
 const FONT: &str = "sans-serif";
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
+/// Writes the plots and returns their paths.
 pub(crate) fn draw(outcomes: &[Outcome], losses: &[String], folder: &Path) -> Result<Vec<PathBuf>> {
-    std::fs::create_dir_all(folder)?;
-    let paths: Vec<PathBuf> = ["accuracy.svg", "weights.svg", "ogr.svg"].iter().map(|name| folder.join(name)).collect();
-    let found: Vec<&Outcome> = outcomes.iter().filter(|outcome| outcome.method.estimates()).collect();
+    fs::create_dir_all(folder)?;
+    let paths = ["accuracy.svg", "weights.svg", "ogr.svg"].map(|name| folder.join(name));
     accuracy(outcomes, &paths[0])?;
-    weights(&found, losses, &paths[1])?;
-    ogr(&found, losses, &paths[2])?;
-    Ok(paths)
+    // The fused loss has the first colour whatever the number of modalities.
+    let last = losses.len() - 1;
+    let colour = |k: usize| if k == last { COLOURS[0] } else { COLOURS[1 + k % (COLOURS.len() - 1)] };
+    let mut legend: Vec<(&str, RGBColor)> = losses.iter().enumerate().map(|(k, name)| (&name[..], colour(k))).collect();
+    panels(outcomes, &paths[1], "Weights in force, mean over seeds, stacked", &legend, weights)?;
+    legend.extend([("blend", BLACK), ("uniform weights", GREY)]);
+    let title = "Overfitting-to-generalisation ratio, median over seeds (less is better)";
+    panels(outcomes, &paths[2], title, &legend, ogr)?;
+    Ok(paths.into())
 }
 
 fn accuracy(outcomes: &[Outcome], path: &Path) -> Result<()> {
@@ -43,13 +49,13 @@ fn accuracy(outcomes: &[Outcome], path: &Path) -> Result<()> {
     let all: Vec<f64> = outcomes.iter().flat_map(Outcome::accuracy).collect();
     let (low, high) = all.iter().fold((1.0, 0.0), |(low, high), a| (f64::min(low, *a), f64::max(high, *a)));
     let caption = "Test accuracy: seeds (dots), mean (bar), one standard deviation (line)";
-    // The first method at the top.
     let mut chart = ChartBuilder::on(&root)
         .caption(caption, (FONT, 20))
         .margin(12)
         .x_label_area_size(44)
         .y_label_area_size(220)
         .build_cartesian_2d((low - 0.02).max(0.0)..(high + 0.02).min(1.0), (0..rows - 1).into_segmented())?;
+    // Rows count from the bottom; the first method is at the top.
     let name = |row: &SegmentValue<i32>| match row {
         SegmentValue::CenterOf(row) | SegmentValue::Exact(row) => {
             outcomes.get((rows - 1 - row) as usize).map_or(String::new(), |outcome| outcome.name.clone())
@@ -76,19 +82,19 @@ fn accuracy(outcomes: &[Outcome], path: &Path) -> Result<()> {
         chart.draw_series(values.iter().map(|a| Circle::new((*a, row.clone()), 4, COLOURS[0].mix(0.7).filled())))?;
         chart.draw_series([EmptyElement::at((mean, row)) + Rectangle::new([(-2, -9), (2, 9)], BLACK.filled())])?;
     }
-    root.present()?;
-    Ok(())
+    Ok(root.present()?)
 }
 
-/// A sheet with a title, a legend, and one panel for each method, two in a row.
-fn sheet(
+/// A plot with a title, a legend, and one panel per method that estimates weights, two in a row.
+fn panels(
+    outcomes: &[Outcome],
     path: &Path,
     title: &str,
     legend: &[(&str, RGBColor)],
-    panels: usize,
-    fill: impl Fn(&[Area<'_>]) -> Result<()>,
+    panel: impl Fn(&Area<'_>, &Outcome, &[(&str, RGBColor)]) -> Result<()>,
 ) -> Result<()> {
-    let rows = panels.div_ceil(2).max(1);
+    let outcomes: Vec<&Outcome> = outcomes.iter().filter(|outcome| outcome.method.estimates()).collect();
+    let rows = outcomes.len().div_ceil(2);
     let root = SVGBackend::new(path, (WIDTH, HEADER as u32 + PANEL_HEIGHT * rows as u32)).into_drawing_area();
     root.fill(&WHITE)?;
     let (header, body) = root.split_vertically(HEADER);
@@ -99,94 +105,67 @@ fn sheet(
         header.draw(&Text::new((*name).to_owned(), (x + 20, 35), (FONT, 15)))?;
         x += 50 + 9 * name.len() as i32;
     }
-    fill(&body.split_evenly((rows, 2)))?;
-    root.present()?;
+    for (area, outcome) in body.split_evenly((rows, 2)).iter().zip(outcomes) {
+        panel(area, outcome, legend)?;
+    }
+    Ok(root.present()?)
+}
+
+fn weights(area: &Area<'_>, outcome: &Outcome, legend: &[(&str, RGBColor)]) -> Result<()> {
+    let over: Vec<Vec<f64>> = (0..outcome.epochs()).map(|epoch| outcome.weights(epoch)).collect();
+    let mut chart = ChartBuilder::on(area)
+        .caption(&outcome.name, (FONT, 16))
+        .margin(10)
+        .x_label_area_size(34)
+        .y_label_area_size(48)
+        .build_cartesian_2d(1.0..over.len().max(2) as f64, 0.0..1.0)?;
+    // The sum of all weights first; each smaller sum is drawn over it.
+    for (k, (_, colour)) in legend.iter().enumerate().rev() {
+        let sum = |(epoch, weights): (usize, &Vec<f64>)| (epoch as f64 + 1.0, weights[..=k].iter().sum());
+        let points: Vec<(f64, f64)> = over.iter().enumerate().map(sum).collect();
+        chart.draw_series(AreaSeries::new(points, 0.0, colour.filled()).border_style(WHITE))?;
+    }
+    chart
+        .configure_mesh()
+        .disable_mesh()
+        .x_desc("epoch")
+        .x_label_formatter(&|epoch| format!("{epoch:.0}"))
+        .y_label_formatter(&|weight| format!("{weight:.1}"))
+        .label_style((FONT, 13))
+        .draw()?;
     Ok(())
 }
 
-/// The losses' names and colours: fused the first colour in every plot, whatever the number of modalities.
-fn colours(losses: &[String]) -> Vec<(&str, RGBColor)> {
-    let last = losses.len().saturating_sub(1);
-    let colour = |k: usize| if k == last { COLOURS[0] } else { COLOURS[1 + k % (COLOURS.len() - 1)] };
-    losses.iter().enumerate().map(|(k, name)| (name.as_str(), colour(k))).collect()
-}
-
-fn weights(outcomes: &[&Outcome], losses: &[String], path: &Path) -> Result<()> {
-    let legend = colours(losses);
-    let title = "Weights in force, mean over seeds, stacked";
-    sheet(path, title, &legend, outcomes.len(), |panels| {
-        for (panel, outcome) in panels.iter().zip(outcomes) {
-            let over: Vec<Vec<f64>> = (0..outcome.epochs()).map(|epoch| outcome.weights(epoch)).collect();
-            let mut chart = ChartBuilder::on(panel)
-                .caption(&outcome.name, (FONT, 16))
-                .margin(10)
-                .x_label_area_size(34)
-                .y_label_area_size(48)
-                .build_cartesian_2d(1.0..over.len().max(2) as f64, 0.0..1.0)?;
-            // From the whole stack down to its lowest layer, each drawn over the one before.
-            for (k, (_, colour)) in legend.iter().enumerate().rev() {
-                let stack = |(epoch, weights): (usize, &Vec<f64>)| (epoch as f64 + 1.0, weights[..=k].iter().sum());
-                let points: Vec<(f64, f64)> = over.iter().enumerate().map(stack).collect();
-                chart.draw_series(AreaSeries::new(points, 0.0, colour.filled()).border_style(WHITE))?;
-            }
-            chart
-                .configure_mesh()
-                .disable_mesh()
-                .x_desc("epoch")
-                .x_label_formatter(&|epoch| format!("{epoch:.0}"))
-                .y_label_formatter(&|weight| format!("{weight:.1}"))
-                .label_style((FONT, 13))
-                .draw()?;
+fn ogr(area: &Area<'_>, outcome: &Outcome, legend: &[(&str, RGBColor)]) -> Result<()> {
+    let mut lines = vec![Vec::new(); legend.len()];
+    for epoch in 0..outcome.epochs() {
+        let Some(ratios) = outcome.ogr(epoch) else { continue };
+        let values = ratios.losses.into_iter().chain([ratios.blend, ratios.uniform]);
+        // A logarithmic axis has no place for other values.
+        for (line, value) in lines.iter_mut().zip(values).filter(|(_, value)| value.is_finite() && *value > 0.0) {
+            line.push((epoch as f64 + 1.0, value));
         }
-        Ok(())
-    })
-}
-
-fn ogr(outcomes: &[&Outcome], losses: &[String], path: &Path) -> Result<()> {
-    let mut legend = colours(losses);
-    legend.extend([("blend", BLACK), ("uniform weights", GREY)]);
-    let title = "Overfitting-to-generalisation ratio, median over seeds (less is better)";
-    sheet(path, title, &legend, outcomes.len(), |panels| {
-        for (panel, outcome) in panels.iter().zip(outcomes) {
-            // One line for each entry of the legend.
-            let lines: Vec<Vec<(f64, f64)>> = (0..legend.len())
-                .map(|line| {
-                    let at = |epoch: usize| {
-                        let ogr = outcome.ogr(epoch)?;
-                        let after = line.checked_sub(ogr.losses.len());
-                        let value = match after {
-                            None => ogr.losses[line],
-                            Some(0) => ogr.blend,
-                            Some(_) => ogr.uniform,
-                        };
-                        // There is no place for the others on a logarithmic axis.
-                        (value.is_finite() && value > 0.0).then_some((epoch as f64 + 1.0, value))
-                    };
-                    (0..outcome.epochs()).filter_map(at).collect()
-                })
-                .collect();
-            let values = || lines.iter().flatten().map(|(_, value)| *value);
-            let low = values().fold(f64::INFINITY, f64::min).min(1.0);
-            let high = values().fold(0.0, f64::max).max(low * 10.0);
-            let mut chart = ChartBuilder::on(panel)
-                .caption(&outcome.name, (FONT, 16))
-                .margin(10)
-                .x_label_area_size(34)
-                .y_label_area_size(56)
-                .build_cartesian_2d(1.0..outcome.epochs().max(2) as f64, (low / 1.3..high * 1.3).log_scale())?;
-            chart
-                .configure_mesh()
-                .light_line_style(TRANSPARENT)
-                .y_labels(4)
-                .x_desc("epoch")
-                .x_label_formatter(&|epoch| format!("{epoch:.0}"))
-                .y_label_formatter(&|ratio| format!("{ratio}"))
-                .label_style((FONT, 13))
-                .draw()?;
-            for (line, (_, colour)) in lines.into_iter().zip(&legend) {
-                chart.draw_series(LineSeries::new(line, colour.stroke_width(2)))?;
-            }
-        }
-        Ok(())
-    })
+    }
+    let values = || lines.iter().flatten().map(|(_, value)| *value);
+    let low = values().fold(f64::INFINITY, f64::min).min(1.0);
+    let high = values().fold(0.0, f64::max).max(low * 10.0);
+    let mut chart = ChartBuilder::on(area)
+        .caption(&outcome.name, (FONT, 16))
+        .margin(10)
+        .x_label_area_size(34)
+        .y_label_area_size(56)
+        .build_cartesian_2d(1.0..outcome.epochs().max(2) as f64, (low / 1.3..high * 1.3).log_scale())?;
+    chart
+        .configure_mesh()
+        .light_line_style(TRANSPARENT)
+        .y_labels(4)
+        .x_desc("epoch")
+        .x_label_formatter(&|epoch| format!("{epoch:.0}"))
+        .y_label_formatter(&|ratio| format!("{ratio}"))
+        .label_style((FONT, 13))
+        .draw()?;
+    for (line, (_, colour)) in lines.into_iter().zip(legend) {
+        chart.draw_series(LineSeries::new(line, colour.stroke_width(2)))?;
+    }
+    Ok(())
 }

@@ -1,12 +1,12 @@
-//! What came of the methods: a table for the screen and JSON for programs.
+//! Results of the methods, as a table for the screen and as JSON for programs.
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use comfy_table::{Cell, CellAlignment, Table, presets};
-use serde_json::{Value, json};
 
 use crate::train::{Method, Ratios, Run, TrainBatch};
 
-/// All runs of one method, one for each seed.
+/// All runs of one method, one per seed.
 pub(crate) struct Outcome {
     pub(crate) method: Method,
     pub(crate) name: String,
@@ -21,18 +21,18 @@ impl Outcome {
     /// The weights in force at the end of an epoch, mean over seeds.
     pub(crate) fn weights(&self, epoch: usize) -> Vec<f64> {
         let losses = self.runs.first().map_or(0, |run| run.epochs[epoch].weights.len());
-        (0..losses).map(|k| mean(&self.each(|run| run.epochs[epoch].weights[k]))).collect()
+        (0..losses).map(|k| self.mean(|run| run.epochs[epoch].weights[k])).collect()
     }
 
-    /// The ratios at the end of an epoch, median over seeds: they are quotients, so a mean would be that of outliers.
+    /// The ratios at the end of an epoch, median over seeds: they are quotients, so outliers would determine a mean.
     pub(crate) fn ogr(&self, epoch: usize) -> Option<Ratios> {
         let of: Vec<&Ratios> = self.runs.iter().filter_map(|run| run.epochs[epoch].ogr.as_ref()).collect();
-        let middle = |value: &dyn Fn(&Ratios) -> f64| median(of.iter().map(|ratios| value(ratios)).collect());
+        let over_seeds = |value: &dyn Fn(&Ratios) -> f64| median(of.iter().map(|ratios| value(ratios)).collect());
         let losses = of.first()?.losses.len();
         Some(Ratios {
-            losses: (0..losses).map(|k| middle(&|ratios| ratios.losses[k])).collect(),
-            blend: middle(&|ratios| ratios.blend),
-            uniform: middle(&|ratios| ratios.uniform),
+            losses: (0..losses).map(|k| over_seeds(&|ratios| ratios.losses[k])).collect(),
+            blend: over_seeds(&|ratios| ratios.blend),
+            uniform: over_seeds(&|ratios| ratios.uniform),
         })
     }
 
@@ -40,8 +40,8 @@ impl Outcome {
         self.runs.first().map_or(0, |run| run.epochs.len())
     }
 
-    fn each(&self, value: impl Fn(&Run) -> f64) -> Vec<f64> {
-        self.runs.iter().map(value).collect()
+    fn mean(&self, value: impl Fn(&Run) -> f64) -> f64 {
+        mean(&self.runs.iter().map(value).collect::<Vec<_>>())
     }
 }
 
@@ -55,12 +55,12 @@ pub(crate) fn deviation(values: &[f64]) -> f64 {
     (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (values.len() as f64 - 1.0)).sqrt()
 }
 
-/// One seed has no spread.
+/// Empty for one seed, which has no spread.
 fn plus_minus(error: f64) -> String {
     if error.is_nan() { String::new() } else { format!(" ± {error:.3}") }
 }
 
-/// Of the values that are numbers.
+/// Median of the values that are not NaN.
 fn median(mut values: Vec<f64>) -> f64 {
     values.retain(|value| !value.is_nan());
     values.sort_by(f64::total_cmp);
@@ -71,110 +71,115 @@ fn median(mut values: Vec<f64>) -> f64 {
     }
 }
 
-fn train_batch_name(train_batch: TrainBatch) -> &'static str {
-    match train_batch {
-        TrainBatch::Same => "same",
-        TrainBatch::Independent => "independent",
+/// The results of all methods.
+#[derive(serde::Serialize)]
+pub(crate) struct Summary {
+    pub(crate) data: String,
+    /// Names of the losses, the fused one last.
+    pub(crate) modalities: Vec<String>,
+    pub(crate) seeds: Vec<u64>,
+    pub(crate) train_batch: TrainBatch,
+    pub(crate) methods: Vec<Row>,
+}
+
+/// The results of one method at the end of training. Seconds are those of one run, mean over seeds.
+#[derive(serde::Serialize)]
+pub(crate) struct Row {
+    #[serde(skip)]
+    method: Method,
+    pub(crate) name: String,
+    pub(crate) accuracy: Vec<f64>,
+    mean: f64,
+    spread: f64,
+    pub(crate) weights: Vec<f64>,
+    pub(crate) ogr: Option<Ratios>,
+    pub(crate) held: u64,
+    pub(crate) solved: u64,
+    train_batch: Option<TrainBatch>,
+    pub(crate) blend_seconds: f64,
+    library_seconds: f64,
+    pub(crate) train_seconds: f64,
+}
+
+impl Row {
+    pub(crate) fn new(outcome: &Outcome, train_batch: TrainBatch) -> Self {
+        let (accuracy, last) = (outcome.accuracy(), outcome.epochs().saturating_sub(1));
+        Row {
+            method: outcome.method,
+            name: outcome.name.clone(),
+            mean: mean(&accuracy),
+            spread: deviation(&accuracy),
+            accuracy,
+            weights: outcome.weights(last),
+            ogr: outcome.ogr(last),
+            held: outcome.runs.iter().map(|run| run.held).sum(),
+            solved: outcome.runs.iter().map(|run| run.solved).sum(),
+            train_batch: outcome.method.uses_gradients().then_some(train_batch),
+            blend_seconds: outcome.mean(|run| run.blending.as_secs_f64()),
+            library_seconds: outcome.mean(|run| run.library.as_secs_f64()),
+            train_seconds: outcome.mean(|run| run.training.as_secs_f64()),
+        }
+    }
+
+    /// Difference of the accuracy to another method, by seed: all methods of a seed share its samples, whose spread so
+    /// cancels.
+    fn minus(&self, other: &Row) -> String {
+        if self.accuracy == other.accuracy {
+            return String::new();
+        }
+        let differences: Vec<f64> = self.accuracy.iter().zip(&other.accuracy).map(|(a, b)| a - b).collect();
+        let error = deviation(&differences) / (differences.len() as f64).sqrt();
+        format!("{:+.3}{}", mean(&differences), plus_minus(error))
     }
 }
 
-/// One row for each method.
-pub(crate) fn table(outcomes: &[Outcome], losses: &[String], train_batch: TrainBatch) -> Result<Table> {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    let weights = format!("final weights\n{}", losses.join(" / "));
-    table.set_header([
-        "method",
-        "test accuracy\nmean ± sd",
-        "less naive\nmean ± se",
-        "less uniform\nmean ± se",
-        &weights,
-        "OGR: blend\n(uniform)",
-        "held /\nsolved",
-        "t from\nbatch",
-        "blending s\n(gradblend ms)",
-        "training\ns",
-    ]);
-    let find = |method: Method| outcomes.iter().find(|outcome| outcome.method == method);
-    let naive = find(Method::Naive).context("naive is missing")?.accuracy();
-    let uniform = find(Method::Uniform).context("uniform is missing")?.accuracy();
-    for outcome in outcomes {
-        let accuracy = outcome.accuracy();
-        // Seed by seed: the spread over seeds is that of the samples, which all methods of a seed share.
-        let less = |other: &[f64]| {
-            let differences: Vec<f64> = accuracy.iter().zip(other).map(|(a, b)| a - b).collect();
-            let error = deviation(&differences) / (differences.len() as f64).sqrt();
-            if outcome.accuracy() == other {
-                "".to_owned()
-            } else {
-                format!("{:+.3}{}", mean(&differences), plus_minus(error))
+impl Summary {
+    /// One row per method.
+    pub(crate) fn table(&self) -> Result<Table> {
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_FULL_CONDENSED);
+        let weights = format!("final weights\n{}", self.modalities.join(" / "));
+        table.set_header([
+            "method",
+            "test accuracy\nmean ± sd",
+            "minus naive\nmean ± se",
+            "minus uniform\nmean ± se",
+            &weights,
+            "OGR: blend\n(uniform)",
+            "held /\nsolved",
+            "t from\nbatch",
+            "blending s\n(gradblend ms)",
+            "training\ns",
+        ]);
+        let find = |method| self.methods.iter().find(|row| row.method == method).context("a baseline is missing");
+        let (naive, uniform) = (find(Method::Naive)?, find(Method::Uniform)?);
+        for row in &self.methods {
+            let weights: Vec<String> = row.weights.iter().map(|weight| format!("{weight:.2}")).collect();
+            let (mut solved, mut blending) = (String::new(), String::new());
+            if row.method.estimates() {
+                solved = format!("{} / {}", row.held, row.solved);
+                blending = format!("{:.2}", row.blend_seconds);
             }
-        };
-        let last = outcome.epochs().saturating_sub(1);
-        let weights: Vec<String> = outcome.weights(last).iter().map(|weight| format!("{weight:.2}")).collect();
-        let ogr = outcome.ogr(last).map(|ogr| format!("{:.2} ({:.2})", ogr.blend, ogr.uniform));
-        let (held, solved) = (outcome.each(|run| run.held as f64), outcome.each(|run| run.solved as f64));
-        let (held, solved) = (held.iter().sum::<f64>(), solved.iter().sum::<f64>());
-        let library = mean(&outcome.each(|run| run.library.as_secs_f64()));
-        let blending = mean(&outcome.each(|run| run.blending.as_secs_f64()));
-        let gradients = outcome.method.uses_gradients();
-        let row = [
-            outcome.name.clone(),
-            format!("{:.3}{}", mean(&accuracy), plus_minus(deviation(&accuracy))),
-            less(&naive),
-            less(&uniform),
-            weights.join(" / "),
-            ogr.unwrap_or_default(),
-            if outcome.method.estimates() { format!("{held} / {solved}") } else { String::new() },
-            if gradients { train_batch_name(train_batch).to_owned() } else { String::new() },
-            match outcome.method.estimates() {
-                false => String::new(),
-                true if gradients => format!("{blending:.2} ({:.0})", library * 1e3),
-                true => format!("{blending:.2}"),
-            },
-            format!("{:.2}", mean(&outcome.each(|run| run.training.as_secs_f64()))),
-        ];
-        table.add_row(row.into_iter().enumerate().map(|(i, text)| {
-            Cell::new(text).set_alignment(if i == 0 { CellAlignment::Left } else { CellAlignment::Right })
-        }));
+            if row.method.uses_gradients() {
+                blending += &format!(" ({:.0})", row.library_seconds * 1e3);
+            }
+            let batch = row.train_batch.and_then(|batch| batch.to_possible_value());
+            let cells = [
+                row.name.clone(),
+                format!("{:.3}{}", row.mean, plus_minus(row.spread)),
+                row.minus(naive),
+                row.minus(uniform),
+                weights.join(" / "),
+                row.ogr.as_ref().map_or(String::new(), |ogr| format!("{:.2} ({:.2})", ogr.blend, ogr.uniform)),
+                solved,
+                batch.map_or(String::new(), |batch| batch.get_name().to_owned()),
+                blending,
+                format!("{:.2}", row.train_seconds),
+            ];
+            table.add_row(cells.into_iter().enumerate().map(|(i, text)| {
+                Cell::new(text).set_alignment(if i == 0 { CellAlignment::Left } else { CellAlignment::Right })
+            }));
+        }
+        Ok(table)
     }
-    Ok(table)
-}
-
-/// What the table is made of. Seconds are those of one run, mean over seeds.
-pub(crate) fn json(
-    outcomes: &[Outcome],
-    description: &str,
-    losses: &[String],
-    seeds: u64,
-    train_batch: TrainBatch,
-) -> Value {
-    let method = |outcome: &Outcome| {
-        let last = outcome.epochs().saturating_sub(1);
-        let accuracy = outcome.accuracy();
-        let total = |value: fn(&Run) -> u64| outcome.runs.iter().map(value).sum::<u64>();
-        json!({
-            "name": outcome.name,
-            "accuracy": accuracy,
-            "mean": mean(&accuracy),
-            "spread": deviation(&accuracy),
-            "weights": outcome.weights(last),
-            "ogr": outcome.ogr(last).map(|ogr| json!({
-                "losses": ogr.losses, "blend": ogr.blend, "uniform": ogr.uniform,
-            })),
-            "held": total(|run| run.held),
-            "solved": total(|run| run.solved),
-            "train_batch": outcome.method.uses_gradients().then(|| train_batch_name(train_batch)),
-            "blend_seconds": mean(&outcome.each(|run| run.blending.as_secs_f64())),
-            "library_seconds": mean(&outcome.each(|run| run.library.as_secs_f64())),
-            "train_seconds": mean(&outcome.each(|run| run.training.as_secs_f64())),
-        })
-    };
-    json!({
-        "data": description,
-        "modalities": losses,
-        "seeds": (0..seeds).collect::<Vec<_>>(),
-        "train_batch": train_batch_name(train_batch),
-        "methods": outcomes.iter().map(method).collect::<Vec<_>>(),
-    })
 }

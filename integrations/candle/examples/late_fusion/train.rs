@@ -1,28 +1,32 @@
-//! The methods that are compared, and the training loop that all of them share.
+//! The methods that are compared, and their common training loop.
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::Tensor;
+use candle_core::backprop::GradStore;
 use gradblend::{
-    Average, Cadence, Config, Estimate, Flags, Losses, MeanLoss, Overfitting, Policy, Report, Schedule, Trainee,
-    gb_estimate,
+    Average, Cadence, Config, Estimate, Flags, Losses, Overfitting, Policy, Report, Schedule, Trainee, gb_estimate,
 };
+use gradblend_candle::{GradBlend, weighted_loss};
 
-use crate::blending::{Blending, Gradients};
-use crate::data::{Batch, Batches, Data, Split, random};
+use crate::data::{Batches, Data, Samples, count, random};
 use crate::network::{Adam, Network};
+
+/// Epochs of the first super-epoch and of each one after it, as in the paper.
+pub(crate) const WARM_UP: u64 = 10;
+pub(crate) const SUPER_EPOCH: u64 = 5;
 
 /// Where the weights of the losses come from.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Method {
-    /// One modality's loss, and its own head's accuracy.
+    /// The loss of one modality, and the accuracy of its own head.
     Alone(usize),
     /// The fused loss.
     Naive,
     /// 1 / K for each loss.
     Uniform,
-    /// Estimated from losses, once, before training: each loss is trained on alone for the whole run.
+    /// Estimated from losses, once, before training: each loss is trained alone for the whole run.
     OfflineLoss,
     /// Estimated from losses at the start of each super-epoch, for its length.
     OnlineLoss,
@@ -30,11 +34,24 @@ pub(crate) enum Method {
     OnlineGradientEpoch(Overfitting),
     /// Estimated from gradients at each step, by an EMA.
     OnlineGradientStep(Overfitting),
-    /// The same at every few steps; between them, one backward pass on the weighted loss.
+    /// The same at every r-th step; between them, one backward pass on the weighted loss.
     OnlineGradientCheap,
 }
 
 impl Method {
+    /// All methods. `correlated` adds those that do not take the overfitting of modalities as uncorrelated.
+    pub(crate) fn all(modalities: usize, correlated: bool) -> Vec<Method> {
+        use Method::*;
+        use Overfitting::{Correlated, Uncorrelated};
+        let mut methods: Vec<Method> = (0..modalities).map(Alone).collect();
+        methods.extend([Naive, Uniform, OfflineLoss, OnlineLoss]);
+        methods.extend([OnlineGradientEpoch(Uncorrelated), OnlineGradientStep(Uncorrelated), OnlineGradientCheap]);
+        if correlated {
+            methods.extend([OnlineGradientEpoch(Correlated), OnlineGradientStep(Correlated)]);
+        }
+        methods
+    }
+
     pub(crate) fn name(self, modalities: &[String]) -> String {
         let policy = |overfitting| if overfitting == Overfitting::Correlated { ":correlated" } else { "" };
         match self {
@@ -49,7 +66,7 @@ impl Method {
         }
     }
 
-    /// Whether there are weights to be found.
+    /// Whether weights are estimated.
     pub(crate) fn estimates(self) -> bool {
         !matches!(self, Method::Alone(_) | Method::Naive | Method::Uniform)
     }
@@ -58,11 +75,7 @@ impl Method {
         self.estimates() && !matches!(self, Method::OfflineLoss | Method::OnlineLoss)
     }
 
-    fn solves_at_each_observation(self) -> bool {
-        matches!(self, Method::OnlineGradientStep(_) | Method::OnlineGradientCheap)
-    }
-
-    fn first_weights(self, losses: usize) -> Vec<f64> {
+    fn initial_weights(self, losses: usize) -> Vec<f64> {
         let only = |k: usize| (0..losses).map(|j| f64::from(u8::from(j == k))).collect();
         match self {
             Method::Alone(k) => only(k),
@@ -71,7 +84,7 @@ impl Method {
         }
     }
 
-    /// The super-epochs of the estimate from losses.
+    /// Super-epochs of an estimate from losses.
     fn loss_schedule(self) -> Result<Option<Schedule>> {
         Ok(match self {
             Method::OfflineLoss => Some(Schedule::offline()),
@@ -80,10 +93,10 @@ impl Method {
         })
     }
 
-    /// The blender's configuration for the estimate from gradients.
+    /// The blender's configuration for an estimate from gradients.
     fn config(self, losses: usize, decay: f64) -> Option<Config> {
         let (average, cadence, overfitting) = match self {
-            // A super-epoch's observations count alike: the moments start anew with each.
+            // All observations of a super-epoch count alike: the moments are reset at its end.
             Method::OnlineGradientEpoch(overfitting) => (Average::Mean, Cadence::OnRequest, overfitting),
             Method::OnlineGradientStep(overfitting) => (Average::Ema { decay }, Cadence::EveryObservation, overfitting),
             Method::OnlineGradientCheap => {
@@ -92,37 +105,49 @@ impl Method {
             _ => return None,
         };
         let policy = Policy { overfitting, ..Policy::default() };
-        // One thread: the parallel work here is that of the seeds.
+        // One thread: the seeds run in parallel.
         Some(Config { average, cadence, policy, threads: 1, ..Config::new(losses as u32) })
     }
 }
 
-/// Epochs of the first super-epoch and of each one after it, as in the paper.
-pub(crate) const WARM_UP: u64 = 10;
-pub(crate) const SUPER_EPOCH: u64 = 5;
-
 /// Where t, the train gradient of the fused loss, comes from.
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum TrainBatch {
-    /// From the batch behind the v_k: no further backward pass, but the noise of v_fused gets into its own d squared
+    /// The batch of the v_k: no further backward pass, but the noise of v_fused enters its own d squared
     Same,
-    /// From a training batch drawn independently: unbiased, one more forward and backward pass
+    /// A training batch that is drawn independently: unbiased, one more forward and backward pass
     Independent,
 }
 
-/// What all methods have in common.
+/// Settings of all methods.
+#[derive(clap::Args)]
 pub(crate) struct Settings {
+    /// Epochs to train for
+    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) epochs: u64,
+    /// Samples per batch
+    #[arg(long, default_value = "50", value_parser = count())]
     pub(crate) batch: usize,
-    pub(crate) rate: f64,
+    /// Adam's learning rate
+    #[arg(long, default_value_t = 1e-3)]
+    pub(crate) learning_rate: f64,
+    /// Hidden units of each encoder and of the fused head
+    #[arg(long, default_value = "64", value_parser = count())]
     pub(crate) hidden: usize,
+    /// Decay of the moving averages of online-gradient-step and -cheap
+    #[arg(long, default_value_t = 0.99)]
     pub(crate) decay: f64,
+    /// online-gradient-cheap observes at every so many steps
+    #[arg(long, value_name = "STEPS", default_value = "10", value_parser = count())]
     pub(crate) every: usize,
+    /// Where the train gradient t of the fused loss comes from
+    #[arg(long, default_value = "same")]
     pub(crate) train_batch: TrainBatch,
 }
 
 /// Overfitting-to-generalisation ratios.
-#[derive(Clone)]
+#[derive(Clone, serde::Serialize)]
 pub(crate) struct Ratios {
     /// Of each loss.
     pub(crate) losses: Vec<f64>,
@@ -132,119 +157,127 @@ pub(crate) struct Ratios {
     pub(crate) uniform: f64,
 }
 
-/// The end of an epoch.
+impl Ratios {
+    fn of_gradients(report: &Report) -> Self {
+        Ratios { losses: report.ogr.clone(), blend: report.ogr_blend, uniform: report.ogr_uniform }
+    }
+
+    /// As the blender reports them: sqrt(sum w^2 dO^2) / |sum w dG|, overfitting taken as uncorrelated.
+    fn of_losses(estimate: &Estimate, weights: &[f64]) -> Self {
+        let ratio = |weights: &[f64]| {
+            let overfitting: f64 = weights.iter().zip(&estimate.delta_o).map(|(w, o)| (w * o).powi(2)).sum();
+            let generalisation: f64 = weights.iter().zip(&estimate.delta_g).map(|(w, g)| w * g).sum();
+            overfitting.sqrt() / generalisation.abs()
+        };
+        let uniform = vec![1.0 / weights.len() as f64; weights.len()];
+        Ratios { losses: estimate.ogr.clone(), blend: ratio(weights), uniform: ratio(&uniform) }
+    }
+}
+
+/// The state at the end of an epoch.
 pub(crate) struct Epoch {
-    /// The weights that the epoch's last step was made with, or, if they change at each step, that it led to.
+    /// The weights of the epoch's last step, or, if they change at each step, those after it.
     pub(crate) weights: Vec<f64>,
     pub(crate) ogr: Option<Ratios>,
 }
 
-/// What came of one method on one seed.
+/// Result of one method on one seed.
+#[derive(Default)]
 pub(crate) struct Run {
     pub(crate) accuracy: f64,
     pub(crate) epochs: Vec<Epoch>,
-    /// How often weights were solved for, and how often there was nothing to go by.
+    /// How often weights were solved for, and how often the weights in force were held.
     pub(crate) solved: u64,
     pub(crate) held: u64,
     /// All of training, blending included.
     pub(crate) training: Duration,
-    /// What a plain step on the fused loss would not have done.
+    /// What a plain step on the fused loss does not need.
     pub(crate) blending: Duration,
-    /// Of that, the time in gradblend itself; for estimates from losses too small to tell apart.
+    /// The part of it in gradblend itself; for estimates from losses too short to measure.
     pub(crate) library: Duration,
 }
 
-/// Trains a network from the seed's first weights and tests it after the last epoch.
-pub(crate) fn train(
-    method: Method,
-    data: &Data,
-    settings: &Settings,
-    seed: u64,
-    mut on_epoch: impl FnMut(),
-) -> Result<Run> {
+impl Run {
+    fn solved(&mut self, held: bool) {
+        self.solved += 1;
+        self.held += u64::from(held);
+    }
+}
+
+/// Adds the time of `work` to `total`.
+fn timed<T>(total: &mut Duration, work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let result = work();
+    *total += start.elapsed();
+    result
+}
+
+/// Trains a network from the seed's initial weights and tests it after the last epoch.
+pub(crate) fn train(method: Method, data: &Data, settings: &Settings, seed: u64, on_epoch: impl Fn()) -> Result<Run> {
     let mut trainer = Trainer::new(data, settings, seed)?;
     let losses = trainer.network.losses_len();
-    let mut weights = method.first_weights(losses);
+    let mut weights = method.initial_weights(losses);
     let schedule = method.loss_schedule()?;
     let super_epochs = Schedule::online(WARM_UP, SUPER_EPOCH)?;
     let config = method.config(losses, settings.decay);
-    let mut blending = config.map(|config| Blending::new(trainer.network.parameters(), config)).transpose()?;
+    let at_each_observation = config.is_some_and(|config| config.cadence == Cadence::EveryObservation);
+    let mut blend = config.map(|config| GradBlend::new(&trainer.network.parameters, config)).transpose()?;
     let every = if method == Method::OnlineGradientCheap { settings.every } else { 1 };
 
-    let (mut epochs, mut ogr, mut solved, mut held) = (Vec::new(), None, 0, 0);
-    let (mut spent, mut steps) = (Duration::ZERO, 0_usize);
-    let begun = Instant::now();
+    let (mut run, mut ogr, mut steps) = (Run::default(), None, 0_usize);
+    let start = Instant::now();
     for epoch in 0..settings.epochs {
         if let Some(schedule) = schedule.filter(|schedule| schedule.starts(epoch)) {
-            let begun = Instant::now();
-            // Offline, the estimate looks as far ahead as the training will go.
+            // Offline, the estimate covers the whole training.
             let length = schedule.len(epoch).unwrap_or(settings.epochs).min(settings.epochs);
-            let estimate = gb_estimate(&mut trainer, length, &Policy::default())?;
-            solved += 1;
-            match &estimate.solution.weights {
-                Some(found) => weights.clone_from(found),
-                // Nothing to go by, as when no loss gained on held-out samples: keep the weights in force.
-                None => held += 1,
-            }
-            ogr = Some(ratios_of_losses(&estimate, &weights));
-            spent += begun.elapsed();
+            let estimate = timed(&mut run.blending, || gb_estimate(&mut trainer, length, &Policy::default()))?;
+            run.solved(estimate.solution.weights.is_none());
+            // Without a loss that generalises, the weights in force are held.
+            weights = estimate.solution.weights.clone().unwrap_or(weights);
+            ogr = Some(Ratios::of_losses(&estimate, &weights));
         }
-        for _ in 0..trainer.batches.an_epoch() {
-            match &mut blending {
-                None => trainer.step(&weights)?,
-                Some(blending) if steps.is_multiple_of(every) => {
-                    let (gradients, extra) = trainer.gradients(settings.train_batch)?;
-                    let blended = blending.step(gradients)?;
-                    trainer.adam.step(trainer.network.parameters(), blended)?;
-                    spent += extra;
-                    if method.solves_at_each_observation() {
-                        solved += 1;
-                        held += u64::from(blending.report()?.flags.contains(Flags::HELD));
+        for _ in 0..trainer.batches.per_epoch() {
+            match &mut blend {
+                Some(blend) if steps.is_multiple_of(every) => {
+                    let gradients = trainer.gradients(settings.train_batch, &mut run.blending)?;
+                    let Gradients { losses, train, valid } = &gradients;
+                    let blended = timed(&mut run.library, || blend.step(losses, train.as_ref(), valid))?;
+                    trainer.adam.step(&trainer.network.parameters, &blended)?;
+                    if at_each_observation {
+                        run.solved(blend.report()?.flags.contains(Flags::HELD));
                     }
                 }
-                Some(blending) => {
-                    let weights: Vec<f64> = blending.weights().iter().map(|weight| f64::from(*weight)).collect();
-                    trainer.step(&weights)?;
-                }
+                Some(blend) => trainer.step(blend.weights())?,
+                None => trainer.step(&weights.iter().map(|weight| *weight as f32).collect::<Vec<_>>())?,
             }
             steps += 1;
         }
-        if let Some(blending) = &mut blending {
-            let report = blending.report()?;
+        if let Some(blend) = &mut blend {
+            let report = blend.report()?;
             weights.clone_from(&report.weights);
-            ogr = Some(ratios_of_gradients(&report));
-            let last = epoch + 1 == settings.epochs;
-            // After the last epoch there is nothing left to weight.
-            if !method.solves_at_each_observation() && super_epochs.ends(epoch) && !last {
-                let report = blending.end_super_epoch()?;
-                solved += 1;
-                held += u64::from(report.flags.contains(Flags::HELD));
+            ogr = Some(Ratios::of_gradients(&report));
+            // After the last epoch nothing is left to weight.
+            if !at_each_observation && super_epochs.ends(epoch) && epoch + 1 < settings.epochs {
+                timed(&mut run.library, || blend.reweight())?;
+                run.solved(blend.report()?.flags.contains(Flags::HELD));
+                blend.reset()?;
             }
         }
-        epochs.push(Epoch { weights: weights.clone(), ogr: ogr.clone() });
+        run.epochs.push(Epoch { weights: weights.clone(), ogr: ogr.clone() });
         on_epoch();
     }
-    let training = begun.elapsed();
-    let library = blending.map_or(Duration::ZERO, |blending| blending.library);
-    let head = if let Method::Alone(k) = method { k } else { losses - 1 };
-    let right = trainer.network.right(&data.test.all, head)?;
-    let accuracy = f64::from(right) / data.test.len as f64;
-    Ok(Run { accuracy, epochs, solved, held, training, blending: spent + library, library })
+    run.training = start.elapsed();
+    run.blending += run.library;
+    run.accuracy = trainer.network.accuracy(&data.test, if let Method::Alone(k) = method { k } else { losses - 1 })?;
+    Ok(run)
 }
 
-fn ratios_of_gradients(report: &Report) -> Ratios {
-    Ratios { losses: report.ogr.clone(), blend: report.ogr_blend, uniform: report.ogr_uniform }
-}
-
-/// As the blender reports them: sqrt(sum w^2 dO^2) / |sum w dG|, overfitting taken as uncorrelated.
-fn ratios_of_losses(estimate: &Estimate, weights: &[f64]) -> Ratios {
-    let ratio = |weights: &[f64]| {
-        let overfitting: f64 = weights.iter().zip(&estimate.delta_o).map(|(w, o)| (w * o).powi(2)).sum();
-        let generalisation: f64 = weights.iter().zip(&estimate.delta_g).map(|(w, g)| w * g).sum();
-        overfitting.sqrt() / generalisation.abs()
-    };
-    let uniform = vec![1.0 / weights.len() as f64; weights.len()];
-    Ratios { losses: estimate.ogr.clone(), blend: ratio(weights), uniform: ratio(&uniform) }
+/// The gradients of one observing step.
+struct Gradients {
+    losses: Vec<GradStore>,
+    /// t, if it has a batch of its own.
+    train: Option<GradStore>,
+    valid: GradStore,
 }
 
 /// A network in training.
@@ -252,20 +285,20 @@ struct Trainer<'a> {
     data: &'a Data,
     network: Network,
     adam: Adam,
-    /// Of training samples: for the v_k, and for t where it has batches of its own.
+    /// Batches of training samples: for the v_k, and for t where it has batches of its own.
     batches: Batches,
     independent: Batches,
-    /// Of held-out samples, for g.
+    /// Batches of held-out samples, for g.
     held_out: Batches,
 }
 
 impl<'a> Trainer<'a> {
     fn new(data: &'a Data, settings: &Settings, seed: u64) -> Result<Self> {
         let network = Network::new(&data.widths, settings.hidden, &mut random(seed, "weights"))?;
-        let batches = |split: &Split, purpose| Batches::new(split.len, settings.batch, random(seed, purpose));
+        let batches = |samples: &Samples, purpose| Batches::new(samples, settings.batch, random(seed, purpose));
         Ok(Trainer {
             data,
-            adam: Adam::new(network.parameters(), settings.rate)?,
+            adam: Adam::new(&network.parameters, settings.learning_rate)?,
             network,
             batches: batches(&data.train, "batches"),
             independent: batches(&data.train, "other"),
@@ -273,57 +306,36 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// A plain step: one backward pass on the weighted loss. Losses of weight 0 are not even computed.
-    fn step(&mut self, weights: &[f64]) -> Result<()> {
+    /// A plain step: one backward pass on the weighted loss. Losses of weight 0 are not computed.
+    fn step(&mut self, weights: &[f32]) -> Result<()> {
         let batch = self.batches.next(&self.data.train)?;
-        let wanted: Vec<bool> = weights.iter().map(|weight| *weight != 0.0).collect();
-        let mut total: Option<Tensor> = None;
-        for (loss, weight) in self.network.losses(&batch, &wanted)?.into_iter().zip(weights) {
-            if let Some(loss) = loss {
-                let loss = (loss * *weight)?;
-                total = Some(match total {
-                    None => loss,
-                    Some(total) => (total + loss)?,
-                });
-            }
-        }
-        let gradients = total.context("all weights are 0")?.backward()?;
-        self.adam.step(self.network.parameters(), &gradients)
+        let losses = self.network.losses(&batch, |k| weights[k] != 0.0)?;
+        self.adam.step(&self.network.parameters, &weighted_loss(&losses, weights)?.backward()?)
     }
 
-    /// The gradients that blending needs, and how long those took that a plain step on the fused loss has no use for:
+    /// The gradients of an observing step. Adds to `further` the time of what a plain step on the fused loss does not need:
     /// all but one forward pass and the backward pass of the fused loss.
-    fn gradients(&mut self, train_batch: TrainBatch) -> Result<(Gradients, Duration)> {
+    fn gradients(&mut self, train_batch: TrainBatch, further: &mut Duration) -> Result<Gradients> {
         let batch = self.batches.next(&self.data.train)?;
-        let wanted = vec![true; self.network.losses_len()];
-        let mut losses: Vec<Tensor> = self.network.losses(&batch, &wanted)?.into_iter().flatten().collect();
-        let fused = losses.pop().context("the network has no loss")?.backward()?;
-
-        let begun = Instant::now();
-        let fused_loss = losses.len();
-        let mut stores = losses.iter().map(|loss| Ok(loss.backward()?)).collect::<Result<Vec<_>>>()?;
-        stores.push(fused);
-        let train = match train_batch {
-            TrainBatch::Same => None,
-            TrainBatch::Independent => {
+        let losses: Vec<Tensor> = self.network.losses(&batch, |_| true)?.into_iter().flatten().collect();
+        let (fused, others) = (losses.len() - 1, &losses[..losses.len() - 1]);
+        let of_fused = losses[fused].backward()?;
+        timed(further, || {
+            let mut losses = others.iter().map(|loss| Ok(loss.backward()?)).collect::<Result<Vec<_>>>()?;
+            losses.push(of_fused);
+            let mut train = None;
+            if train_batch == TrainBatch::Independent {
                 let batch = self.independent.next(&self.data.train)?;
-                Some(self.network.loss(&batch, fused_loss)?.backward()?)
+                train = Some(self.network.loss(&batch, fused)?.backward()?);
             }
-        };
-        let batch = self.held_out.next(&self.data.held_out)?;
-        let valid = self.network.loss(&batch, fused_loss)?.backward()?;
-        Ok((Gradients { losses: stores, train, valid }, begun.elapsed()))
-    }
-
-    fn mean_loss(&self, split: &Split, k: usize) -> Result<f64> {
-        let mut mean = MeanLoss::default();
-        let batch: &Batch = &split.all;
-        mean.add(f64::from(self.network.loss(batch, k)?.to_scalar::<f32>()?), split.len as u64);
-        Ok(mean.mean())
+            let batch = self.held_out.next(&self.data.held_out)?;
+            let valid = self.network.loss(&batch, fused)?.backward()?;
+            Ok(Gradients { losses, train, valid })
+        })
     }
 }
 
-/// Parameters, optimiser, and which batch comes next.
+/// Parameters, optimiser, and the next batches.
 struct Checkpoint {
     parameters: Vec<Tensor>,
     adam: Adam,
@@ -339,14 +351,14 @@ impl Trainee for Trainer<'_> {
     }
 
     fn save(&mut self) -> Result<Checkpoint> {
-        // Parameters are written to in place, so a clone, which shares their memory, would be no checkpoint.
-        let parameters = self.network.parameters().iter().map(|parameter| Ok(parameter.copy()?));
+        // A clone shares the parameters' memory, which is written to in place.
+        let parameters = self.network.parameters.iter().map(|parameter| Ok(parameter.copy()?));
         let parameters = parameters.collect::<Result<_>>()?;
         Ok(Checkpoint { parameters, adam: self.adam.clone(), batches: self.batches.clone() })
     }
 
     fn restore(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        for (parameter, saved) in self.network.parameters().iter().zip(&checkpoint.parameters) {
+        for (parameter, saved) in self.network.parameters.iter().zip(&checkpoint.parameters) {
             parameter.set(saved)?;
         }
         self.adam = checkpoint.adam.clone();
@@ -355,15 +367,14 @@ impl Trainee for Trainer<'_> {
     }
 
     fn train_modality(&mut self, modality: usize, epochs: u64) -> Result<()> {
-        let alone = Method::Alone(modality).first_weights(self.modalities());
-        for _ in 0..epochs as usize * self.batches.an_epoch() {
-            self.step(&alone)?;
-        }
-        Ok(())
+        let weights: Vec<f32> = (0..self.modalities()).map(|k| f32::from(u8::from(k == modality))).collect();
+        (0..epochs as usize * self.batches.per_epoch()).try_for_each(|_| self.step(&weights))
     }
 
     fn losses(&mut self, modality: usize) -> Result<Losses> {
-        let train = self.mean_loss(&self.data.train, modality)?;
-        Ok(Losses { train, valid: self.mean_loss(&self.data.held_out, modality)? })
+        let mean = |samples: &Samples| -> Result<f64> {
+            Ok(f64::from(self.network.loss(samples, modality)?.to_scalar::<f32>()?))
+        };
+        Ok(Losses { train: mean(&self.data.train)?, valid: mean(&self.data.held_out)? })
     }
 }
