@@ -1,5 +1,5 @@
-# Says to find_package which versions this one can stand in for. The numbers come from the header, where they are
-# written once; CMakeLists.txt sets gradblend_header, an installed package has it at its place in the prefix.
+# Tells find_package which versions this one is compatible with. The numbers are read from the header: gradblend_header
+# of CMakeLists.txt, or the header in the prefix of an installed package.
 if(NOT gradblend_header)
     set(gradblend_header "${CMAKE_CURRENT_LIST_DIR}/../../../include/gradblend.h")
 endif()
@@ -16,14 +16,14 @@ foreach(part MAJOR MINOR PATCH)
 endforeach()
 string(SUBSTRING "${PACKAGE_VERSION}" 1 -1 PACKAGE_VERSION)
 
-# Versions that agree in their leading number that is not 0 are compatible, as in Cargo, and have one soname.
+# Versions with the same first number other than 0 are compatible, as in Cargo, and have one soname.
 set(series "^([1-9][0-9]*|0\\.[1-9][0-9]*|0\\.0\\.[0-9]+)")
 string(REGEX MATCH "${series}" gradblend_series "${PACKAGE_VERSION}")
 string(REGEX MATCH "${series}" wanted_series "${PACKAGE_FIND_VERSION}")
 set(PACKAGE_VERSION_EXACT FALSE)
 set(PACKAGE_VERSION_COMPATIBLE FALSE)
 if(PACKAGE_FIND_VERSION_RANGE)
-    # Who gives a range has said what is good enough.
+    # A range states compatibility itself.
     if(PACKAGE_VERSION VERSION_GREATER_EQUAL PACKAGE_FIND_VERSION_MIN
        AND (PACKAGE_VERSION VERSION_LESS PACKAGE_FIND_VERSION_MAX
             OR (PACKAGE_FIND_VERSION_RANGE_MAX STREQUAL "INCLUDE"

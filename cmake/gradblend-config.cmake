@@ -1,18 +1,18 @@
-# find_package(gradblend 0.1 REQUIRED), CMake 3.20 or later, gives
+# find_package(gradblend 0.1 REQUIRED), with CMake 3.20 or later, defines
 #
-#     gradblend::shared, gradblend::static   the two libraries, as far as they are installed
-#     gradblend::gradblend                   one of them: the static one where BUILD_SHARED_LIBS is set to OFF, else the
-#                                            shared one; where only one is installed, that one
+#     gradblend::shared, gradblend::static   the libraries that are installed
+#     gradblend::gradblend                   the static one if BUILD_SHARED_LIBS is OFF or it is the only one, else the
+#                                            shared one
 #
-# It finds everything from its own place, PREFIX/share/gradblend/cmake, so that a prefix can be moved, and serves what
-# `cmake --install` and `cargo cinstall` install.
+# All paths are relative to this file in PREFIX/share/gradblend/cmake, so a prefix can be moved. `cmake --install` and
+# `cargo cinstall` install the same file.
 cmake_minimum_required(VERSION 3.20)
 if(TARGET gradblend::gradblend)
     return()
 endif()
 set(gradblend_FOUND FALSE)
 if(gradblend_FIND_COMPONENTS)
-    set(gradblend_NOT_FOUND_MESSAGE "It has no components. To choose, link gradblend::shared or gradblend::static.")
+    set(gradblend_NOT_FOUND_MESSAGE "No components: link gradblend::shared or gradblend::static instead.")
     return()
 endif()
 
@@ -22,8 +22,8 @@ set(gradblend_suffix ".so")
 if(CMAKE_SYSTEM_NAME STREQUAL "Darwin")
     set(gradblend_suffix ".dylib")
 endif()
-# Debian has a folder for each architecture, others have lib64. The last is for a prefix that was made on Debian and
-# brought elsewhere.
+# Debian has a folder for each architecture, other systems have lib64. The last pattern is for a prefix that was created
+# on Debian and copied to another system.
 file(GLOB gradblend_folders "${gradblend_prefix}/lib/*-linux-*")
 list(PREPEND gradblend_folders "${gradblend_prefix}/lib64" "${gradblend_prefix}/lib")
 if(CMAKE_LIBRARY_ARCHITECTURE)

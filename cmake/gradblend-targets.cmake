@@ -1,10 +1,11 @@
-# Makes the targets of gradblend-config.cmake, for an installed package and for CMakeLists.txt alike. Takes gradblend_include,
-# a folder; gradblend_shared and gradblend_static, files, of which one may be empty; gradblend_scope, GLOBAL or nothing.
+# Defines the targets of gradblend-config.cmake, for an installed package and for CMakeLists.txt. Inputs:
+# gradblend_include, a folder; gradblend_shared and gradblend_static, files, of which one may be empty; gradblend_scope,
+# GLOBAL or empty.
 
-# What the static library needs, as rustc names it (--print native-static-libs).
+# The system libraries of the static library (rustc --print native-static-libs).
 set(gradblend_native -lgcc_s -lutil -lrt -lpthread -lm -ldl -lc)
 if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
-    set(gradblend_native "") # the C library of macOS has it all
+    set(gradblend_native "") # all in the C library of macOS
 endif()
 
 if(gradblend_shared)

@@ -4,7 +4,8 @@
     cargo rustc --release --features capi --crate-type cdylib
     python3 examples/python/step.py [--torch] [--device N]
 
-Arrays are numpy's (1.23 or later), or with --torch PyTorch's, which may be on a GPU: any object with `__dlpack__` would do.
+Arrays are from numpy (1.23 or later) or, with --torch, from PyTorch, which may be on a GPU. Any object with
+`__dlpack__` works.
 """
 
 import argparse
@@ -34,7 +35,7 @@ class Report(c.Structure):
 
 
 class Dlpack(c.Structure):
-    """One array as DLPack hands it over, and the capsule that keeps it alive."""
+    """A DLPack array, and the capsule that keeps it alive."""
 
     _fields_ = [("managed", c.c_void_p), ("versioned", c.c_void_p)]
 
@@ -58,7 +59,7 @@ class Dlpack(c.Structure):
 class Gradblend:
     """The library. A call that fails raises RuntimeError with the library's message."""
 
-    # What the calls take, as in gradblend.h, which has more of them.
+    # Parameter types of the functions used here, as in gradblend.h.
     CALLS = {
         "config_default": [c.c_uint32, c.c_void_p],
         "blender_create": [c.c_int32, c.c_void_p, c.c_void_p],
@@ -91,12 +92,12 @@ class Gradblend:
     def tensor(self, device, train, valid, gradients, blended):
         """A Tensor from arrays, which it keeps alive; None is an absent gradient."""
         if len(gradients) != K:
-            raise ValueError(f"{len(gradients)} gradients, expected {K}: None is one that is absent")
+            raise ValueError(f"{len(gradients)} gradients, expected {K}; None is an absent one")
         t, g, *v, out = arrays = [Dlpack(array) for array in (train, valid, *gradients, blended)]
         listed, addresses, tensor = (Dlpack * K)(*v), (c.c_void_p * K)(), Tensor()
         t, g, out = map(c.byref, (t, g, out))
         self.tensor_from_dlpack(device, K, t, g, listed, out, addresses, c.byref(tensor))
-        # The capsules own the arrays, and an array of records copies the records alone.
+        # The capsules own the arrays; copying the record does not copy them.
         tensor.alive = [arrays, addresses]
         return tensor
 
@@ -104,7 +105,7 @@ class Gradblend:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", nargs="?", default=LIBRARY, help=f"path of libgradblend.so (default: {LIBRARY})")
-    parser.add_argument("--torch", action="store_true", help="PyTorch's arrays instead of numpy's")
+    parser.add_argument("--torch", action="store_true", help="use PyTorch arrays, not numpy arrays")
     parser.add_argument("--device", type=int, default=-1, help="a CUDA device; with --torch")
     options = parser.parse_args()
     if options.torch:
@@ -122,11 +123,11 @@ def main():
     gradblend.config_default(K, c.byref(config))
     gradblend.blender_create(options.device, c.byref(config), c.byref(blender))
 
-    # Gradients of one parameter: t, g, and v of two losses, in whatever shape the framework has them.
+    # Gradients of one parameter: t, g, and v_k of two losses, in the shape of the framework.
     blended = array([[0, 0], [0, 0]])
     v = [array([[1, 0.5], [0, 0]]), array([[0.5, 1], [0, 0]])]
     shared = gradblend.tensor(options.device, array([[1, 2], [0, 0]]), array([[1, 1], [0, 0]]), v, blended)
-    # A second parameter, which the second loss does not reach and which is only blended.
+    # A second parameter, which the second loss does not reach and which is only blended, in place.
     own = array([3, 4, 5])
     other = gradblend.tensor(options.device, None, None, [own, None], own)
 
@@ -143,7 +144,7 @@ def main():
 
     try:
         gradblend.tensor(options.device, None, None, [v[0].T, None], None)
-        raise AssertionError("a transposed array was taken")
+        raise AssertionError("a transposed array was accepted")
     except RuntimeError as error:
         print("rejected:", error)
     gradblend.plan_destroy(plan)

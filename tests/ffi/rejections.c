@@ -28,9 +28,9 @@ typedef struct {
 typedef struct {
     gradblend_config config;
     double numerator[2], second_moment[4], in_force[2], weights[3];
-    gradblend_tensor tensors[TENSORS + 1];
-    const void *modalities[TENSORS + 1][2];
-    unsigned char saved[600];
+    gradblend_tensor tensors[TENSORS];
+    const void *modalities[TENSORS][2];
+    unsigned char saved[512];
 } inputs;
 
 /* The arguments of all calls. */
@@ -116,8 +116,7 @@ static void prepare(void) {
         in.tensors[i] = (gradblend_tensor){LEN, GRADBLEND_F32, buffer_of(i, TRAIN), buffer_of(i, VALID),
                                            in.modalities[i], buffer_of(i, BLENDED)};
     }
-    in.tensors[TENSORS] = (gradblend_tensor){.modalities = in.modalities[TENSORS]};
-    own_plan = plan_new(own, in.tensors, TENSORS);
+        own_plan = plan_new(own, in.tensors, TENSORS);
     other_plan = plan_new(other, in.tensors, TENSORS);
     /* States in which no part is zero. */
     for (int i = 0; i < 3; i++) {
@@ -130,7 +129,7 @@ static void prepare(void) {
     other_saved = saved_state(other, &saved_bytes);
     synchronize();
     memcpy(memory_before, memory, sizeof memory_before);
-    CHECK(saved_bytes <= sizeof in.saved - 16 && saved_bytes <= sizeof out.buffer);
+    CHECK(saved_bytes <= sizeof in.saved && saved_bytes < sizeof out.buffer);
     memcpy(in.saved, own_saved, saved_bytes);
     valid = (arguments){
         .modalities = 2, .to_config = &out.config, .config = &in.config, .numerator = in.numerator,
@@ -182,21 +181,18 @@ static void check_message(const char *words) {
     }
 }
 
-static void reject_with(const call *call, const arguments *arguments, gradblend_status want, const char *words) {
+/* A call is INVALID_ARGUMENT with these words in the message, and changes nothing. */
+static void reject(const call *call, const arguments *arguments, const char *words) {
     /* Another error first, so that its message cannot be taken for the one under test. */
     char message[512];
     RETURNS(GRADBLEND_INVALID_ARGUMENT, gradblend_config_default(99, &out.config));
     inputs before = in;
-    check_status(call->run(arguments), want, call->name, __LINE__);
+    check_status(call->run(arguments), GRADBLEND_INVALID_ARGUMENT, call->name, __LINE__);
     check_message(words);
     gradblend_last_error(message, sizeof message);
     CHECK(!strstr(message, "got 99") && memcmp(&before, &in, sizeof in) == 0);
     check_unchanged();
     rejections++;
-}
-
-static void reject(const call *call, const arguments *arguments, const char *words) {
-    reject_with(call, arguments, GRADBLEND_INVALID_ARGUMENT, words);
 }
 
 static void accepts_valid_arguments(void) {
@@ -286,14 +282,12 @@ static void rejects_pointers(void) {
     OK(gradblend_step(own, own_plan, NULL));
     restore();
 
-    gradblend_config config = config_new(3, 1);
-    gradblend_blender *three = blender_new(&config);
     const struct {
         const char *name;
         gradblend_blender *blender;
         gradblend_plan *plan;
-    } foreign[] = {{"a plan of another blender", own, other_plan}, {"a plan of another K", three, own_plan},
-                   {"a plan of a destroyed blender", own, orphan}, {"a plan of the predecessor", successor, orphan}};
+    } foreign[] = {{"a plan of another blender", own, other_plan}, {"a plan of a destroyed blender", own, orphan},
+                   {"a plan of its predecessor", successor, orphan}};
     const call *const passes[] = {&pass, &dot, &blend, &step};
     for (size_t i = 0; i < COUNT(foreign) * COUNT(passes); i++) {
         const call *call = passes[i % COUNT(passes)];
@@ -306,7 +300,6 @@ static void rejects_pointers(void) {
     gradblend_plan_destroy(orphan);
     gradblend_plan_destroy(orphan);
     gradblend_blender_destroy(successor);
-    gradblend_blender_destroy(three);
 }
 
 /* A field of a record or of `arguments`, and an invalid integer for it. */
@@ -329,29 +322,20 @@ static arguments invalid;
     {{&call, NULL}, &invalid, offsetof(arguments, field), sizeof invalid.field, #field, words, value}
 
 static const integer INTEGERS[] = {
-    CONFIG(size, 0), CONFIG(size, sizeof(gradblend_config) - 1), CONFIG(size, 56), CONFIG(size, UINT32_MAX),
-    CONFIG(modalities, 0), CONFIG(modalities, 33), CONFIG(modalities, UINT32_MAX), CONFIG(average, 2),
-    CONFIG(average, UINT32_MAX), CONFIG(overfitting, 2), CONFIG(overfitting, UINT32_MAX), CONFIG(negative, 2),
-    CONFIG(negative, 1u << 31), CONFIG(cadence, 2), CONFIG(cadence, UINT32_MAX), CONFIG(reserved, 1),
-    CONFIG(reserved, 1u << 31), TENSOR(dtype, "tensor 1|dtype", UINT32_MAX), TENSOR(dtype, "tensor 1|dtype", 3),
-    TENSOR(dtype, "tensor 1|dtype", 1u << 31), TENSOR(dtype, "tensor 1|dtype", INT32_MAX),
-    TENSOR(len, "tensor 1", UINT64_C(1) << 61), TENSOR(len, "tensor 1", UINT64_C(1) << 63),
+    CONFIG(size, 0), CONFIG(size, sizeof(gradblend_config) - 1), CONFIG(size, UINT32_MAX), CONFIG(modalities, 0),
+    CONFIG(modalities, 33), CONFIG(modalities, UINT32_MAX), CONFIG(average, 2), CONFIG(average, UINT32_MAX),
+    CONFIG(overfitting, 2), CONFIG(overfitting, UINT32_MAX), CONFIG(negative, 2), CONFIG(negative, 1u << 31),
+    CONFIG(cadence, 2), CONFIG(cadence, UINT32_MAX), CONFIG(reserved, 1), CONFIG(reserved, 1u << 31),
+    TENSOR(dtype, "tensor 1|dtype", UINT32_MAX), TENSOR(dtype, "tensor 1|dtype", 3),
+    TENSOR(dtype, "tensor 1|dtype", 1u << 31), TENSOR(len, "tensor 1", UINT64_C(1) << 61),
     TENSOR(len, "tensor 1", UINT64_MAX), TENSOR(modalities, "tensor 1|modalities|NULL", 0),
     TENSOR(modalities, "tensor 1|modalities|aligned", 4), TENSOR(train, "tensor 1|train", 0),
-    TENSOR(valid, "tensor 1|valid", 0), TENSOR(train, "tensor 1|train|aligned", 1),
-    TENSOR(blended, "tensor 1|blended", UINTPTR_MAX - 11), ARGUMENT(config_default, modalities, "modalities", 0),
-    ARGUMENT(config_default, modalities, "modalities", 33), ARGUMENT(config_default, modalities, "modalities", 98),
+    ARGUMENT(config_default, modalities, "modalities", 0), ARGUMENT(config_default, modalities, "modalities", 33),
     ARGUMENT(config_default, modalities, "modalities", UINT32_MAX), ARGUMENT(blender_create, device, "device", -2u),
     ARGUMENT(blender_create, device, "device", 1u << 31), ARGUMENT(plan_create, count, "", UINT64_MAX),
-    ARGUMENT(plan_create, count, "", UINT64_C(1) << 63), ARGUMENT(plan_update, count, "", UINT64_MAX),
     ARGUMENT(plan_create, count, "", UINT64_MAX / sizeof(gradblend_tensor) + 1), ARGUMENT(plan_update, count, "", 0),
-    ARGUMENT(plan_update, count, "tensors", 1), ARGUMENT(plan_update, count, "tensors", TENSORS + 1),
-    ARGUMENT(pass, what, "pass", 0), ARGUMENT(pass, what, "pass", 4), ARGUMENT(pass, what, "pass", 5),
-    ARGUMENT(pass, what, "pass", 12), ARGUMENT(pass, what, "pass", 16), ARGUMENT(pass, what, "pass", 19),
-    ARGUMENT(pass, what, "pass", 1u << 31), ARGUMENT(pass, what, "pass", UINT32_MAX),
-    ARGUMENT(set_weights, weights_count, "weights|2", 0), ARGUMENT(set_weights, weights_count, "weights|2", 1),
-    ARGUMENT(set_weights, weights_count, "weights|2", 3), ARGUMENT(set_weights, weights_count, "weights|2", 32),
-    ARGUMENT(set_weights, weights_count, "weights|2", UINT32_MAX),
+    ARGUMENT(plan_update, count, "", UINT64_MAX), ARGUMENT(pass, what, "pass", UINT32_MAX),
+    ARGUMENT(set_weights, weights_count, "weights|2", 0), ARGUMENT(set_weights, weights_count, "weights|2", UINT32_MAX),
 };
 
 static void rejects_integers(void) {
@@ -381,10 +365,6 @@ static void rejects_integers(void) {
     check_message(status == GRADBLEND_NO_DRIVER ? "" : "1000");
     check_unchanged();
 
-    begin_case("a plan that needs more memory than there is");
-    in.tensors[0] = (gradblend_tensor){UINT64_C(1) << 60, GRADBLEND_F32, NULL, NULL, in.modalities[TENSORS], NULL};
-    reject_with(&plan_create, &valid, GRADBLEND_OUT_OF_MEMORY, "memory");
-    restore();
     begin_case("no tensors");
     gradblend_plan *empty = plan_new(own, NULL, 0);
     OK(gradblend_plan_update(empty, NULL, 0, NULL));
@@ -393,28 +373,7 @@ static void rejects_integers(void) {
     restore();
 }
 
-static void rejects_saved_states(void) {
-    for (size_t bytes = 0; bytes < saved_bytes + 16; bytes++) {
-        begin_case("load of %zu bytes", bytes);
-        /* An allocation of this size, so that sanitizers see a read past the end. */
-        unsigned char *saved = calloc(1, bytes ? bytes : 1);
-        CHECK(saved);
-        memcpy(saved, own_saved, bytes < saved_bytes ? bytes : saved_bytes);
-        invalid = valid;
-        invalid.saved = saved;
-        invalid.saved_bytes = bytes;
-        if (bytes != saved_bytes) {
-            reject_with(&load, &invalid, GRADBLEND_CORRUPT_STATE, "state");
-        }
-        free(saved);
-    }
-    for (size_t i = 0; i < 3 * saved_bytes; i++) {
-        static const unsigned char masks[] = {1, 0x80, 0xff};
-        begin_case("byte %zu ^ %#x", i / 3, masks[i % 3]);
-        in.saved[i / 3] ^= masks[i % 3];
-        reject_with(&load, &valid, GRADBLEND_CORRUPT_STATE, "state");
-        in.saved[i / 3] ^= masks[i % 3];
-    }
+static void save_needs_room(void) {
     for (size_t room = 0; room < saved_bytes; room++) {
         begin_case("save into %zu bytes", room);
         out.bytes = room;
@@ -470,7 +429,7 @@ int main(int count, char **args) {
     accepts_valid_arguments();
     rejects_pointers();
     rejects_integers();
-    rejects_saved_states();
+    save_needs_room();
     names_and_messages();
     gradblend_plan_destroy(own_plan);
     gradblend_blender_destroy(own);

@@ -1,4 +1,4 @@
-/* What a C program needs of an installed gradblend: the header, the library, and right weights. Prints the weights. */
+/* Checks an installed gradblend from C: the header fits the library, and a step gives the right weights. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-/* consumer.c again, with the classes of gradblend.hpp. */
+/* The same as consumer.c with the classes of gradblend.hpp. */
 #include <cmath>
 #include <cstdio>
 #include <exception>
