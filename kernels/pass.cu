@@ -119,8 +119,9 @@ __device__ __forceinline__ void pass(const TableArgs &table, const BlenderArgs &
         // All warps share a chunk that is alone in its span.
         const bool shared = span.end - span.first == 1;
         const uint32_t index = shared ? span.first : span.first + thread / WARP;
-        for (uint32_t i = thread % WARP; DOTS && i < 2 * modalities; i += WARP) {
-            warp.sums[i] = 0.0;
+        // All of the sums, not 2K: of a loop with a bound that it does not know, nvcc makes one that costs five registers.
+        for (uint32_t i = 0; DOTS && i < 2 * MAX_MODALITIES; i += WARP) {
+            warp.sums[thread % WARP + i] = 0.0;
         }
         uint32_t dtype = F32;
         const bool works = index < span.end &&

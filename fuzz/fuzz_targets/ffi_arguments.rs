@@ -1,52 +1,63 @@
-//! Raw bytes as configurations and DLPack records, and numbers as handles: errors, or results that the header allows.
+//! Raw numbers as configurations, handles and DLPack records: errors, or results that the header allows.
 
 #![no_main]
 
 use std::ptr::{null, null_mut, without_provenance_mut};
 
-use bytemuck::Zeroable;
-use gradblend::dlpack::{DLDataType, DLDevice, DLManagedTensor, DLTensor};
+use gradblend::dlpack::{DLDataType, DLDevice, DLManagedTensor, DLTensor, Dlpack};
 use gradblend::ffi::*;
-use gradblend_fuzz::{CBlender, OK, checked, config, expect};
-use libfuzzer_sys::arbitrary::{Result, Unstructured};
-use libfuzzer_sys::fuzz_target;
+use gradblend_fuzz::{expect, run};
+use gradblend_testkit::{Face, Failure, Input};
 
-fn run(mut u: Unstructured<'_>) -> Result<()> {
-    let mut raw = gradblend_config::zeroed();
-    (raw.size, raw.modalities, raw.threads, raw.reserved) =
-        (u.int_in_range(52..=58)?, u.int_in_range(0..=34)?, u.int_in_range(1..=3)?, u.ratio(1, 8)?.into());
-    (raw.average, raw.overfitting, raw.negative, raw.cadence) = u.arbitrary()?;
-    (raw.decay, raw.damping) = u.arbitrary()?;
-    CBlender::new(&raw);
-    let Some(blender) = CBlender::new(&config(&mut u)?) else { return Ok(()) };
-
-    // Any number but that of a live handle.
-    let number: usize = u.arbitrary()?;
-    let (any, plan) =
-        (without_provenance_mut(if number == blender.0.addr() { 0 } else { number }), without_provenance_mut(number));
-    let what = u.arbitrary()?;
-    for handle in [any, blender.0] {
+libfuzzer_sys::fuzz_target!(|data: &[u8]| run(data, |u| {
+    let (size, modalities, threads) = (u.int_in_range(52..=58)?, u.int_in_range(0..=33)?, u.int_in_range(1..=3)?);
+    let ([average, overfitting, negative, cadence], reserved): ([i8; 4], bool) = u.arbitrary()?;
+    let codes = [average, overfitting, negative, cadence].map(i32::from);
+    let [average, overfitting, negative, cadence] = codes;
+    let (reserved, decay, damping) = (reserved.into(), u.arbitrary()?, u.arbitrary()?);
+    let config = gradblend_config {
+        size,
+        modalities,
+        average,
+        overfitting,
+        negative,
+        cadence,
+        threads,
+        reserved,
+        decay,
+        damping,
+    };
+    let numbers = (average == 0 || (0.0..1.0).contains(&decay)) && damping >= 0.0 && damping.is_finite();
+    let sizes = size as usize == size_of_val(&config) && reserved == 0 && (1..=32).contains(&modalities);
+    let valid = sizes && numbers && codes.iter().all(|code| [0, 1].contains(code));
+    let mut blender = null_mut();
+    // SAFETY: both are valid pointers.
+    expect(Failure::check(unsafe { gradblend_blender_create(-1, &config, &mut blender) }), valid);
+    // Any number but that of the live handle.
+    let any = Some(u.arbitrary()?).filter(|any| *any != blender.addr()).unwrap_or(0);
+    let (plan, what, count, bytes) = (without_provenance_mut(any), u.arbitrary()?, u.arbitrary()?, u.arbitrary()?);
+    for handle in [blender, without_provenance_mut(any)] {
         // SAFETY: a handle is never dereferenced; all other pointers are NULL.
-        unsafe {
-            expect(gradblend_pass(handle, plan, what, null_mut()), false);
-            expect(gradblend_plan_update(plan, null(), u.arbitrary()?, null_mut()), false);
-            expect(gradblend_set_weights(handle, null(), u.arbitrary()?, null_mut()), false);
-            expect(gradblend_get_report(handle, null_mut(), null_mut()), false);
-            expect(gradblend_load(handle, null(), u.arbitrary()?, null_mut()), false);
-            expect(gradblend_observe(handle, null_mut()), handle == blender.0);
-            assert_ne!(*gradblend_status_name(u.arbitrary()?), 0);
-        }
+        let statuses = unsafe {
+            [
+                gradblend_pass(handle, plan, what, null_mut()),
+                gradblend_plan_update(plan, null(), bytes, null_mut()),
+                gradblend_set_weights(handle, null(), count, null_mut()),
+                gradblend_load(handle, null(), bytes as usize, null_mut()),
+            ]
+        };
+        assert_eq!(statuses, [1; 4]);
+        // SAFETY: a handle is never dereferenced, and the CPU ignores streams.
+        expect(Failure::check(unsafe { gradblend_observe(handle, null_mut()) }), valid && handle == blender);
     }
-    gradblend_blender_destroy(any);
     gradblend_plan_destroy(plan);
+    gradblend_blender_destroy(blender);
+    gradblend_blender_destroy(blender);
 
     let (mut shape, mut strides): ([i64; 4], [i64; 4]) =
         if u.arbitrary()? { u.arbitrary()? } else { ([u.int_in_range(0..=9)?; 4], [1; 4]) };
     let (code, bits, lanes) = if u.ratio(1, 4)? { u.arbitrary()? } else { (2, 32, 1) };
     let (device_type, device_id) = if u.ratio(1, 4)? { u.arbitrary()? } else { (1, 0) };
-    extern "C" fn never(_: *mut DLManagedTensor) {
-        std::process::abort();
-    }
     let array = DLManagedTensor {
         dl_tensor: DLTensor {
             data: without_provenance_mut(u.arbitrary()?),
@@ -58,35 +69,15 @@ fn run(mut u: Unstructured<'_>) -> Result<()> {
             byte_offset: if u.arbitrary()? { u.arbitrary()? } else { 0 },
         },
         manager_ctx: null_mut(),
-        deleter: Some(never),
+        deleter: None,
     };
-    let list = gradblend_dlpack { managed: if u.ratio(7, 8)? { &array } else { null() }, versioned: null() };
-    let (lists, mut addresses) = ([list; 32], [null(); 32]);
-    let mut tensor = gradblend_tensor { len: 77, ..Zeroable::zeroed() };
-    let (device, modalities) = (u.int_in_range(-3..=1)?, u.int_in_range(0..=33)?);
-    // SAFETY: records and arrays are alive and have the lengths that the header asks for.
-    let status = checked(unsafe {
-        gradblend_tensor_from_dlpack(
-            device,
-            modalities,
-            &list,
-            &list,
-            lists.as_ptr(),
-            null(),
-            addresses.as_mut_ptr(),
-            &mut tensor,
-        )
-    });
-    let size = if tensor.dtype == 0 { 4 } else { 2 };
-    assert!(if status != OK {
-        status == 1 && tensor.len == 77
-    } else {
-        (1..=32).contains(&modalities)
-            && device >= -1
-            && (0..3).contains(&tensor.dtype)
-            && addresses.iter().all(|a| a.addr() % size == 0)
-    });
-    Ok(())
-}
-
-fuzz_target!(|data: &[u8]| run(Unstructured::new(data)).unwrap_or_default());
+    let record = Some(Dlpack::Managed(&array));
+    // SAFETY: the record and its arrays are alive; no plan runs on what they describe.
+    if let Ok(input) = unsafe { Face::FFI.from_dlpack(u.int_in_range(-3..=1)?, record, None, &[record, None], record) }
+    {
+        let Input::Addresses(tensor) = input else { unreachable!("a record of the Rust API") };
+        let addresses = [tensor.train, tensor.modalities[0], tensor.blended.cast_const()];
+        assert!(addresses.iter().all(|a| *a == tensor.train && (a.addr() as u64).is_multiple_of(tensor.dtype.bytes())));
+    }
+    Ok(Ok(()))
+}));

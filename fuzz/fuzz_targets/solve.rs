@@ -1,37 +1,24 @@
-//! `gradblend_solve` on arbitrary numbers: weights that sum to 1, or HELD, and never NaN; an error writes nothing.
+//! `gradblend_solve` on arbitrary numbers: finite weights that sum to 1, or HELD; an error exactly for invalid numbers.
 
 #![no_main]
 
-use gradblend::ffi::gradblend_solve;
-use gradblend_fuzz::{Number, config, expect, is_valid};
-use libfuzzer_sys::arbitrary::{Arbitrary, Result, Unstructured};
-use libfuzzer_sys::fuzz_target;
+use gradblend::{Flags, Negative};
+use gradblend_fuzz::{expect, is_valid, numbers, policy, run};
+use gradblend_testkit::Face;
 
-fn run(mut u: Unstructured<'_>) -> Result<()> {
-    let config = config(&mut u)?;
-    let k = config.modalities as usize;
-    let mut numbers = |count| (0..count).map(|_| Ok(Number::arbitrary(&mut u)?.0)).collect::<Result<Vec<f64>>>();
-    let (mut numerator, in_force, second_moment) = (numbers(k)?, numbers(k)?, numbers(k * k)?);
-    let (overlap, held): (bool, bool) = u.arbitrary()?;
-    let mut valid = is_valid(&config) && numerator.iter().chain(&second_moment).all(|x| x.is_finite());
-    valid &= (0..k).all(|i| second_moment[i * (k + 1)] >= 0.0) && (!held || in_force.iter().all(|x| x.is_finite()));
-    let (mut weights, mut flags) = (vec![-7.0; k], 77);
-    let output = if overlap { numerator.as_mut_ptr() } else { weights.as_mut_ptr() };
-    let in_force = if held { in_force.as_ptr() } else { std::ptr::null() };
-    // SAFETY: all arrays have the lengths that K asks for, and the header allows them to overlap.
-    let status =
-        unsafe { gradblend_solve(&config, numerator.as_ptr(), second_moment.as_ptr(), in_force, output, &mut flags) };
-    if !expect(status, valid) {
-        assert!(flags == 77 && weights.iter().all(|w| *w == -7.0));
-        return Ok(());
-    }
-    let weights = if overlap { numerator } else { weights };
-    let (sum, magnitude) = weights.iter().fold((0.0, 0.0), |(sum, size), w| (sum + w, size + w.abs()));
-    assert!(weights.iter().all(|w| w.is_finite()) && [0, 1, 4].contains(&flags));
-    let held = flags & 1 != 0;
-    assert!(held || (sum - 1.0_f64).abs() <= 4.0 * k as f64 * magnitude * 2f64.powi(-53));
-    assert!(held || config.negative == 1 || weights.iter().all(|w| *w >= 0.0));
-    Ok(())
-}
-
-fuzz_target!(|data: &[u8]| run(Unstructured::new(data)).unwrap_or_default());
+libfuzzer_sys::fuzz_target!(|data: &[u8]| run(data, |u| {
+    let (policy, k) = (policy(u)?, u.int_in_range(1..=6)?);
+    let (numerator, second_moment) = (numbers(u, k)?, numbers(u, k * k)?);
+    let finite = numerator.iter().chain(&second_moment).all(|number| number.is_finite());
+    let valid = is_valid(&policy) && finite && (0..k).all(|i| second_moment[i * (k + 1)] >= 0.0);
+    let Some(solution) = expect(Face::FFI.solve(&numerator, &second_moment, &policy), valid) else {
+        return Ok(Ok(()));
+    };
+    assert!((Flags::HELD | Flags::CLAMPED).contains(solution.flags));
+    assert_eq!(solution.weights.is_none(), solution.flags.contains(Flags::HELD));
+    let weights = solution.weights.unwrap_or_else(|| vec![1.0 / k as f64; k]);
+    let (sum, magnitude) = weights.iter().fold((0.0, 0.0), |(sum, magnitude), w| (sum + w, magnitude + w.abs()));
+    assert!((sum - 1.0_f64).abs() <= 4.0 * k as f64 * magnitude * 2f64.powi(-53), "{weights:?}");
+    assert!(policy.negative == Negative::Signed || weights.iter().all(|w| *w >= 0.0), "{weights:?}");
+    Ok(Ok(()))
+}));

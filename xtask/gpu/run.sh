@@ -79,16 +79,15 @@ if [[ $mode == all || $mode == quick ]]; then
 fi
 if [[ $mode == all ]]; then
     # Lengths over 2^31: 6 GB of memory on the device and on the host.
-    step test-large 300 "$here/tests/cuda" --ignored
+    step test-large 300 "$here/tests/dot" --ignored cuda
     step test-c 300 bash -c 'command -v cc && "$here/tests/ffi/run" "$here/lib" --device 0 --out "$0/c"' "$out"
     for tool in memcheck racecheck initcheck synccheck; do
         # The tests check the driver's results themselves; some of them are errors on purpose.
         options=(--tool "$tool" --error-exitcode 1)
         [[ $tool != memcheck ]] || options+=(--report-api-errors no)
-        for program in cuda_step tests/step tests/graph; do
-            arguments=()
-            [[ $program == cuda_step ]] || arguments=(cuda::bf16 cuda::graph --test-threads=1)
-            step "$tool-${program##*/}" 120 compute-sanitizer "${options[@]}" "$here/$program" "${arguments[@]}"
+        step "$tool-example" 120 compute-sanitizer "${options[@]}" "$here/cuda_step"
+        for program in step dot blend observe graph; do
+            step "$tool-$program" 120 compute-sanitizer "${options[@]}" "$here/tests/$program" cuda:: --skip f16s::
         done
     done
 fi

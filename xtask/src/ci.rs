@@ -69,7 +69,8 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
             function(&sh).with_context(|| format!("section {name}"))?;
         }
     }
-    Ok(println!("\n== all passed ({} min)", started.elapsed().as_secs() / 60))
+    println!("\n== all passed ({} min)", started.elapsed().as_secs() / 60);
+    Ok(())
 }
 
 fn package(sh: &Shell) -> Result<()> {
@@ -84,10 +85,11 @@ fn minimum_rust(sh: &Shell) -> Result<()> {
     let version = env!("CARGO_PKG_RUST_VERSION");
     let installed = cmd!(sh, "rustup toolchain list").ignore_stderr().read().unwrap_or_default();
     let toolchain = installed.split_whitespace().find(|name| name.starts_with(version));
-    let Some(toolchain) = toolchain else {
-        return Ok(println!("NOT CHECKED: Rust {version} is not installed"));
-    };
-    Ok(cmd!(sh, "rustup run {toolchain} cargo check --locked --features capi").run()?)
+    match toolchain {
+        Some(name) => cmd!(sh, "rustup run {name} cargo check --locked --features capi").run()?,
+        None => println!("NOT CHECKED: Rust {version} is not installed"),
+    }
+    Ok(())
 }
 
 fn cuda(_: &Shell) -> Result<()> {
@@ -130,7 +132,7 @@ fn sanitizers(sh: &Shell) -> Result<()> {
     for seed in ["1", "2"] {
         for name in SANITIZED {
             let program = built.program(name)?;
-            let test = cmd!(sh, "{program} --quiet --skip cpu::").env("GRADBLEND_EMULATOR_SEED", seed);
+            let test = cmd!(sh, "{program} --quiet --skip cpu:: --skip ffi::").env("GRADBLEND_EMULATOR_SEED", seed);
             emulator::on_sanitized(sh, &emulator, test)?.run()?;
         }
     }

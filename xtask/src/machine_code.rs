@@ -59,7 +59,7 @@ struct Instruction<'a> {
 impl<'a> Instruction<'a> {
     fn parse(line: &'a str) -> Option<Self> {
         let (_, [address, text]) = INSTRUCTION.captures(line)?.extract();
-        Some(Self { address: u64::from_str_radix(address, 16).ok()?, text })
+        Some(Self { address: u64::from_str_radix(address, 16).ok()?, text: text.trim() })
     }
 
     /// `LDG.E.128` of `@!P0 LDG.E.128 R4, ...`.
