@@ -151,16 +151,15 @@ impl Source {
 
     /// Description of the modalities.
     pub(crate) fn describe(&self, options: &Options) -> String {
-        let noise = options.pixel_noise;
+        let pixels = format!("8 x 8 pixels 0..16 plus noise of deviation {}", options.pixel_noise);
         let text = match self {
             Source::Views { images } => format!(
-                "{} handwritten digits (UCI), 8 x 8 pixels 0..16 plus noise of deviation {noise}; top: 32 pixels of rows \
-                 0-3; bottom: 8 column and 4 row sums of rows 4-7",
+                "{} handwritten digits (UCI), {pixels}; top: pixels of rows 0-3; bottom: column and row sums of rows 4-7",
                 images.len()
             ),
             Source::Pairs { recordings, images, test_speakers } => format!(
                 "{} spoken and {} handwritten digits, paired by label; audio: 160 log-mel energies, test speakers {} \
-                 unseen; image: 64 pixels 0..16 plus noise of deviation {noise}, test images unseen",
+                 unseen; image: {pixels}, test images unseen",
                 recordings.len(),
                 images.len(),
                 test_speakers.join(", ")

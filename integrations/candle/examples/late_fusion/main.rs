@@ -125,7 +125,7 @@ fn compare(args: &Args) -> Result<Summary> {
     let seeds = args.seeds.unwrap_or(if args.quick { 3 } else { 16 });
     let threads = args.threads.or(thread::available_parallelism().ok()).map_or(1, NonZero::get);
     let mut modalities = source.modalities(options);
-    let methods = Method::all(modalities.len(), args.correlated || options.nuisance.is_some());
+    let methods = Method::all(&modalities, args.correlated || options.nuisance.is_some(), settings)?;
     let data = source.describe(options);
     println!("data: {data}");
     let (train, held_out) = (options.train, options.held_out);
@@ -140,7 +140,7 @@ fn compare(args: &Args) -> Result<Summary> {
         settings.batch
     );
 
-    let outcomes = run_all(args, &source, &methods, &modalities, seeds, threads)?;
+    let outcomes = run_all(args, &source, &methods, seeds, threads)?;
     modalities.push("fused".to_owned());
     let plots = plots::draw(&outcomes, &modalities, &args.out);
     let summary = Summary {
@@ -165,38 +165,33 @@ fn compare(args: &Args) -> Result<Summary> {
 }
 
 /// Runs each method on each seed, `threads` runs at a time. Which thread does a run, and when, has no effect on results.
-fn run_all(
+fn run_all<'a>(
     args: &Args,
     source: &Source,
-    methods: &[Method],
-    modalities: &[String],
+    methods: &'a [Method],
     seeds: u64,
     threads: usize,
-) -> Result<Vec<Outcome>> {
-    let jobs: Vec<(u64, Method)> =
-        (0..seeds).flat_map(|seed| methods.iter().map(move |method| (seed, *method))).collect();
+) -> Result<Vec<Outcome<'a>>> {
+    let jobs: Vec<(u64, &Method)> = (0..seeds).flat_map(|seed| methods.iter().map(move |m| (seed, m))).collect();
     let bar = ProgressBar::new(jobs.len() as u64 * args.settings.epochs);
     bar.set_style(ProgressStyle::with_template("{msg:40!} {wide_bar} {percent:>3} %  {elapsed} elapsed, {eta} left")?);
     let next = AtomicUsize::new(0);
-    let run = |seed, method: Method| {
-        bar.set_message(format!("seed {seed}, {}", method.name(modalities)));
-        let data = source.draw(&args.options, seed)?;
-        train::train(method, &data, &args.settings, seed, || bar.inc(1))
-    };
-    let work = || {
+    let work = || -> Result<Vec<(usize, Run)>> {
         let mut done = Vec::new();
         loop {
             let job = next.fetch_add(1, Ordering::Relaxed);
             let Some(&(seed, method)) = jobs.get(job) else { return Ok(done) };
-            let result = run(seed, method).with_context(|| format!("seed {seed}, {}", method.name(modalities)));
-            if result.is_err() {
+            bar.set_message(format!("seed {seed}, {}", method.name));
+            let data = source.draw(&args.options, seed);
+            let run = data.and_then(|data| train::train(method, &data, &args.settings, seed, || bar.inc(1)));
+            if run.is_err() {
                 // No other run has to start.
                 next.store(jobs.len(), Ordering::Relaxed);
             }
-            done.push((job, result?));
+            done.push((job, run.with_context(|| format!("seed {seed}, {}", method.name))?));
         }
     };
-    let done: Result<Vec<Vec<(usize, Run)>>> = thread::scope(|scope| {
+    let done: Result<Vec<_>> = thread::scope(|scope| {
         let workers: Vec<_> = (0..threads.min(jobs.len())).map(|_| scope.spawn(work)).collect();
         workers
             .into_iter()
@@ -206,8 +201,7 @@ fn run_all(
     bar.finish_and_clear();
     let mut done: Vec<(usize, Run)> = done?.into_iter().flatten().collect();
     done.sort_by_key(|(job, _)| *job);
-    let outcome = |method: &Method| Outcome { method: *method, name: method.name(modalities), runs: Vec::new() };
-    let mut outcomes: Vec<Outcome> = methods.iter().map(outcome).collect();
+    let mut outcomes: Vec<_> = methods.iter().map(|method| Outcome { method, runs: Vec::new() }).collect();
     for (job, run) in done {
         outcomes[job % methods.len()].runs.push(run);
     }

@@ -8,6 +8,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use crate::report::{Outcome, deviation, mean};
+use crate::train::Weights;
 
 /// Colours that colour-blind readers can distinguish (Okabe and Ito). The first is the fused loss.
 const COLOURS: [RGBColor; 5] = [
@@ -27,7 +28,7 @@ const FONT: &str = "sans-serif";
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// Writes the plots and returns their paths.
-pub(crate) fn draw(outcomes: &[Outcome], losses: &[String], folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn draw(outcomes: &[Outcome<'_>], losses: &[String], folder: &Path) -> Result<Vec<PathBuf>> {
     fs::create_dir_all(folder)?;
     let paths = ["accuracy.svg", "weights.svg", "ogr.svg"].map(|name| folder.join(name));
     accuracy(outcomes, &paths[0])?;
@@ -42,7 +43,7 @@ pub(crate) fn draw(outcomes: &[Outcome], losses: &[String], folder: &Path) -> Re
     Ok(paths.into())
 }
 
-fn accuracy(outcomes: &[Outcome], path: &Path) -> Result<()> {
+fn accuracy(outcomes: &[Outcome<'_>], path: &Path) -> Result<()> {
     let rows = outcomes.len() as i32;
     let root = SVGBackend::new(path, (WIDTH, 34 * outcomes.len() as u32 + 130)).into_drawing_area();
     root.fill(&WHITE)?;
@@ -58,7 +59,7 @@ fn accuracy(outcomes: &[Outcome], path: &Path) -> Result<()> {
     // Rows count from the bottom; the first method is at the top.
     let name = |row: &SegmentValue<i32>| match row {
         SegmentValue::CenterOf(row) | SegmentValue::Exact(row) => {
-            outcomes.get((rows - 1 - row) as usize).map_or(String::new(), |outcome| outcome.name.clone())
+            outcomes.get((rows - 1 - row) as usize).map_or(String::new(), |outcome| outcome.method.name.clone())
         }
         SegmentValue::Last => String::new(),
     };
@@ -87,13 +88,14 @@ fn accuracy(outcomes: &[Outcome], path: &Path) -> Result<()> {
 
 /// A plot with a title, a legend, and one panel per method that estimates weights, two in a row.
 fn panels(
-    outcomes: &[Outcome],
+    outcomes: &[Outcome<'_>],
     path: &Path,
     title: &str,
     legend: &[(&str, RGBColor)],
-    panel: impl Fn(&Area<'_>, &Outcome, &[(&str, RGBColor)]) -> Result<()>,
+    panel: impl Fn(&Area<'_>, &Outcome<'_>, &[(&str, RGBColor)]) -> Result<()>,
 ) -> Result<()> {
-    let outcomes: Vec<&Outcome> = outcomes.iter().filter(|outcome| outcome.method.estimates()).collect();
+    let outcomes: Vec<&Outcome<'_>> =
+        outcomes.iter().filter(|outcome| !matches!(outcome.method.weights, Weights::Fixed(_))).collect();
     let rows = outcomes.len().div_ceil(2);
     let root = SVGBackend::new(path, (WIDTH, HEADER as u32 + PANEL_HEIGHT * rows as u32)).into_drawing_area();
     root.fill(&WHITE)?;
@@ -111,10 +113,10 @@ fn panels(
     Ok(root.present()?)
 }
 
-fn weights(area: &Area<'_>, outcome: &Outcome, legend: &[(&str, RGBColor)]) -> Result<()> {
+fn weights(area: &Area<'_>, outcome: &Outcome<'_>, legend: &[(&str, RGBColor)]) -> Result<()> {
     let over: Vec<Vec<f64>> = (0..outcome.epochs()).map(|epoch| outcome.weights(epoch)).collect();
     let mut chart = ChartBuilder::on(area)
-        .caption(&outcome.name, (FONT, 16))
+        .caption(&outcome.method.name, (FONT, 16))
         .margin(10)
         .x_label_area_size(34)
         .y_label_area_size(48)
@@ -136,7 +138,7 @@ fn weights(area: &Area<'_>, outcome: &Outcome, legend: &[(&str, RGBColor)]) -> R
     Ok(())
 }
 
-fn ogr(area: &Area<'_>, outcome: &Outcome, legend: &[(&str, RGBColor)]) -> Result<()> {
+fn ogr(area: &Area<'_>, outcome: &Outcome<'_>, legend: &[(&str, RGBColor)]) -> Result<()> {
     let mut lines = vec![Vec::new(); legend.len()];
     for epoch in 0..outcome.epochs() {
         let Some(ratios) = outcome.ogr(epoch) else { continue };
@@ -150,7 +152,7 @@ fn ogr(area: &Area<'_>, outcome: &Outcome, legend: &[(&str, RGBColor)]) -> Resul
     let low = values().fold(f64::INFINITY, f64::min).min(1.0);
     let high = values().fold(0.0, f64::max).max(low * 10.0);
     let mut chart = ChartBuilder::on(area)
-        .caption(&outcome.name, (FONT, 16))
+        .caption(&outcome.method.name, (FONT, 16))
         .margin(10)
         .x_label_area_size(34)
         .y_label_area_size(56)

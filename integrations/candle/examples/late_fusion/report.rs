@@ -4,16 +4,15 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use comfy_table::{Cell, CellAlignment, Table, presets};
 
-use crate::train::{Method, Ratios, Run, TrainBatch};
+use crate::train::{Method, Ratios, Run, TrainBatch, Weights};
 
 /// All runs of one method, one per seed.
-pub(crate) struct Outcome {
-    pub(crate) method: Method,
-    pub(crate) name: String,
+pub(crate) struct Outcome<'a> {
+    pub(crate) method: &'a Method,
     pub(crate) runs: Vec<Run>,
 }
 
-impl Outcome {
+impl Outcome<'_> {
     pub(crate) fn accuracy(&self) -> Vec<f64> {
         self.runs.iter().map(|run| run.accuracy).collect()
     }
@@ -85,8 +84,6 @@ pub(crate) struct Summary {
 /// The results of one method at the end of training. Seconds are those of one run, mean over seeds.
 #[derive(serde::Serialize)]
 pub(crate) struct Row {
-    #[serde(skip)]
-    method: Method,
     pub(crate) name: String,
     pub(crate) accuracy: Vec<f64>,
     mean: f64,
@@ -102,11 +99,10 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    pub(crate) fn new(outcome: &Outcome, train_batch: TrainBatch) -> Self {
+    pub(crate) fn new(outcome: &Outcome<'_>, train_batch: TrainBatch) -> Self {
         let (accuracy, last) = (outcome.accuracy(), outcome.epochs().saturating_sub(1));
         Row {
-            method: outcome.method,
-            name: outcome.name.clone(),
+            name: outcome.method.name.clone(),
             mean: mean(&accuracy),
             spread: deviation(&accuracy),
             accuracy,
@@ -114,7 +110,7 @@ impl Row {
             ogr: outcome.ogr(last),
             held: outcome.runs.iter().map(|run| run.held).sum(),
             solved: outcome.runs.iter().map(|run| run.solved).sum(),
-            train_batch: outcome.method.uses_gradients().then_some(train_batch),
+            train_batch: matches!(outcome.method.weights, Weights::FromGradients { .. }).then_some(train_batch),
             blend_seconds: outcome.mean(|run| run.blending.as_secs_f64()),
             library_seconds: outcome.mean(|run| run.library.as_secs_f64()),
             train_seconds: outcome.mean(|run| run.training.as_secs_f64()),
@@ -151,16 +147,16 @@ impl Summary {
             "blending s\n(gradblend ms)",
             "training\ns",
         ]);
-        let find = |method| self.methods.iter().find(|row| row.method == method).context("a baseline is missing");
-        let (naive, uniform) = (find(Method::Naive)?, find(Method::Uniform)?);
+        let find = |name| self.methods.iter().find(|row| row.name == name).context("a baseline is missing");
+        let (naive, uniform) = (find("naive")?, find("uniform")?);
         for row in &self.methods {
             let weights: Vec<String> = row.weights.iter().map(|weight| format!("{weight:.2}")).collect();
             let (mut solved, mut blending) = (String::new(), String::new());
-            if row.method.estimates() {
+            if row.solved > 0 {
                 solved = format!("{} / {}", row.held, row.solved);
                 blending = format!("{:.2}", row.blend_seconds);
             }
-            if row.method.uses_gradients() {
+            if row.train_batch.is_some() {
                 blending += &format!(" ({:.0})", row.library_seconds * 1e3);
             }
             let batch = row.train_batch.and_then(|batch| batch.to_possible_value());

@@ -18,95 +18,56 @@ pub(crate) const WARM_UP: u64 = 10;
 pub(crate) const SUPER_EPOCH: u64 = 5;
 
 /// Where the weights of the losses come from.
-#[derive(Clone, Copy, PartialEq)]
-pub(crate) enum Method {
-    /// The loss of one modality, and the accuracy of its own head.
-    Alone(usize),
-    /// The fused loss.
-    Naive,
-    /// 1 / K for each loss.
-    Uniform,
-    /// Estimated from losses, once, before training: each loss is trained alone for the whole run.
-    OfflineLoss,
-    /// Estimated from losses at the start of each super-epoch, for its length.
-    OnlineLoss,
-    /// Estimated from the gradients of a super-epoch, at its end, by a plain mean.
-    OnlineGradientEpoch(Overfitting),
-    /// Estimated from gradients at each step, by an EMA.
-    OnlineGradientStep(Overfitting),
-    /// The same at every r-th step; between them, one backward pass on the weighted loss.
-    OnlineGradientCheap,
+pub(crate) enum Weights {
+    Fixed(Vec<f64>),
+    /// Estimated from losses at the start of each super-epoch, for its length: each loss is trained alone.
+    FromLosses(Schedule),
+    /// Estimated from gradients, observed at every `every`-th step; in force at each observation, or at the end of a
+    /// super-epoch, by the configuration's cadence.
+    FromGradients {
+        config: Config,
+        every: usize,
+    },
+}
+
+/// A method to weight the losses.
+pub(crate) struct Method {
+    pub(crate) name: String,
+    pub(crate) weights: Weights,
+    /// The head whose accuracy counts.
+    head: usize,
 }
 
 impl Method {
     /// All methods. `correlated` adds those that do not take the overfitting of modalities as uncorrelated.
-    pub(crate) fn all(modalities: usize, correlated: bool) -> Vec<Method> {
-        use Method::*;
-        use Overfitting::{Correlated, Uncorrelated};
-        let mut methods: Vec<Method> = (0..modalities).map(Alone).collect();
-        methods.extend([Naive, Uniform, OfflineLoss, OnlineLoss]);
-        methods.extend([OnlineGradientEpoch(Uncorrelated), OnlineGradientStep(Uncorrelated), OnlineGradientCheap]);
-        if correlated {
-            methods.extend([OnlineGradientEpoch(Correlated), OnlineGradientStep(Correlated)]);
-        }
-        methods
-    }
-
-    pub(crate) fn name(self, modalities: &[String]) -> String {
-        let policy = |overfitting| if overfitting == Overfitting::Correlated { ":correlated" } else { "" };
-        match self {
-            Method::Alone(k) => format!("alone:{}", modalities[k]),
-            Method::Naive => "naive".to_owned(),
-            Method::Uniform => "uniform".to_owned(),
-            Method::OfflineLoss => "offline-loss".to_owned(),
-            Method::OnlineLoss => "online-loss".to_owned(),
-            Method::OnlineGradientEpoch(overfitting) => format!("online-gradient-epoch{}", policy(overfitting)),
-            Method::OnlineGradientStep(overfitting) => format!("online-gradient-step{}", policy(overfitting)),
-            Method::OnlineGradientCheap => "online-gradient-cheap".to_owned(),
-        }
-    }
-
-    /// Whether weights are estimated.
-    pub(crate) fn estimates(self) -> bool {
-        !matches!(self, Method::Alone(_) | Method::Naive | Method::Uniform)
-    }
-
-    pub(crate) fn uses_gradients(self) -> bool {
-        self.estimates() && !matches!(self, Method::OfflineLoss | Method::OnlineLoss)
-    }
-
-    fn initial_weights(self, losses: usize) -> Vec<f64> {
-        let only = |k: usize| (0..losses).map(|j| f64::from(u8::from(j == k))).collect();
-        match self {
-            Method::Alone(k) => only(k),
-            Method::Naive => only(losses - 1),
-            _ => vec![1.0 / losses as f64; losses],
-        }
-    }
-
-    /// Super-epochs of an estimate from losses.
-    fn loss_schedule(self) -> Result<Option<Schedule>> {
-        Ok(match self {
-            Method::OfflineLoss => Some(Schedule::offline()),
-            Method::OnlineLoss => Some(Schedule::online(WARM_UP, SUPER_EPOCH)?),
-            _ => None,
-        })
-    }
-
-    /// The blender's configuration for an estimate from gradients.
-    fn config(self, losses: usize, decay: f64) -> Option<Config> {
-        let (average, cadence, overfitting) = match self {
-            // All observations of a super-epoch count alike: the moments are reset at its end.
-            Method::OnlineGradientEpoch(overfitting) => (Average::Mean, Cadence::OnRequest, overfitting),
-            Method::OnlineGradientStep(overfitting) => (Average::Ema { decay }, Cadence::EveryObservation, overfitting),
-            Method::OnlineGradientCheap => {
-                (Average::Ema { decay }, Cadence::EveryObservation, Overfitting::Uncorrelated)
-            }
-            _ => return None,
+    pub(crate) fn all(modalities: &[String], correlated: bool, settings: &Settings) -> Result<Vec<Method>> {
+        let fused = modalities.len();
+        let only = |k: usize| Weights::Fixed((0..=fused).map(|j| f64::from(u8::from(j == k))).collect());
+        let gradients = |average, cadence, overfitting, every| {
+            let policy = Policy { overfitting, ..Policy::default() };
+            // One thread: the seeds run in parallel.
+            let config = Config { average, cadence, policy, threads: 1, ..Config::new(fused as u32 + 1) };
+            Weights::FromGradients { config, every }
         };
-        let policy = Policy { overfitting, ..Policy::default() };
-        // One thread: the seeds run in parallel.
-        Some(Config { average, cadence, policy, threads: 1, ..Config::new(losses as u32) })
+        // All observations of a super-epoch count alike: the moments are reset at its end.
+        let per_super_epoch = |overfitting| gradients(Average::Mean, Cadence::OnRequest, overfitting, 1);
+        let ema = Average::Ema { decay: settings.decay };
+        let per_step = |overfitting, every| gradients(ema, Cadence::EveryObservation, overfitting, every);
+        let fixed = modalities.iter().enumerate().map(|(k, name)| (format!("alone:{name}"), only(k), k));
+        let mut methods: Vec<_> = fixed.map(|(name, weights, head)| Method { name, weights, head }).collect();
+        let mut add = |name: &str, weights| methods.push(Method { name: name.to_owned(), weights, head: fused });
+        add("naive", only(fused));
+        add("uniform", Weights::Fixed(vec![1.0 / (fused + 1) as f64; fused + 1]));
+        add("offline-loss", Weights::FromLosses(Schedule::offline()));
+        add("online-loss", Weights::FromLosses(Schedule::online(WARM_UP, SUPER_EPOCH)?));
+        add("online-gradient-epoch", per_super_epoch(Overfitting::Uncorrelated));
+        add("online-gradient-step", per_step(Overfitting::Uncorrelated, 1));
+        add("online-gradient-cheap", per_step(Overfitting::Uncorrelated, settings.every));
+        if correlated {
+            add("online-gradient-epoch:correlated", per_super_epoch(Overfitting::Correlated));
+            add("online-gradient-step:correlated", per_step(Overfitting::Correlated, 1));
+        }
+        Ok(methods)
     }
 }
 
@@ -212,18 +173,21 @@ fn timed<T>(total: &mut Duration, work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Trains a network from the seed's initial weights and tests it after the last epoch.
-pub(crate) fn train(method: Method, data: &Data, settings: &Settings, seed: u64, on_epoch: impl Fn()) -> Result<Run> {
+/// Trains a network from the seed's initial parameters and tests it after the last epoch.
+pub(crate) fn train(method: &Method, data: &Data, settings: &Settings, seed: u64, on_epoch: impl Fn()) -> Result<Run> {
     let mut trainer = Trainer::new(data, settings, seed)?;
     let losses = trainer.network.losses_len();
-    let mut weights = method.initial_weights(losses);
-    let schedule = method.loss_schedule()?;
+    let mut weights = vec![1.0 / losses as f64; losses];
+    let (mut schedule, mut blend) = (None, None);
+    match &method.weights {
+        Weights::Fixed(fixed) => weights.clone_from(fixed),
+        Weights::FromLosses(super_epochs) => schedule = Some(*super_epochs),
+        Weights::FromGradients { config, every } => {
+            let at_each_observation = config.cadence == Cadence::EveryObservation;
+            blend = Some((GradBlend::new(&trainer.network.parameters, *config)?, at_each_observation, *every));
+        }
+    }
     let super_epochs = Schedule::online(WARM_UP, SUPER_EPOCH)?;
-    let config = method.config(losses, settings.decay);
-    let at_each_observation = config.is_some_and(|config| config.cadence == Cadence::EveryObservation);
-    let mut blend = config.map(|config| GradBlend::new(&trainer.network.parameters, config)).transpose()?;
-    let every = if method == Method::OnlineGradientCheap { settings.every } else { 1 };
-
     let (mut run, mut ogr, mut steps) = (Run::default(), None, 0_usize);
     let start = Instant::now();
     for epoch in 0..settings.epochs {
@@ -238,26 +202,26 @@ pub(crate) fn train(method: Method, data: &Data, settings: &Settings, seed: u64,
         }
         for _ in 0..trainer.batches.per_epoch() {
             match &mut blend {
-                Some(blend) if steps.is_multiple_of(every) => {
+                Some((blend, at_each_observation, every)) if steps.is_multiple_of(*every) => {
                     let gradients = trainer.gradients(settings.train_batch, &mut run.blending)?;
                     let Gradients { losses, train, valid } = &gradients;
                     let blended = timed(&mut run.library, || blend.step(losses, train.as_ref(), valid))?;
                     trainer.adam.step(&trainer.network.parameters, &blended)?;
-                    if at_each_observation {
+                    if *at_each_observation {
                         run.solved(blend.report()?.flags.contains(Flags::HELD));
                     }
                 }
-                Some(blend) => trainer.step(blend.weights())?,
+                Some((blend, ..)) => trainer.step(blend.weights())?,
                 None => trainer.step(&weights.iter().map(|weight| *weight as f32).collect::<Vec<_>>())?,
             }
             steps += 1;
         }
-        if let Some(blend) = &mut blend {
+        if let Some((blend, at_each_observation, _)) = &mut blend {
             let report = blend.report()?;
             weights.clone_from(&report.weights);
             ogr = Some(Ratios::of_gradients(&report));
             // After the last epoch nothing is left to weight.
-            if !at_each_observation && super_epochs.ends(epoch) && epoch + 1 < settings.epochs {
+            if !*at_each_observation && super_epochs.ends(epoch) && epoch + 1 < settings.epochs {
                 timed(&mut run.library, || blend.reweight())?;
                 run.solved(blend.report()?.flags.contains(Flags::HELD));
                 blend.reset()?;
@@ -268,7 +232,7 @@ pub(crate) fn train(method: Method, data: &Data, settings: &Settings, seed: u64,
     }
     run.training = start.elapsed();
     run.blending += run.library;
-    run.accuracy = trainer.network.accuracy(&data.test, if let Method::Alone(k) = method { k } else { losses - 1 })?;
+    run.accuracy = trainer.network.accuracy(&data.test, method.head)?;
     Ok(run)
 }
 
