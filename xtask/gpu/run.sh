@@ -47,7 +47,11 @@ step() {
         result=skipped note="$3 is not installed"
     else
         timeout --kill-after 5 "$limit" "${@:3}" </dev/null >"$out/$name.log" 2>&1 || code=$?
-        ((code == 0)) || { result=FAILED note="exit status $code" && failed=$((failed + 1)); }
+        case $code in
+            0) ;;
+            77) result=skipped note='a tool is not installed: see the log' ;;
+            *) result=FAILED note="exit status $code" failed=$((failed + 1)) ;;
+        esac
         ((code != 124)) || note="stopped after $limit s"
         note+=$(awk '/^test result:/ { passed += $4; bad += $6 } /: skipped: / { skipped++ }
             END { if (passed + bad) printf " %d passed, %d failed, %d skipped", passed, bad, skipped }' "$out/$name.log")
@@ -80,7 +84,7 @@ fi
 if [[ $mode == all ]]; then
     # Lengths over 2^31: 6 GB of memory on the device and on the host.
     step test-large 300 "$here/tests/dot" --ignored cuda
-    step test-c 300 bash -c 'command -v cc && "$here/tests/ffi/run" "$here/lib" --device 0 --out "$0/c"' "$out"
+    step test-c 300 bash -c 'command -v cc || exit 77; "$here/tests/ffi/run" "$here/lib" --device 0 --out "$0/c"' "$out"
     for tool in memcheck racecheck initcheck synccheck; do
         # The tests check the driver's results themselves; some of them are errors on purpose.
         options=(--tool "$tool" --error-exitcode 1)
@@ -97,8 +101,8 @@ if [[ $mode == all || $mode == bench-only ]]; then
     for operation in step dot blend; do
         laboratory "bench-$operation" --operation "$operation" "${cases[@]}" --results "$results" --budget "$(left 4)"
     done
-    step bench-pytorch 3600 python3 "$here/benches/lab/pytorch.py" "$results" --device cuda \
-        --library "$here/lib/libgradblend.so" --budget "$(left 1)"
+    step bench-pytorch 3600 bash -c 'python3 -c "import torch" || exit 77; exec python3 "$@"' - \
+        "$here/benches/lab/pytorch.py" "$results" --device cuda --library "$here/lib/libgradblend.so" --budget "$(left 1)"
 fi
 if [[ $mode == profile ]]; then
     for operation in step dot blend; do
