@@ -37,7 +37,7 @@ __device__ __forceinline__ void set_modality(ChunkDescriptor &chunk, uint32_t po
 // Loads the group of modalities that starts at `first` into the descriptor.
 template <bool BLENDS>
 __device__ __forceinline__ void load_group(ChunkDescriptor &chunk, const float *weights, uint32_t first) {
-    const uint32_t lane = lane_id();
+    const uint32_t lane = threadIdx.x % WARP;
     // All lanes have read the previous group.
     __syncwarp();
     if (lane < TILE_MODALITIES) {
@@ -54,7 +54,7 @@ template <bool DOTS, bool BLENDS>
 __device__ __forceinline__ bool load_chunk(const TableArgs &table, uint32_t modalities, uint32_t what, uint32_t index,
                                            uint32_t threads, const float *weights, uint32_t &dtype,
                                            ChunkDescriptor &descriptor) {
-    const uint32_t lane = lane_id();
+    const uint32_t lane = threadIdx.x % WARP;
     const Chunk chunk = at<const Chunk>(table.chunks)[index];
     // All of the tensor's table is read at once, before the number of its modalities is known.
     const uint64_t slots = static_cast<uint64_t>(chunk.tensor) * modalities;

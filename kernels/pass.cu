@@ -26,6 +26,7 @@ struct PassStorage {
     WarpStorage warps[WARPS];
     float weights[MAX_MODALITIES];
     volatile uint32_t span, next_span;
+    volatile uint32_t modalities;  // K. What is computed from it takes no register while tiles are processed.
     FinalStorage final;
 };
 
@@ -33,7 +34,7 @@ struct PassStorage {
 // all modalities. GUARD: a tensor with 5 or more modalities, whose group need not have all N.
 template <class T, int N, bool DOTS, bool BLENDS, bool GUARD>
 __device__ __forceinline__ void process_group(WarpStorage &warp, const float *weights, uint64_t zeros,
-                                              uint32_t modalities, uint32_t first) {
+                                              const volatile uint32_t &modalities, uint32_t first) {
     constexpr int UNITS = units_per_thread(DOTS ? 2 + N : N);
     ChunkDescriptor &chunk = warp.chunk;
     const bool dots = DOTS && (!BLENDS || (chunk.what & DOT));
@@ -72,7 +73,7 @@ __device__ __forceinline__ void clear_blended(const ChunkDescriptor &chunk) {
 // Processes a chunk by an unrolled body for the number of modalities present.
 template <class T, bool DOTS, bool BLENDS>
 __device__ __forceinline__ void process_chunk(WarpStorage &warp, const float *weights, uint64_t zeros,
-                                              uint32_t modalities) {
+                                              const volatile uint32_t &modalities) {
     // The first group comes last: it stores the blend, perhaps over a gradient that the other groups read.
     uint32_t group = DOTS && (warp.chunk.what & DOT) ? (warp.chunk.present - 1) / TILE_MODALITIES : 0;
     for (;; --group) {
@@ -108,6 +109,7 @@ __device__ __forceinline__ void pass(const TableArgs &table, const BlenderArgs &
     }
     if (thread == 0) {
         storage.span = blockIdx.x;
+        storage.modalities = modalities;
     }
     __syncthreads();
     // A plan has at most 2^31 spans.
@@ -124,35 +126,37 @@ __device__ __forceinline__ void pass(const TableArgs &table, const BlenderArgs &
         const uint32_t index = shared ? span.first : span.first + thread / WARP;
         uint32_t dtype = F32;
         const bool works = index < span.end &&
-                           load_chunk<DOTS, BLENDS>(table, modalities, what, index, shared ? THREADS_PER_BLOCK : WARP,
+                           load_chunk<DOTS, BLENDS>(table, storage.modalities, what, index, shared ? THREADS_PER_BLOCK : WARP,
                                                     storage.weights, dtype, warp.chunk);
         if (thread == 0) {
             storage.next_span = gridDim.x + claimed;
         }
         if (works) {
             if (dtype == F32) {
-                process_chunk<Float, DOTS, BLENDS>(warp, storage.weights, blender.zeros, modalities);
+                process_chunk<Float, DOTS, BLENDS>(warp, storage.weights, blender.zeros, storage.modalities);
             } else if (dtype == F16) {
-                process_chunk<Half, DOTS, BLENDS>(warp, storage.weights, blender.zeros, modalities);
+                process_chunk<Half, DOTS, BLENDS>(warp, storage.weights, blender.zeros, storage.modalities);
             } else {
-                process_chunk<Bfloat, DOTS, BLENDS>(warp, storage.weights, blender.zeros, modalities);
+                process_chunk<Bfloat, DOTS, BLENDS>(warp, storage.weights, blender.zeros, storage.modalities);
             }
         }
         __syncwarp();
-        const uint64_t partial = storage.span;
+        const uint32_t partial = storage.span;
         // All warps have finished their chunks: their sums are complete, and their storage can be reused.
         __syncthreads();
         if (thread == 0) {
             storage.span = storage.next_span;
         }
-        if (DOTS && thread < 2 * modalities) {
+        const uint32_t k = storage.modalities;
+        if (DOTS && thread < 2 * k) {
             double sum = 0.0;
             for (uint32_t w = 0; w < WARPS; ++w) {
                 sum += storage.warps[w].sums[thread];
                 // A warp adds nothing to a product of a modality that its next chunk's tensor lacks.
                 storage.warps[w].sums[thread] = 0.0;
             }
-            at<double>(table.partials)[partial * 2 * modalities + thread] = sum;
+            // In this order, no 64-bit factor stays in registers while tiles are processed.
+            at<double>(table.partials)[2 * (static_cast<uint64_t>(partial) * k) + thread] = sum;
         }
         __syncthreads();
     }

@@ -7,7 +7,7 @@ use gradblend_fuzz::{blender, check_state, number, numbers, run};
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| run(data, |u| {
     let (Some(mut blender), Some(mut other)) = (blender(u)?, blender(u)?) else { return Ok(Ok(())) };
-    let (k, scale) = (blender.config().modalities as usize, number(u)?);
+    let (k, scale) = (blender.k(), number(u)?);
     let (c, d) = (numbers(u, k)?, numbers(u, k)?);
     let bytes: Option<Vec<u8>> = if u.ratio(1, 8)? { Some(u.arbitrary()?) } else { None };
     let (own, changes, sealed): (bool, [(u16, u8); 4], bool) = u.arbitrary()?;

@@ -74,7 +74,7 @@ fn overlaps(tensors: &[Tensor]) -> bool {
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| run(data, |u| {
     let Some(blender) = blender(u)? else { return Ok(Ok(())) };
-    let k = blender.config().modalities as usize;
+    let k = blender.k();
     let (mut plan, mut shape) = (None, Vec::new());
     for _ in 0..u.int_in_range(1..=4)? {
         let tensors: Vec<Tensor> = (0..u.int_in_range(0..=3)?).map(|_| Tensor::new(u, k)).collect::<Result<_>>()?;

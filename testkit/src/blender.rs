@@ -106,7 +106,8 @@ impl TestBlender {
         Ok(TestBlender { api, config: config_wanted, face, stream: Stream::default() })
     }
 
-    fn k(&self) -> usize {
+    /// K.
+    pub fn k(&self) -> usize {
         self.config.modalities as usize
     }
 
