@@ -1,14 +1,15 @@
-// Operations on the state alone: one thread block, no gradient.
+// Operations on the state alone: one thread block, no gradient. The bound of one block an SM keeps nvcc from saving registers
+// for more blocks, for which it spills on sm_86 and sm_89.
 
 #include "moments.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK)
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, 1)
     observe(const __grid_constant__ BlenderArgs blender, const __grid_constant__ ObservationArgs observation) {
     __shared__ ObservationStorage storage;
     observe_and_reweight(blender, load_state(blender, observation), storage);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK) reweight(const __grid_constant__ BlenderArgs blender) {
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, 1) reweight(const __grid_constant__ BlenderArgs blender) {
     __shared__ SolveStorage storage;
     if (threadIdx.x < WARP) {
         update_weights(blender, storage);
@@ -16,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK) reweight(const _
 }
 
 // Zeroes everything but the weights.
-extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK) reset(const __grid_constant__ BlenderArgs blender) {
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, 1) reset(const __grid_constant__ BlenderArgs blender) {
     State *state = at<State>(blender.state);
     for (uint32_t i = threadIdx.x; i < MAX_MODALITIES * MAX_MODALITIES; i += THREADS_PER_BLOCK) {
         state->second_moment[i] = 0.0;
@@ -36,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK) reset(const __gr
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK)
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, 1)
     set_weights(const __grid_constant__ BlenderArgs blender, const __grid_constant__ Weights weights) {
     State *state = at<State>(blender.state);
     if (threadIdx.x < blender.modalities) {

@@ -28,7 +28,7 @@ fn pass<T: Sample>(blender: &mut TestBlender, tensors: &mut [Tensor<T>], what: P
 
 fn sequence<T: Sample>(u: &mut Unstructured<'_>) -> Result<Called<()>> {
     let Some(mut whole) = blender(u)? else { return Ok(Ok(())) };
-    let (k, mut random) = (whole.config().modalities as usize, Random(u.arbitrary()?));
+    let (k, mut random) = (whole.k(), Random(u.arbitrary()?));
     let tensors: Vec<Tensor<T>> =
         (0..u.int_in_range(0..=3)?).map(|_| tensor(u, &mut random, k)).collect::<Result<_>>()?;
     let rounds = (0..u.int_in_range(1..=6)?)

@@ -106,6 +106,11 @@ impl TestBlender {
         Ok(TestBlender { api, config: config_wanted, face, stream: Stream::default() })
     }
 
+    /// The configuration that the blender was made with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
     /// K.
     pub fn k(&self) -> usize {
         self.config.modalities as usize
