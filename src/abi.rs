@@ -16,7 +16,7 @@ macro_rules! constants {
 }
 
 constants! {
-    /// Largest number of modalities K of a [`Blender`](crate::Blender).
+    /// Largest number of modalities K of a `Blender`.
     pub MAX_MODALITIES: usize = 32;
 
     /// Bytes of the widest load of a kernel, and the alignment that this load needs.
