@@ -125,9 +125,9 @@ __device__ __forceinline__ void pass(const TableArgs &table, const BlenderArgs &
         const bool shared = span.end - span.first == 1;
         const uint32_t index = shared ? span.first : span.first + thread / WARP;
         uint32_t dtype = F32;
-        const bool works = index < span.end &&
-                           load_chunk<DOTS, BLENDS>(table, storage.modalities, what, index, shared ? THREADS_PER_BLOCK : WARP,
-                                                    storage.weights, dtype, warp.chunk);
+        const uint32_t threads = shared ? THREADS_PER_BLOCK : WARP;
+        const bool works = index < span.end && load_chunk<DOTS, BLENDS>(table, storage.modalities, what, index, threads,
+                                                                        storage.weights, dtype, warp.chunk);
         if (thread == 0) {
             storage.next_span = gridDim.x + claimed;
         }
@@ -152,7 +152,7 @@ __device__ __forceinline__ void pass(const TableArgs &table, const BlenderArgs &
             double sum = 0.0;
             for (uint32_t w = 0; w < WARPS; ++w) {
                 sum += storage.warps[w].sums[thread];
-                // A warp adds nothing to a product of a modality that its next chunk's tensor lacks.
+                // A warp stores no sum for a modality that the tensor of its next chunk lacks.
                 storage.warps[w].sums[thread] = 0.0;
             }
             // In this order, no 64-bit factor stays in registers while tiles are processed.

@@ -1,5 +1,5 @@
-// Operations on the state alone: one thread block, no gradient. The bound of one block an SM keeps nvcc from saving registers
-// for more blocks, for which it spills on sm_86 and sm_89.
+// Operations on the state alone: one thread block, no gradient. They are bounded to one block an SM: otherwise nvcc saves
+// registers for more blocks, and spills on sm_86 and sm_89.
 
 #include "moments.cuh"
 
@@ -9,7 +9,8 @@ extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, 1)
     observe_and_reweight(blender, load_state(blender, observation), storage);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, 1) reweight(const __grid_constant__ BlenderArgs blender) {
+extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, 1)
+    reweight(const __grid_constant__ BlenderArgs blender) {
     __shared__ SolveStorage storage;
     if (threadIdx.x < WARP) {
         update_weights(blender, storage);

@@ -317,7 +317,7 @@ fn random_runs(face: Face) -> Outcome {
                 let threads = 1 + random.below(2) as u32;
                 let mut blender = face.blender_with(Config { threads, ..config })?;
                 blender.load(&saved)?;
-                // SAFETY: as above; NULL is a scale of 1.
+                // SAFETY: `scale` outlives the blender and is not written during an observation; NULL is a scale of 1.
                 unsafe {
                     let none = scale_in_force == 1.0;
                     blender.set_grad_scale(if none { std::ptr::null() } else { scale.address().cast_const() })?;
