@@ -352,8 +352,17 @@ EXPORT int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *
     });
 }
 
-API(cuMemcpyDtoHAsync_v2, CONTEXT, (void *to, const void *from, size_t bytes, void *stream),
-       copy_later(on_host(to, bytes), on_device(from, bytes), bytes, get_stream(stream)))
+EXPORT int cuMemcpyDtoHAsync_v2(void *to, const void *from, size_t bytes, void *handle) {
+    return call(__func__, CONTEXT, [&] {
+        Stream &stream = get_stream(handle);
+        copy_later(on_host(to, bytes), on_device(from, bytes), bytes, stream);
+        if (stream.capture == nullptr && containing(to, bytes) == driver.allocations.end()) {
+            // Pageable host memory is written during the call.
+            drain(stream, driver.issued);
+        }
+    });
+}
+
 API(cuMemcpyDtoDAsync_v2, CONTEXT, (void *to, const void *from, size_t bytes, void *stream),
        copy_later(on_device(to, bytes), on_device(from, bytes), bytes, get_stream(stream)))
 API(cuMemcpyHtoD_v2, CONTEXT, (void *to, const void *from, size_t bytes),
