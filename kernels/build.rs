@@ -15,6 +15,8 @@ const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 const SOURCES: [&str; 2] = ["kernels/pass.cu", "kernels/state.cu"];
 /// Flags of nvcc that decide what an image contains, besides the architectures.
 const FLAGS: [&str; 4] = ["-std=c++17", "-O3", "-fatbin", "-fmad=false"];
+/// The file beside the images that says what they were compiled from.
+const KEY: &str = "images.key";
 /// Variables that nvcc reads itself.
 const NVCC_VARIABLES: [&str; 3] = ["NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN"];
 
@@ -37,7 +39,7 @@ fn compile() -> Result<(), String> {
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set; is this run by cargo?")?);
     let header = header::header();
     write(&out.join("abi.cuh"), header.as_bytes())?;
-    let key_file = out.join("images.key");
+    let key_file = out.join(KEY);
     if env::var_os("DOCS_RS").is_some() {
         // docs.rs has no toolkit, and runs nothing.
         write(&key_file, &[])?;
@@ -61,9 +63,7 @@ fn compile() -> Result<(), String> {
     }
     flags.push(format!("-gencode=arch=compute_{0},code=compute_{0}", architectures[0]));
     let key = key(&version_text, &flags, &header)?;
-    let up_to_date = fs::read_to_string(&key_file).is_ok_and(|old| old == key)
-        && SOURCES.iter().all(|source| image(&out, source).exists());
-    if !up_to_date {
+    if !has_images(&out, &key) && !copy_images(&out, &key) {
         write(&key_file, &[])?;
         let threads = env::var("NUM_JOBS").unwrap_or_else(|_| "1".into());
         for source in SOURCES {
@@ -95,6 +95,28 @@ fn key(version: &str, flags: &[String], header: &str) -> Result<String, String> 
         key += &format!("{}\n{text}\n", path.display());
     }
     Ok(key)
+}
+
+/// Whether a folder has the images that `key` describes.
+fn has_images(folder: &Path, key: &str) -> bool {
+    fs::read_to_string(folder.join(KEY)).is_ok_and(|kept| kept == key)
+        && SOURCES.iter().all(|source| image(folder, source).exists())
+}
+
+/// Copies the images from the output folder of another build of this crate, if one has them. Profiles and features change
+/// that folder, not the images, which take minutes to compile.
+fn copy_images(out: &Path, key: &str) -> bool {
+    // TARGET/PROFILE/build/gradblend-HASH/out
+    let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let Some(target) = out.ancestors().nth(4) else { return false };
+    let builds = entries(target).flat_map(|profile| entries(&profile.join("build")).collect::<Vec<_>>());
+    let Some(other) = builds.map(|build| build.join("out")).find(|other| other != out && has_images(other, key)) else {
+        return false;
+    };
+    // The key last, so that an interrupted copy does not count.
+    fs::write(out.join(KEY), []).is_ok()
+        && SOURCES.iter().all(|source| fs::copy(image(&other, source), image(out, source)).is_ok())
+        && fs::write(out.join(KEY), key).is_ok()
 }
 
 /// The path of a source's image.

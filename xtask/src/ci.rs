@@ -14,7 +14,7 @@ type Section = (&'static str, &'static [&'static str], fn(&Shell) -> Result<()>)
 
 const SECTIONS: [Section; 17] = [
     ("rules", &[], |_| rules::check()),
-    ("format", &["cargo fmt --all --check", "cargo fmt --manifest-path fuzz/Cargo.toml --check"], |_| Ok(())),
+    ("format", &["cargo fmt --all --check"], |_| Ok(())),
     ("clippy", CLIPPY, |_| Ok(())),
     ("tests", &["cargo test --locked --workspace"], |_| Ok(())),
     ("docs", &["cargo doc --locked --workspace --no-deps"], package),

@@ -55,7 +55,7 @@ pub(crate) fn build(sanitize: bool, out: Option<PathBuf>) -> Result<PathBuf> {
 /// Builds libcuda.so.1 of other kernels in `out`, with all else from the emulator in `base`.
 pub(crate) fn variant(kernels: &Path, base: &Path, out: &Path) -> Result<()> {
     // Such a library is built once and runs briefly.
-    compile(&tools::files(kernels, &["cu"])?, &[kernels, base], out, &["-O1"])?;
+    compile(&tools::files(kernels, &["cu"])?, &[kernels, base], out, &["-O1", "-g0"])?;
     let mut objects = tools::files(base, &["o"])?;
     objects.retain(|object| !object.ends_with("cublas.o"));
     for object in &mut objects {

@@ -41,7 +41,9 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     cuda::build(&sh, &["rustc", "--features", "cuda,capi", "--crate-type", "cdylib"])?;
     let emulator = emulator::build(false, None)?;
     sh.set_var("LD_LIBRARY_PATH", emulator);
-    examples(&sh, "gcc", "g++", &target.join("debug"), "0")
+    let (library, out) = (target.join("debug"), target.join("ffi-cuda"));
+    cmd!(sh, "tests/ffi/run {library} --device 0 --out {out}").run()?;
+    examples(&sh, "gcc", "g++", &library, "0")
 }
 
 /// The library exports what the header declares, and nothing else.

@@ -41,8 +41,9 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
     let base = emulator::build(false, None)?;
     let built = cuda::tests()?;
     let programs = PROGRAMS.iter().map(|name| built.program(name)).collect::<Result<Vec<_>>>()?;
-    let failed = first_failure(&base, &programs)?;
-    ensure!(failed.is_none(), "{failed:?} fails on the kernels as they are");
+    let failed = programs.par_iter().map(|program| first_failure(&base, &[program])).collect::<Result<Vec<_>>>()?;
+    let failed: Vec<_> = failed.into_iter().flatten().collect();
+    ensure!(failed.is_empty(), "{failed:?} fails on the kernels as they are");
     let try_one = |mutant: &Mutant| -> Result<bool> {
         let out = tools::target()?.join("mutants").join(mutant.name.replace(' ', "-"));
         break_kernels(mutant, &base, &out).with_context(|| mutant.name.clone())?;
