@@ -274,7 +274,8 @@ gradblend_status gradblend_get_second_moments(gradblend_blender *blender, double
 
 /*
  * Returns the device address of the K weights in force, as float, for a backward pass on the weighted loss. The memory
- * is the blender's, and the address is the same for its life. Read it only while no call on the blender runs.
+ * is the blender's, and the address is the same for its life. On a CUDA device, read it in work that is ordered after the
+ * blender's work, by its stream or by events; on the CPU, while no call on the blender runs.
  * Errors: INVALID_ARGUMENT.
  */
 gradblend_status gradblend_device_weights(const gradblend_blender *blender, const float **weights);
@@ -282,6 +283,7 @@ gradblend_status gradblend_device_weights(const gradblend_blender *blender, cons
 /*
  * Returns the device address of the 2K pending sums, c_0 .. c_K-1 then d_0 .. d_K-1, and 2K. The memory is the
  * blender's, and the address is the same for its life. A sharded trainer all-reduces them between DOT and OBSERVE.
+ * Access them as the weights of gradblend_device_weights.
  * Errors: INVALID_ARGUMENT.
  */
 gradblend_status gradblend_pending_sums(const gradblend_blender *blender, double **sums, uint32_t *count);

@@ -14,8 +14,8 @@
  * Ownership. A Blender and a Plan own their handle and nothing else. Gradients and streams stay the caller's, and
  *            gradients must stay valid until the plan is updated or destroyed. A plan and its blender may be destroyed
  *            in either order.
- * Moving.    A moved-from or default-constructed object is empty: it may be assigned to and destroyed, and every other
- *            call on it is the error GRADBLEND_INVALID_ARGUMENT.
+ * Moving.    A moved-from or default-constructed Blender or Plan is empty: it may be assigned to and destroyed, and every
+ *            operation on it is the error GRADBLEND_INVALID_ARGUMENT.
  * Threads.   Const methods may run at the same time on one object; any other method runs alone. Functions: any thread.
  * Streams.   As in gradblend.h; the default is the legacy default stream, and the CPU ignores it.
  *
@@ -409,7 +409,7 @@ public:
         return detail::outcome(gradblend_get_second_moments(handle_.get(), moments.data(), stream), moments);
     }
 
-    // Device address of the K weights in force: the blender's memory. Read it only while no call on the blender runs.
+    // Device address of the K weights in force: the blender's memory. gradblend.h says when it may be read.
     [[nodiscard]] Return<const float *> device_weights() const {
         const float *weights = nullptr;
         return detail::outcome(gradblend_device_weights(handle_.get(), &weights), weights);

@@ -80,8 +80,8 @@ fn compile() -> Result<(), String> {
     Ok(())
 }
 
-/// All that decides the contents of the images. The environment does so only by these variables: another `PATH` that has
-/// the same version of nvcc compiles nothing again.
+/// All that decides the contents of the images. The environment does so only by these variables: another `PATH` with
+/// the same version of nvcc does not compile again.
 fn key(version: &str, flags: &[String], header: &str) -> Result<String, String> {
     let mut key = format!("{version}\n{flags:?}\n{header}\n");
     for name in NVCC_VARIABLES {

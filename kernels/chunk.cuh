@@ -1,4 +1,4 @@
-// The descriptor of a chunk: what a warp needs to know of the chunk that it processes.
+// The descriptor of a chunk: addresses, weights and length of the chunk that a warp processes.
 #pragma once
 
 #include "common.cuh"

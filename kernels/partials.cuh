@@ -35,17 +35,17 @@ __device__ __forceinline__ void store_warp_sums(const ChunkDescriptor &chunk, co
 __device__ __forceinline__ void reduce_partials(const TableArgs &table, const BlenderArgs &blender,
                                                 FinalStorage &storage, LoadedState &loaded) {
     const uint32_t modalities = blender.modalities, products = 2 * modalities, thread = threadIdx.x;
-    // Each thread adds two products of every `groups`-th span.
-    const uint32_t groups = THREADS_PER_BLOCK / modalities, pair = thread % modalities, group = thread / modalities;
+    // Each thread adds two products of every `stride`-th span.
+    const uint32_t stride = THREADS_PER_BLOCK / modalities, pair = thread % modalities, start = thread / modalities;
     const uint32_t spans = static_cast<uint32_t>(table.count);
     double2 sum = {0.0, 0.0};
-    for (uint32_t first = group; group < groups && first < spans; first += PARTIALS_IN_FLIGHT * groups) {
+    for (uint32_t first = start; start < stride && first < spans; first += PARTIALS_IN_FLIGHT * stride) {
         const double2 *from = at<const double2>(table.partials) + static_cast<uint64_t>(first) * modalities + pair;
         double2 partial[PARTIALS_IN_FLIGHT];
 #pragma unroll
         for (uint32_t i = 0; i < PARTIALS_IN_FLIGHT; ++i) {
-            partial[i] = first + i * groups < spans ? __ldcg(from) : make_double2(0.0, 0.0);
-            from += groups * modalities;
+            partial[i] = first + i * stride < spans ? __ldcg(from) : make_double2(0.0, 0.0);
+            from += stride * modalities;
         }
 #pragma unroll
         for (uint32_t i = 0; i < PARTIALS_IN_FLIGHT; ++i) {
@@ -58,7 +58,7 @@ __device__ __forceinline__ void reduce_partials(const TableArgs &table, const Bl
     __syncthreads();
     for (uint32_t product = thread / WARP; product < products; product += WARPS) {
         double total = 0.0;
-        for (uint32_t i = thread % WARP; i < groups; i += WARP) {
+        for (uint32_t i = thread % WARP; i < stride; i += WARP) {
             total += storage.sums[i * products + product];
         }
         total = warp_sum(total);
@@ -73,7 +73,7 @@ __device__ __forceinline__ void reduce_partials(const TableArgs &table, const Bl
     }
 }
 
-// Whether this thread block is the last of the grid to get here. The last one sees the partial sums of all others.
+// Whether this thread block is the last of the grid to increment `finished`. That one sees the partial sums of all others.
 __device__ __forceinline__ bool is_last_block(const BlenderArgs &blender, FinalStorage &storage) {
     Progress *progress = at<Progress>(blender.progress);
     // Each thread's fence makes its own partial sums visible before the barrier, so the ticket after it counts for all.

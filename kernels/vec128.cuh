@@ -11,7 +11,7 @@
 
 #include "common.cuh"
 
-static_assert(ALIGNMENT == sizeof(uint4), "a unit is what the widest load brings");
+static_assert(ALIGNMENT == sizeof(uint4), "a unit is one widest load");
 
 // ---- Whole units at addresses aligned to 16 bytes ----
 

@@ -27,8 +27,9 @@ constants! {
 
     /// Most elements of a chunk, the unit of work. A chunk belongs to one tensor.
     ///
-    /// 64 Ki f32 elements of six buffers are 1.5 MiB: enough to hide the cost of a chunk, few enough to share a model of
-    /// 25 million elements evenly among threads. Not yet measured on a GPU.
+    /// 128 products for each accumulator of a thread block, half of what the error bound allows. 64 Ki f32 elements of six
+    /// buffers are 1.5 MiB: enough to hide the cost of a chunk, few enough to share a model of 25 million elements evenly
+    /// among threads. Not yet measured on a GPU.
     pub(crate) CHUNK: u64 = 1 << 16;
 
     /// Least number of elements that a CPU thread claims at a time; the last span of a plan can have fewer.
@@ -169,7 +170,7 @@ records! {
 
     /// State of a blender: all that it keeps between calls.
     State {
-        /// Pending sums: c_0..c_K, then d_0..d_K, without a gap.
+        /// Pending sums: c_0 .. c_K-1, then d_0 .. d_K-1, without a gap.
         pending: [f64; 2 * MAX_MODALITIES],
         /// Weights in force, rounded to f32: the factors of `blend`.
         weights_f32: [f32; MAX_MODALITIES],

@@ -16,8 +16,7 @@ use crate::state;
 use crate::table::Table;
 use crate::tensor::{GradScale, Scale, Stream, TensorGrads};
 
-/// A checked list of parameter tensors with the memory that operations on it need. Running it allocates nothing and looks
-/// nothing up.
+/// A checked list of parameter tensors with the memory that operations on it need. Running it allocates nothing.
 ///
 /// A plan belongs to the blender that made it. Either may be dropped first; on a CUDA device, each drop waits for the
 /// blender's work. To wait for the work of a captured graph, it waits for the whole device, which invalidates captures in
@@ -93,7 +92,7 @@ impl<'a> Plan<'a> {
 /// ```
 #[derive(Debug)]
 pub struct Blender {
-    number: u64,
+    id: u64,
     backend: AnyBackend,
 }
 
@@ -104,13 +103,13 @@ impl Blender {
     /// [`Error::Modalities`], [`Error::Decay`] or [`Error::Damping`] for a configuration out of range;
     /// [`Error::Threads`]; [`Error::OutOfMemory`]; those of [`Device::cuda`].
     pub fn new(device: &Device, config: Config) -> Result<Self> {
-        static NUMBER: AtomicU64 = AtomicU64::new(1);
+        static NEXT: AtomicU64 = AtomicU64::new(1);
         config.check()?;
         let k = config.k();
         let mut state = State::zeroed();
         state::set_weights(&mut state, &[1.0 / k as f64; MAX_MODALITIES][..k]);
         let backend = AnyBackend::new(device.ordinal(), config, &state)?;
-        Ok(Blender { number: NUMBER.fetch_add(1, Ordering::Relaxed), backend })
+        Ok(Blender { id: NEXT.fetch_add(1, Ordering::Relaxed), backend })
     }
 
     /// The configuration that the blender was made with.
@@ -130,7 +129,7 @@ impl Blender {
     pub fn plan<'a>(&self, tensors: impl IntoIterator<Item = TensorGrads<'a>>) -> Result<Plan<'a>> {
         let table = Table::new(self.config().k(), tensors, self.backend.grouping())?;
         let memory = self.backend.memory(&table)?;
-        Ok(Plan { blender: self.number, table, memory, bound: true, borrow: PhantomData })
+        Ok(Plan { blender: self.id, table, memory, bound: true, borrow: PhantomData })
     }
 
     /// One pass over memory with any of the parts DOT, BLEND (with ACCUMULATE: blended += instead of =) and OBSERVE.
@@ -144,7 +143,7 @@ impl Blender {
     /// [`Error::ReleasedPlan`]; [`Error::Capturing`]; [`Error::Cuda`].
     pub fn pass(&mut self, plan: &Plan<'_>, what: Pass, stream: Stream) -> Result<()> {
         what.check()?;
-        if plan.blender != self.number {
+        if plan.blender != self.id {
             return Err(Error::ForeignPlan);
         }
         if !plan.bound {
@@ -185,7 +184,7 @@ impl Blender {
         self.pass(plan, Pass::DOT | Pass::BLEND | Pass::OBSERVE, stream)
     }
 
-    /// Closes the pending sums as one observation and zeroes them. Without a `dot` before it, zeros are an observation.
+    /// Commits the pending sums as one observation and zeroes them. Without a `dot` before it, zeros are an observation.
     ///
     /// If a product, divided by the gradient scale squared, is not finite, the observation is skipped: only a counter and a
     /// flag change. Otherwise reweights if the [`Cadence`](crate::Cadence) says so.
@@ -197,7 +196,7 @@ impl Blender {
     }
 
     /// Puts the weights in force that [`solve`](crate::solve) finds for the moments. Before the first observation, and
-    /// where there is nothing to go by, the weights stay and [`Flags::HELD`](crate::Flags::HELD) is set. With fewer than K
+    /// where `solve` finds no weights, those in force stay and [`Flags::HELD`](crate::Flags::HELD) is set. With fewer than K
     /// observations S is singular, so correlated overfitting is solved as uncorrelated.
     ///
     /// # Errors
@@ -266,17 +265,18 @@ impl Blender {
 
     /// Address of the K weights in force as f32, in memory of the device; it does not change for the blender's life.
     ///
-    /// A trainer can weight its losses by them and run one backward pass. Read them only while no call on this blender
-    /// runs, or on the stream of its work.
+    /// A trainer can weight its losses by them and run one backward pass. On a CUDA device, read them in work that is
+    /// ordered after the blender's work, by its stream or by events; on the CPU, while no call on this blender runs.
     pub fn device_weights(&self) -> *const f32 {
         self.backend.device_weights()
     }
 
-    /// Address of the 2K pending sums, c_0..c_K then d_0..d_K, in memory of the device; it does not change for the
-    /// blender's life.
+    /// Address of the 2K pending sums, c_0 .. c_K-1 then d_0 .. d_K-1, in memory of the device; it does not change
+    /// for the blender's life.
     ///
-    /// A sharded trainer all-reduces them between `dot` and `observe`. Access them only while no call on this blender runs,
-    /// or on the stream of its work.
+    /// A sharded trainer all-reduces them between `dot` and `observe`. On a CUDA device, access
+    /// them in work that is ordered after the blender's work, by its stream or by events; on the CPU, while no call on this
+    /// blender runs.
     pub fn pending_sums(&self) -> *mut f64 {
         self.backend.pending_sums()
     }

@@ -1,6 +1,8 @@
-//! Errors, and the roles of a tensor's buffers. Every error is returned before any work is done.
+//! Errors, and the roles of a tensor's buffers. Every error but [`Error::Cuda`] is returned before any work is done.
 
 use std::fmt;
+
+use crate::abi::MAX_MODALITIES;
 
 /// Result of a gradblend call.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -37,7 +39,7 @@ impl fmt::Display for Role {
 #[non_exhaustive]
 pub enum Error {
     /// K is 0 or larger than [`MAX_MODALITIES`](crate::MAX_MODALITIES).
-    #[error("expected 1 to 32 modalities, got {got}")]
+    #[error("expected 1 to {MAX_MODALITIES} modalities, got {got}")]
     Modalities {
         /// The K given.
         got: u64,

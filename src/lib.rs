@@ -7,7 +7,7 @@
 //! | operation | does |
 //! |---|---|
 //! | [`dot`](Blender::dot) | adds c_k = <g, v_k> and d_k = <t - g, v_k> to the pending sums |
-//! | [`observe`](Blender::observe) | closes the pending sums as one observation: n, m and S |
+//! | [`observe`](Blender::observe) | commits the pending sums as one observation: n, m and S |
 //! | [`reweight`](Blender::reweight) | solves for the weights and puts them in force |
 //! | [`blend`](Blender::blend) | writes sum_k w_k v_k |
 //! | [`step`](Blender::step) | dot, blend and observe in one pass over memory |
@@ -49,7 +49,8 @@
 //!
 //! # Errors and panics
 //!
-//! Every check comes before any work: after an [`Error`], nothing has changed. No function panics on bad input.
+//! Every check comes before any work: after an [`Error`] other than [`Error::Cuda`], a failure of the driver, nothing has
+//! changed. No function panics on bad input.
 //!
 //! # Features
 //!

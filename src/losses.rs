@@ -90,17 +90,19 @@ pub fn ogr(before: &[Losses], after: &[Losses], policy: &Policy) -> Result<Estim
     let pairs = || before.iter().zip(after);
     let delta_g: Vec<f64> = pairs().map(|(n, m)| n.valid - m.valid).collect();
     let delta_o: Vec<f64> = pairs().map(|(n, m)| (m.valid - m.train) - (n.valid - n.train)).collect();
-    for (modality, got) in delta_g.iter().chain(&delta_o).copied().enumerate() {
-        if !got.is_finite() {
-            let modality = modality % modalities;
-            return Err(Error::Loss { modality, which: "difference of the", when: "before and after training", got });
+    for difference in [&delta_g, &delta_o] {
+        if let Some(modality) = difference.iter().position(|got| !got.is_finite()) {
+            let (which, when, got) = ("difference of the", "before and after training", difference[modality]);
+            return Err(Error::Loss { modality, which, when, got });
         }
     }
     // Scaling all gaps does not change the weights; near 1 their squares neither underflow nor overflow.
     let largest = delta_o.iter().fold(0.0, |max: f64, gap| max.max(gap.abs()));
     let mut second_moment = vec![0.0; modalities * modalities];
-    for (k, gap) in delta_o.iter().enumerate().filter(|_| largest > 0.0) {
-        second_moment[k * modalities + k] = (gap / largest) * (gap / largest);
+    if largest > 0.0 {
+        for (k, gap) in delta_o.iter().enumerate() {
+            second_moment[k * modalities + k] = (gap / largest) * (gap / largest);
+        }
     }
     Ok(Estimate {
         ogr: delta_o.iter().zip(&delta_g).map(|(o, g)| (o / g).abs()).collect(),

@@ -58,13 +58,14 @@ impl Policy {
 /// Result of [`solve`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Solution {
-    /// K weights that sum to 1; `None` if there is nothing to go by: keep the weights in force.
+    /// K weights that sum to 1; `None` where the sum of the a_k of [`solve`] is not positive, or a weight is not finite as
+    /// f32: keep the weights in force.
     pub weights: Option<Vec<f64>>,
     /// [`Flags::HELD`] if `weights` is `None`; [`Flags::CLAMPED`] if a negative weight was set to 0.
     pub flags: Flags,
 }
 
-/// The weights that minimise w'Sw / (w'm)^2 under sum w = 1, by `policy`.
+/// Weights with a small OGR^2 = w'Sw / (w'm)^2 and sum 1, by `policy`. Without a negative weight they minimise it.
 ///
 /// `numerator` has K values m; `second_moment` is S, K x K, row-major. From gradients these are the moments of a
 /// [`Blender`](crate::Blender); from losses they are dG and the diagonal matrix of dO^2. Only the symmetric part of S is
@@ -73,7 +74,7 @@ pub struct Solution {
 /// - Uncorrelated: a_k = m_k / (S_kk + damping * trace(S) / K), or m_k where S is zero. Clamped, a negative a_k
 ///   becomes 0.
 /// - Correlated: a = (S + damping * trace(S) / K * I)^-1 m. Clamped, modalities with a negative a_k are dropped and the
-///   rest is solved again, until none is negative. A matrix that is not positive definite even with the damping is
+///   rest is solved again, until none is negative: a heuristic, not always the minimum among weights of at least 0. A matrix that is not positive definite even with the damping is
 ///   solved as uncorrelated.
 /// - w_k = a_k / sum a, if that sum is positive and every w_k is finite; else `None`.
 ///
@@ -138,12 +139,13 @@ pub(crate) fn solve_into(m: &[f64], second_moment: &[f64], policy: &Policy, weig
         0.0
     };
     let mut clamped = false;
-    let correlated = policy.overfitting == Overfitting::Correlated && {
-        let (solved, dropped) = correlated(&m, &s, damping, policy.negative, a);
-        clamped = solved && dropped;
-        solved
+    let solved = match policy.overfitting {
+        Overfitting::Correlated => correlated(&m, &s, damping, policy.negative, a),
+        Overfitting::Uncorrelated => None,
     };
-    if !correlated {
+    if let Some(dropped) = solved {
+        clamped = dropped;
+    } else {
         for (k, a) in a.iter_mut().enumerate() {
             *a = m(k) / (s(k, k) + damping);
             // 0 / 0: no overfitting and no generalisation, hence no weight.
@@ -167,26 +169,26 @@ pub(crate) fn solve_into(m: &[f64], second_moment: &[f64], policy: &Policy, weig
     flags
 }
 
-/// a = (S + damping I)^-1 m on the modalities that are not dropped, by Cholesky factors. Says whether the matrix had
-/// such factors, and whether a modality was dropped.
+/// a = (S + damping I)^-1 m on the modalities that are not dropped, by Cholesky factors. Returns whether a modality was
+/// dropped; `None` for a matrix that is not positive definite, which has no such factors.
 fn correlated(
     m: &impl Fn(usize) -> f64,
     s: &impl Fn(usize, usize) -> f64,
     damping: f64,
     negative: Negative,
     a: &mut [f64],
-) -> (bool, bool) {
-    let mut left = [0_usize; MAX_MODALITIES];
+) -> Option<bool> {
+    let mut active = [0_usize; MAX_MODALITIES];
     let mut count = a.len();
-    for (k, slot) in left[..count].iter_mut().enumerate() {
-        *slot = k;
+    for (k, modality) in active[..count].iter_mut().enumerate() {
+        *modality = k;
     }
     loop {
-        let left_now = &left[..count];
+        let rows = &active[..count];
         let mut factor = [[0.0; MAX_MODALITIES]; MAX_MODALITIES];
         let mut x = [0.0; MAX_MODALITIES];
-        for (i, &row) in left_now.iter().enumerate() {
-            for (j, &column) in left_now[..=i].iter().enumerate() {
+        for (i, &row) in rows.iter().enumerate() {
+            for (j, &column) in rows[..=i].iter().enumerate() {
                 let mut rest = s(row, column) + if i == j { damping } else { 0.0 };
                 for (l, r) in factor[i][..j].iter().zip(&factor[j][..j]) {
                     rest -= l * r;
@@ -196,35 +198,34 @@ fn correlated(
                 } else if rest > 0.0 && rest.is_finite() {
                     factor[i][i] = rest.sqrt();
                 } else {
-                    return (false, false);
+                    return None;
                 }
             }
             let known: f64 = factor[i][..i].iter().zip(&x[..i]).map(|(l, x)| l * x).sum();
             x[i] = (m(row) - known) / factor[i][i];
         }
         for i in (0..count).rev() {
-            // Downwards, the order in which a warp that has a row a lane comes to know the x_j.
+            // In descending j, the order of the kernel (solve.cuh), for the same bits.
             let known: f64 = (i + 1..count).rev().map(|j| factor[j][i] * x[j]).sum();
             x[i] = (x[i] - known) / factor[i][i];
         }
         a.fill(0.0);
-        for (&k, x) in left_now.iter().zip(&x) {
+        for (&k, x) in rows.iter().zip(&x) {
             a[k] = *x;
         }
         if negative == Negative::Signed || x[..count].iter().all(|x| *x >= 0.0) {
-            return (true, count < a.len());
+            return Some(count < a.len());
         }
-        // An x that is not a number stays: it makes the sum of the a_k none either, and the weights are held.
+        // A NaN is kept: it makes the sum of the a_k NaN, and the weights are held.
         let mut kept = 0;
         for i in 0..count {
-            let dropped = x[i] < 0.0;
-            if !dropped {
-                left[kept] = left[i];
+            if x[i] >= 0.0 || x[i].is_nan() {
+                active[kept] = active[i];
                 kept += 1;
             }
         }
         if kept == count {
-            return (true, count < a.len());
+            return Some(count < a.len());
         }
         count = kept;
     }

@@ -8,12 +8,12 @@ bitflags::bitflags! {
     /// Conditions of the latest reweight and of the latest observation.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Flags: u32 {
-        /// Of the latest reweight: there was nothing to go by, and the weights in force stay.
+        /// Of the latest reweight: there was no observation, or the solver found no weights. Those in force stay.
         const HELD = abi::HELD;
         /// Of the latest observation: a product was not finite, and the observation was skipped.
         const NONFINITE = abi::NONFINITE;
-        /// Of the latest reweight: a weight would have been negative and was set to zero. With HELD: all were, or the
-        /// rest was nothing to go by.
+        /// Of the latest reweight: a weight would have been negative and was set to zero. With HELD: all were, or
+        /// the rest gave no weights.
         const CLAMPED = abi::CLAMPED;
     }
 }
@@ -49,7 +49,7 @@ impl Average {
     }
 }
 
-/// Closes the pending sums of K modalities as one observation, and returns whether it entered the moments.
+/// Commits the pending sums of K modalities as one observation, and returns whether it entered the moments.
 ///
 /// Divides the products by `scale` squared first. The observation is skipped if a c_k, a d_k or the square of a d_k is not
 /// finite.

@@ -64,9 +64,9 @@ impl TryFrom<i32> for DType {
     /// [`Error::DType`] for any other code.
     fn try_from(code: i32) -> Result<Self> {
         match code {
-            0 => Ok(DType::F32),
-            1 => Ok(DType::F16),
-            2 => Ok(DType::BF16),
+            code if code == abi::F32 as i32 => Ok(DType::F32),
+            code if code == abi::F16 as i32 => Ok(DType::F16),
+            code if code == abi::BF16 as i32 => Ok(DType::BF16),
             code => Err(Error::DType { code }),
         }
     }
@@ -192,7 +192,8 @@ impl<'a> TensorGrads<'a> {
 
     /// Takes `gradient` as the gradient of modality `k` and writes the blended gradient over it.
     ///
-    /// If the tensor has no modality `k`, making a plan returns [`Error::ModalityCount`].
+    /// Modalities before `k` that were not given are absent. If the plan has no modality `k`, making it returns
+    /// [`Error::ModalityCount`].
     #[must_use]
     pub fn in_place<T: Element>(mut self, k: usize, gradient: &'a mut [T]) -> Self {
         let grad = Some(Grad::from_slice_mut(gradient));

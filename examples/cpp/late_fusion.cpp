@@ -1,7 +1,7 @@
 // Gradient-Blending in a training loop in C++: a late-fusion network on two noisy views of handwritten digits.
 //
 //     cargo rustc --release --features capi --crate-type cdylib
-//     c++ -std=c++17 -O3 -Iinclude examples/cpp/late_fusion.cpp -Ltarget/release -lgradblend -ldl -o target/late_fusion
+//     c++ -std=c++17 -O3 -Iinclude examples/cpp/late_fusion.cpp -Ltarget/release -lgradblend -ldl -o target/cpp_late_fusion
 //     LD_LIBRARY_PATH=target/release target/late_fusion [--device N] [--quick]
 //
 // View 0 is the 32 pixels of a digit's upper half, view 1 the 8 column sums and 4 row sums of its lower half.

@@ -41,7 +41,7 @@ pub(crate) trait Backend: Debug + Sized {
     /// - `memory` was made by this backend for `table`.
     unsafe fn pass(&mut self, table: &Table, memory: &Self::Memory, what: Pass, stream: Stream) -> Result<()>;
 
-    /// Closes the pending sums as one observation, and reweights if the cadence says so.
+    /// Commits the pending sums as one observation, and reweights if the cadence says so.
     fn observe(&mut self, stream: Stream) -> Result<()>;
 
     /// Solves for the weights and puts them in force.

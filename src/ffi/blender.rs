@@ -36,10 +36,10 @@ pub unsafe extern "C" fn gradblend_blender_create(
 ) -> Status {
     call(|| {
         check("where to put the blender", blender)?;
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: the header requires `config` to be NULL or valid for reads of its type.
         let config = unsafe { record("config", config) }?.config()?;
         let handle = BLENDERS.insert(Blender::new(&record::device(device)?, config)?)?;
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: `check` has seen that `blender` is not NULL and aligned; the header requires an out-pointer.
         unsafe { blender.write(without_provenance_mut(handle)) };
         Ok(())
     })
@@ -55,19 +55,19 @@ pub extern "C" fn gradblend_blender_destroy(blender: *mut gradblend_blender) {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gradblend_observe(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
-    // SAFETY: the caller fulfils what the header requires of the pointers.
+    // SAFETY: the header requires a live stream of the blender's device, or NULL.
     with(blender, |blender| Ok(blender.observe(unsafe { Stream::from_raw(stream) })?))
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gradblend_reweight(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
-    // SAFETY: the caller fulfils what the header requires of the pointers.
+    // SAFETY: the header requires a live stream of the blender's device, or NULL.
     with(blender, |blender| Ok(blender.reweight(unsafe { Stream::from_raw(stream) })?))
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gradblend_reset(blender: *mut gradblend_blender, stream: *mut c_void) -> Status {
-    // SAFETY: the caller fulfils what the header requires of the pointers.
+    // SAFETY: the header requires a live stream of the blender's device, or NULL.
     with(blender, |blender| Ok(blender.reset(unsafe { Stream::from_raw(stream) })?))
 }
 
@@ -84,7 +84,7 @@ pub unsafe extern "C" fn gradblend_set_weights(
             let (expected, got) = (expected as usize, count as usize);
             return Err(Error::Count { what: "the weights", expected, got }.into());
         }
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: the header requires K numbers at `weights`, and a live stream of the blender's device, or NULL.
         unsafe {
             let weights = array("weights", weights, u64::from(count))?;
             Ok(blender.set_weights(weights, Stream::from_raw(stream))?)
@@ -94,7 +94,7 @@ pub unsafe extern "C" fn gradblend_set_weights(
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gradblend_set_grad_scale(blender: *mut gradblend_blender, scale: *const f32) -> Status {
-    // SAFETY: the caller fulfils what the header requires of the pointers.
+    // SAFETY: the header requires `scale` to be NULL or to stay readable by the device while it is in force.
     with(blender, |blender| Ok(blender.set_grad_scale(unsafe { GradScale::from_raw(scale) })?))
 }
 
@@ -106,7 +106,8 @@ pub unsafe extern "C" fn gradblend_get_report(
 ) -> Status {
     with(blender, |blender| {
         check("report", report)?;
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: `check` has seen that `report` is not NULL and aligned; the header requires memory for a report there,
+        // and a live stream of the blender's device, or NULL.
         unsafe { report.write(gradblend_report::of(&blender.report(Stream::from_raw(stream))?)) };
         Ok(())
     })
@@ -120,7 +121,8 @@ pub unsafe extern "C" fn gradblend_get_second_moments(
 ) -> Status {
     with(blender, |blender| {
         check("second_moment", second_moment)?;
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: the header requires room for K x K numbers at `second_moment`, and a live stream of the blender's
+        // device, or NULL.
         unsafe {
             let moments = blender.second_moments(Stream::from_raw(stream))?;
             second_moment.copy_from_nonoverlapping(moments.as_ptr(), moments.len());
@@ -136,7 +138,7 @@ pub unsafe extern "C" fn gradblend_device_weights(
 ) -> Status {
     with_shared(blender, |blender| {
         check("where to put the address of the weights", weights)?;
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: `check` has seen that `weights` is not NULL and aligned; the header requires an out-pointer.
         unsafe { weights.write(blender.device_weights()) };
         Ok(())
     })
@@ -151,7 +153,7 @@ pub unsafe extern "C" fn gradblend_pending_sums(
     with_shared(blender, |blender| {
         check("where to put the address of the sums", sums)?;
         check("count", count)?;
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: `check` has seen that both are not NULL and aligned; the header requires out-pointers.
         unsafe {
             sums.write(blender.pending_sums());
             count.write(2 * blender.config().modalities);
@@ -170,7 +172,8 @@ pub unsafe extern "C" fn gradblend_save(
     with(blender, |blender| {
         check("bytes", bytes)?;
         let needed = blender.saved_bytes();
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: `bytes` is not NULL and aligned. The header requires that it can be read and written, `*bytes` bytes of
+        // memory at `buffer` unless that is NULL, and a live stream of the blender's device, or NULL.
         unsafe {
             if buffer.is_null() {
                 bytes.write(needed);
@@ -199,7 +202,7 @@ pub unsafe extern "C" fn gradblend_load(
     with(blender, |blender| {
         let buffer = buffer.cast::<u8>();
         check("buffer", buffer)?;
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: the header requires `bytes` readable bytes at `buffer`, and a live stream of the blender's device, or NULL.
         unsafe { Ok(blender.load(array("buffer", buffer, bytes as u64)?, Stream::from_raw(stream))?) }
     })
 }

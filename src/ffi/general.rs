@@ -34,7 +34,7 @@ pub extern "C" fn gradblend_status_name(status: Status) -> *const c_char {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn gradblend_last_error(buffer: *mut c_char, bytes: usize) -> usize {
-    // SAFETY: the caller fulfils what the header requires of the pointers.
+    // SAFETY: the header requires `buffer` to be NULL or valid for writes of `bytes` bytes.
     unsafe { status::last(buffer, bytes) }
 }
 
@@ -44,7 +44,7 @@ pub unsafe extern "C" fn gradblend_config_default(modalities: u32, config: *mut 
         check("config", config)?;
         let default = Config::new(modalities);
         default.check()?;
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: `check` has seen that `config` is not NULL and aligned; the header requires an out-pointer.
         unsafe { config.write(gradblend_config::of(&default)) };
         Ok(())
     })
@@ -60,7 +60,7 @@ pub unsafe extern "C" fn gradblend_solve(
     flags: *mut u32,
 ) -> Status {
     call(|| {
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: the header requires `config` to be NULL or valid for reads of its type.
         let config = unsafe { record("config", config) }?.config()?;
         let modalities = config.k();
         check("weights", weights)?;
@@ -72,7 +72,7 @@ pub unsafe extern "C" fn gradblend_solve(
         };
         let mut held = [1.0 / modalities as f64; MAX_MODALITIES];
         if !in_force.is_null() {
-            // SAFETY: the caller fulfils what the header requires of the pointers.
+            // SAFETY: the header requires K numbers at `in_force`.
             held[..modalities].copy_from_slice(unsafe { array("in_force", in_force, modalities as u64) }?);
         }
         if let Some(modality) = held[..modalities].iter().position(|w| !w.is_finite()) {

@@ -34,11 +34,11 @@ struct Slots<T> {
 #[derive(Debug)]
 struct Slot<T> {
     generation: usize,
-    named: Option<Named<T>>,
+    entry: Option<Entry<T>>,
 }
 
 #[derive(Debug)]
-struct Named<T> {
+struct Entry<T> {
     /// [`FORKS`] of the process that made the value.
     forks: u32,
     value: Shared<T>,
@@ -95,11 +95,11 @@ impl<T> Handles<T> {
             None if slots.slots.len() >> SLOT_BITS != 0 => return Err(full().into()),
             None => {
                 slots.slots.try_reserve(1).map_err(|_| full())?;
-                slots.slots.push(Slot { generation: 0, named: None });
+                slots.slots.push(Slot { generation: 0, entry: None });
                 slots.slots.len() - 1
             }
         };
-        slots.slots[slot].named = Some(Named { forks: forks(), value: Arc::new(RwLock::new(Some(value))) });
+        slots.slots[slot].entry = Some(Entry { forks: forks(), value: Arc::new(RwLock::new(Some(value))) });
         Ok((slots.slots[slot].generation << SLOT_BITS | slot) << KIND_BITS | self.kind)
     }
 
@@ -128,9 +128,9 @@ impl<T> Handles<T> {
     fn get(&self, handle: usize) -> Outcome<Shared<T>> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         let slot = self.slot(handle).and_then(|(slot, generation)| {
-            slots.slots.get(slot).filter(|slot| slot.generation == generation)?.named.as_ref()
+            slots.slots.get(slot).filter(|slot| slot.generation == generation)?.entry.as_ref()
         });
-        let Named { forks: made, value } = slot.ok_or_else(|| self.unknown(handle))?;
+        let Entry { forks: made, value } = slot.ok_or_else(|| self.unknown(handle))?;
         if *made != forks() {
             let name = self.name;
             return Err(Fault::Argument(format!("{name} {handle:#x} was made before this process was forked")));
@@ -145,10 +145,10 @@ impl<T> Handles<T> {
         let mut guard = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         let slots = &mut *guard;
         let entry = slots.slots.get_mut(slot).filter(|slot| slot.generation == generation)?;
-        if entry.named.as_ref()?.forks != forks() {
+        if entry.entry.as_ref()?.forks != forks() {
             return None;
         }
-        let value = entry.named.take()?.value;
+        let value = entry.entry.take()?.value;
         // A slot whose generations are used up is never used again.
         if entry.generation + 1 < GENERATIONS {
             entry.generation += 1;

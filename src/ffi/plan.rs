@@ -110,7 +110,7 @@ pub unsafe extern "C" fn gradblend_pass(
     stream: *mut c_void,
 ) -> Status {
     with(blender, |blender| {
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: the header requires a live stream of the blender's device, or NULL.
         let stream = unsafe { Stream::from_raw(stream) };
         PLANS.read(plan.addr(), |plan| Ok(blender.pass(plan, Pass::from_bits_retain(what), stream)?))
     })
@@ -122,7 +122,7 @@ pub unsafe extern "C" fn gradblend_dot(
     plan: *const gradblend_plan,
     stream: *mut c_void,
 ) -> Status {
-    // SAFETY: the caller fulfils what the header requires of the pointers.
+    // SAFETY: this function and `gradblend_pass` have the same contract.
     unsafe { gradblend_pass(blender, plan, Pass::DOT.bits(), stream) }
 }
 
@@ -132,7 +132,7 @@ pub unsafe extern "C" fn gradblend_blend(
     plan: *const gradblend_plan,
     stream: *mut c_void,
 ) -> Status {
-    // SAFETY: the caller fulfils what the header requires of the pointers.
+    // SAFETY: this function and `gradblend_pass` have the same contract.
     unsafe { gradblend_pass(blender, plan, Pass::BLEND.bits(), stream) }
 }
 
@@ -143,7 +143,7 @@ pub unsafe extern "C" fn gradblend_step(
     stream: *mut c_void,
 ) -> Status {
     let step = Pass::DOT | Pass::BLEND | Pass::OBSERVE;
-    // SAFETY: the caller fulfils what the header requires of the pointers.
+    // SAFETY: this function and `gradblend_pass` have the same contract.
     unsafe { gradblend_pass(blender, plan, step.bits(), stream) }
 }
 
@@ -165,19 +165,19 @@ pub unsafe extern "C" fn gradblend_tensor_from_dlpack(
         let ordinal = record::ordinal(device)?;
         let one = |role: Role, dlpack: *const gradblend_dlpack| match dlpack.is_null() {
             true => Ok(None),
-            // SAFETY: the caller fulfils what the header requires of the pointers.
+            // SAFETY: the header requires each array to be NULL or valid for reads of its type.
             false => unsafe { record(role, dlpack) }?.array(role),
         };
         let (train, valid) = (one(Role::Train, train)?, one(Role::Valid, valid)?);
         let blended = one(Role::Blended, blended)?;
         let mut v = [None; MAX_MODALITIES];
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: the header requires K records at `gradients`.
         for (k, array) in unsafe { array("gradients", gradients, u64::from(modalities)) }?.iter().enumerate() {
             v[k] = array.array(Role::Modality(k))?;
         }
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: the header requires each record to refer to a live DLPack array.
         let arrays = unsafe { dlpack::read(ordinal, train, valid, &v[..modalities as usize], blended) }?;
-        // SAFETY: the caller fulfils what the header requires of the pointers.
+        // SAFETY: both are not NULL and aligned; the header requires room for K addresses and for a tensor.
         unsafe {
             addresses.copy_from_nonoverlapping(arrays.modalities.as_ptr(), modalities as usize);
             tensor.write(gradblend_tensor {

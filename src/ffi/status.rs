@@ -12,30 +12,34 @@ use crate::error::Error;
 /// As `gradblend_status` in the header.
 pub type Status = i32;
 
-pub(super) const OK: Status = 0;
-pub(super) const INVALID_ARGUMENT: Status = 1;
-pub(super) const NOT_BUILT: Status = 2;
-pub(super) const NO_DRIVER: Status = 3;
-pub(super) const NO_DEVICE: Status = 4;
-pub(super) const UNSUPPORTED_DEVICE: Status = 5;
-pub(super) const OUT_OF_MEMORY: Status = 6;
-pub(super) const CUDA: Status = 7;
-pub(super) const CORRUPT_STATE: Status = 8;
-pub(super) const INTERNAL: Status = 9;
+/// Declares the statuses in the order of their codes, and lists their names in `NAMES`.
+macro_rules! statuses {
+    ($($name:ident = $code:literal,)+) => {
+        $(pub(super) const $name: Status = $code;)+
+        /// Name of each status, by code.
+        pub(super) const NAMES: &[&CStr] = &[$(c_name(concat!("GRADBLEND_", stringify!($name), "\0"))),+];
+    };
+}
 
-/// Name of each status, by code.
-pub(super) const NAMES: [&CStr; 10] = [
-    c"GRADBLEND_OK",
-    c"GRADBLEND_INVALID_ARGUMENT",
-    c"GRADBLEND_NOT_BUILT",
-    c"GRADBLEND_NO_DRIVER",
-    c"GRADBLEND_NO_DEVICE",
-    c"GRADBLEND_UNSUPPORTED_DEVICE",
-    c"GRADBLEND_OUT_OF_MEMORY",
-    c"GRADBLEND_CUDA",
-    c"GRADBLEND_CORRUPT_STATE",
-    c"GRADBLEND_INTERNAL",
-];
+statuses! {
+    OK = 0,
+    INVALID_ARGUMENT = 1,
+    NOT_BUILT = 2,
+    NO_DRIVER = 3,
+    NO_DEVICE = 4,
+    UNSUPPORTED_DEVICE = 5,
+    OUT_OF_MEMORY = 6,
+    CUDA = 7,
+    CORRUPT_STATE = 8,
+    INTERNAL = 9,
+}
+
+const fn c_name(name: &str) -> &CStr {
+    match CStr::from_bytes_with_nul(name.as_bytes()) {
+        Ok(name) => name,
+        Err(_) => c"",
+    }
+}
 
 pub(super) fn name(status: Status) -> &'static CStr {
     usize::try_from(status).ok().and_then(|status| NAMES.get(status)).unwrap_or(&c"unknown")

@@ -156,12 +156,12 @@ impl Table {
         self.rows.slices = false;
     }
 
-    /// Minimum traffic in bytes of a pass with these bits of `Pass`: each buffer that takes part counts once (`blended` twice with ACCUMULATE).
+    /// Minimum traffic in bytes of a pass with these bits of `Pass`: each role that takes part counts once, `blended` twice
+    /// with ACCUMULATE.
     pub(crate) fn minimum_traffic(&self, what: u32) -> u64 {
         let accumulate = what & ACCUMULATE != 0;
         let bytes = |record: &TensorRecord| {
-            let dots = what & DOT != 0 && record.train != 0 && record.present > 0;
-            let blends = what & BLEND != 0 && record.blended != 0 && (record.present > 0 || !accumulate);
+            let (dots, blends) = record.parts(what & DOT != 0, what & BLEND != 0, accumulate);
             let buffers = if dots { 2 } else { 0 }
                 + if dots || blends { record.present } else { 0 }
                 + if blends { 1 + u32::from(accumulate) } else { 0 };
@@ -191,7 +191,7 @@ impl Table {
 /// Most bytes of one array of a plan. The largest are the CPU's partial sums, 512 bytes for each 65,536 elements: 5e11
 /// elements. A larger request is a wrong length, and systems promise memory that they do not have. The limit also keeps
 /// counts of tensors and chunks in 32 bits.
-const MAX_BYTES: u64 = 1 << 32;
+pub(crate) const MAX_BYTES: u64 = 1 << 32;
 
 /// An empty vector with room for `len` items.
 pub(crate) fn reserved<T>(len: u64) -> Result<Vec<T>> {

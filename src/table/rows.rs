@@ -18,6 +18,14 @@ pub(crate) struct Rows {
     pub(crate) slices: bool,
 }
 
+impl TensorRecord {
+    /// Of a pass with these parts: whether it adds products of this tensor, and whether it writes its blended gradient.
+    pub(crate) fn parts(&self, dot: bool, blend: bool, accumulate: bool) -> (bool, bool) {
+        let present = self.present != 0;
+        (dot && self.train != 0 && present, blend && self.blended != 0 && (present || !accumulate))
+    }
+}
+
 /// A buffer of a tensor that is not empty.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Buffer {

@@ -1,5 +1,6 @@
 //! The CPU backend.
 
+mod convert;
 mod pass;
 mod pool;
 #[cfg(test)]

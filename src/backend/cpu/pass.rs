@@ -10,15 +10,14 @@ use half::{bf16, f16};
 use crate::abi::{Chunk, MAX_MODALITIES, TensorRecord};
 use crate::tensor::DType;
 
-use super::vector::{Isa, LANES, Load, NON_TEMPORAL_ALIGNMENT, Portable};
+use super::convert::{LINE, narrow, narrow_non_temporal, widen};
+use super::vector::{Isa, LANES, NON_TEMPORAL_ALIGNMENT, Portable, VectorElement};
 
 /// Elements of a block: 4 KiB of each f32 buffer, so that a block stays in the first-level cache.
 const BLOCK: usize = 1024;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 /// Least size in bytes of a chunk that non-temporal stores are used for: at 400 bytes they double the time of a blend, at
 /// 4,000 they save a tenth (100,000 tensors, an EPYC with 2 cores; `cargo run -p gradblend-lab`).
-const SHORT: usize = 2048;
+const MIN_NON_TEMPORAL_BYTES: usize = 2048;
 /// Modality gradients of a tile, whose accumulators stay in registers.
 const TILE: usize = 4;
 
@@ -90,15 +89,19 @@ unsafe fn avx2(pass: &SpanPass<'_>, chunks: &[Chunk], sums: &mut Sums) {
     unsafe { run::<super::vector::Avx2>(pass, chunks, sums) }
 }
 
+/// [`Kernel`] for an instruction set.
+///
+/// # Safety
+/// As [`Kernel`], and the processor has the instruction set `I`.
 #[inline(always)]
 unsafe fn run<I: Isa>(pass: &SpanPass<'_>, chunks: &[Chunk], sums: &mut Sums) {
     for chunk in chunks {
         // SAFETY: the caller fulfils the contract of `Kernel`; a table wrote the dtype of the record.
         unsafe {
-            match pass.tensors[chunk.tensor as usize].dtype {
-                code if code == DType::F32 as u32 => elements::<I, f32>(pass, chunk, sums),
-                code if code == DType::F16 as u32 => elements::<I, f16>(pass, chunk, sums),
-                _ => elements::<I, bf16>(pass, chunk, sums),
+            match DType::of_record(pass.tensors[chunk.tensor as usize].dtype) {
+                DType::F32 => elements::<I, f32>(pass, chunk, sums),
+                DType::F16 => elements::<I, f16>(pass, chunk, sums),
+                DType::BF16 => elements::<I, bf16>(pass, chunk, sums),
             }
         }
     }
@@ -106,14 +109,16 @@ unsafe fn run<I: Isa>(pass: &SpanPass<'_>, chunks: &[Chunk], sums: &mut Sums) {
     unsafe { I::fence() };
 }
 
+/// Runs the parts of a pass that apply to a chunk's tensor, whose elements are `T`.
+///
+/// # Safety
+/// As [`run`], for this chunk.
 #[inline(always)]
-unsafe fn elements<I: Isa, T: Load>(pass: &SpanPass<'_>, chunk: &Chunk, sums: &mut Sums) {
+unsafe fn elements<I: Isa, T: VectorElement>(pass: &SpanPass<'_>, chunk: &Chunk, sums: &mut Sums) {
     let record = &pass.tensors[chunk.tensor as usize];
-    let dot = pass.dot && record.train != 0 && record.present != 0;
-    let blend = pass.blend && record.blended != 0 && (record.present != 0 || !pass.accumulate);
     // SAFETY: the caller fulfils the contract of `Kernel`.
     unsafe {
-        match (dot, blend) {
+        match record.parts(pass.dot, pass.blend, pass.accumulate) {
             (true, true) => blocks::<I, T, true, true>(pass, chunk, sums),
             (true, false) => blocks::<I, T, true, false>(pass, chunk, sums),
             (false, true) => blocks::<I, T, false, true>(pass, chunk, sums),
@@ -128,8 +133,12 @@ fn at<T>(address: u64, offset: usize) -> *mut T {
     std::ptr::with_exposed_provenance_mut::<T>(address as usize).wrapping_add(offset)
 }
 
+/// Processes a chunk in blocks.
+///
+/// # Safety
+/// As [`elements`]. With DOT, t and g are present; with BLEND, the blended gradient.
 #[inline(always)]
-unsafe fn blocks<I: Isa, T: Load, const DOT: bool, const BLEND: bool>(
+unsafe fn blocks<I: Isa, T: VectorElement, const DOT: bool, const BLEND: bool>(
     pass: &SpanPass<'_>,
     chunk: &Chunk,
     sums: &mut Sums,
@@ -143,7 +152,7 @@ unsafe fn blocks<I: Isa, T: Load, const DOT: bool, const BLEND: bool>(
     let mut blend = [0.0_f32; BLOCK];
     // A gradient that is blended in place was just read, so its lines are in the cache already. A short chunk is mostly
     // partial lines.
-    let long = chunk.len as usize * size_of::<T>() >= SHORT;
+    let long = chunk.len as usize * size_of::<T>() >= MIN_NON_TEMPORAL_BYTES;
     let non_temporal = pass.non_temporal && long && !pass.accumulate && !addresses.contains(&record.blended);
     // DIRECT: all modalities fit in one tile, so a blended vector is complete in its register and is stored from there.
     // Non-temporal stores, which need alignment, then alternate with arithmetic: an EPYC with 2 cores runs a step at 0.95
@@ -155,7 +164,8 @@ unsafe fn blocks<I: Isa, T: Load, const DOT: bool, const BLEND: bool>(
     while done < len {
         let count = BLOCK.min(len - done);
         let offset = start + done;
-        // SAFETY: the addresses are valid for all elements of the chunk.
+        // SAFETY: the addresses are valid for all elements of the chunk. `to` is aligned where `tile` stores to it by
+        // non-temporal stores: `direct` says so, and a block's length is a multiple of that alignment.
         unsafe {
             if BLEND && !direct {
                 if pass.accumulate {
@@ -214,8 +224,14 @@ struct Block<'a, T> {
 
 /// Processes the next N modalities of a block: adds to their sums if DOT, to `blend` if BLEND. DIRECT: these are all
 /// modalities, and the blended elements are stored to the block's destination.
+///
+/// # Safety
+/// - the processor has the instruction set `I`;
+/// - `addresses` and `indices` of the block have at least N entries;
+/// - `count` elements are readable at each of these addresses, and with DOT at `t` and `g`;
+/// - with DIRECT, `count` elements are writable at `to`, which has the alignment of non-temporal stores if `non_temporal`.
 #[inline(always)]
-unsafe fn tile<I: Isa, T: Load, const N: usize, const DOT: bool, const BLEND: bool, const DIRECT: bool>(
+unsafe fn tile<I: Isa, T: VectorElement, const N: usize, const DOT: bool, const BLEND: bool, const DIRECT: bool>(
     block: &Block<'_, T>,
     blend: &mut [f32; BLOCK],
     sums: &mut Sums,
@@ -224,8 +240,7 @@ unsafe fn tile<I: Isa, T: Load, const N: usize, const DOT: bool, const BLEND: bo
     let index: [usize; N] = std::array::from_fn(|n| block.indices[n] as usize);
     let v: [*const T; N] = std::array::from_fn(|n| at::<T>(block.addresses[n], block.offset).cast_const());
     let blend = blend.as_mut_ptr();
-    // SAFETY: `count` elements are valid in each buffer and at `to`, which is aligned where non-temporal stores need it;
-    // `blend` has BLOCK elements.
+    // SAFETY: the caller fulfils the contract of `tile`; `blend` has BLOCK elements, and `count` is at most BLOCK.
     unsafe {
         let weights: [I::Lanes; N] = std::array::from_fn(|n| I::splat(block.weights[index[n]]));
         let mut c = [I::splat(0.0); N];
@@ -291,6 +306,10 @@ unsafe fn tile<I: Isa, T: Load, const N: usize, const DOT: bool, const BLEND: bo
     }
 }
 
+/// Adds the products of one vector of each gradient to the sums, and returns `blend` plus the weighted modalities.
+///
+/// # Safety
+/// The processor has the instruction set `I`.
 #[inline(always)]
 unsafe fn lanes<I: Isa, const N: usize, const DOT: bool, const BLEND: bool>(
     t: I::Lanes,
@@ -317,59 +336,4 @@ unsafe fn lanes<I: Isa, const N: usize, const DOT: bool, const BLEND: bool>(
         }
     }
     blend
-}
-
-/// Converts a block to f32.
-#[inline(always)]
-unsafe fn widen<I: Isa, T: Load>(from: *const T, to: &mut [f32]) {
-    let whole = to.len() - to.len() % LANES;
-    // SAFETY: `from` is valid for as many elements as `to` has.
-    unsafe {
-        let mut i = 0;
-        while i < whole {
-            I::store_f32::<false>(to.as_mut_ptr().add(i), T::load::<I>(from.add(i)));
-            i += LANES;
-        }
-        let (mut narrow, mut wide) = ([T::ZERO; LANES], [0.0; LANES]);
-        let rest = &mut to[whole..];
-        std::ptr::copy_nonoverlapping(from.add(whole), narrow.as_mut_ptr(), rest.len());
-        I::store_f32::<false>(wide.as_mut_ptr(), T::load::<I>(narrow.as_ptr()));
-        rest.copy_from_slice(&wide[..rest.len()]);
-    }
-}
-
-/// Rounds a block of f32 once, to the tensor's dtype.
-#[inline(always)]
-unsafe fn narrow<I: Isa, T: Load>(from: &[f32], to: *mut T) {
-    let whole = from.len() - from.len() % LANES;
-    // SAFETY: `to` may be written for as many elements as `from` has.
-    unsafe {
-        let mut i = 0;
-        while i < whole {
-            T::store::<I, false>(to.add(i), I::load_f32(from.as_ptr().add(i)));
-            i += LANES;
-        }
-        let (mut wide, mut narrow) = ([0.0; LANES], [T::ZERO; LANES]);
-        wide[..from.len() - whole].copy_from_slice(&from[whole..]);
-        T::store::<I, false>(narrow.as_mut_ptr(), I::load_f32(wide.as_ptr()));
-        std::ptr::copy_nonoverlapping(narrow.as_ptr(), to.add(whole), from.len() - whole);
-    }
-}
-
-/// [`narrow`] with non-temporal stores of whole cache lines, which are then not read first.
-#[inline(always)]
-unsafe fn narrow_non_temporal<I: Isa, T: Load>(from: &[f32], to: *mut T) {
-    let line = LINE / size_of::<T>();
-    let head = to.align_offset(LINE).min(from.len());
-    let whole = (from.len() - head) / line * line;
-    // SAFETY: `to` may be written for as many elements as `from` has; after `head` elements it is aligned to a line.
-    unsafe {
-        narrow::<I, T>(&from[..head], to);
-        let mut i = head;
-        while i < head + whole {
-            T::store::<I, true>(to.add(i), I::load_f32(from.as_ptr().add(i)));
-            i += LANES;
-        }
-        narrow::<I, T>(&from[i..], to.add(i));
-    }
 }

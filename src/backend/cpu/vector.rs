@@ -49,7 +49,7 @@ pub(super) trait Isa: Copy {
 ///
 /// # Safety
 /// As [`Isa`].
-pub(super) trait Load: Element {
+pub(super) trait VectorElement: Element {
     const ZERO: Self;
     unsafe fn load<I: Isa>(from: *const Self) -> I::Lanes;
     unsafe fn store<I: Isa, const NON_TEMPORAL: bool>(to: *mut Self, a: I::Lanes);
@@ -57,7 +57,7 @@ pub(super) trait Load: Element {
 
 macro_rules! load {
     ($element:ty, $zero:expr, $load:ident, $store:ident) => {
-        impl Load for $element {
+        impl VectorElement for $element {
             const ZERO: Self = $zero;
             #[inline(always)]
             unsafe fn load<I: Isa>(from: *const Self) -> I::Lanes {
@@ -173,8 +173,8 @@ mod x86 {
         }
     }
 
-    // SAFETY of all blocks below: the caller of an `Isa` function guarantees the instruction set and 8 elements at
-    // each pointer.
+    // SAFETY of all blocks below: the contract of `Isa`. The processor has AVX2 and F16C; at each pointer there are 8
+    // elements; and where NON_TEMPORAL, `to` is aligned to 16 bytes, which is what the streaming stores need.
     #[allow(clippy::undocumented_unsafe_blocks)]
     impl Isa for Avx2 {
         type Lanes = __m256;

@@ -10,7 +10,7 @@ use cudarc::driver::sys::CUstream;
 use crate::abi::{Chunk, Span, TableArgs, TensorRecord};
 use crate::backend::Memory;
 use crate::error::{Error, Result};
-use crate::table::{self, Table};
+use crate::table::{self, MAX_BYTES, Table};
 use crate::tensor::Stream;
 
 use super::context::{Context, reject_capture, synchronize};
@@ -111,10 +111,8 @@ impl PlanMemory {
         let indices = place(table.rows.indices.len() as u64, size_of::<u32>());
         let chunks = place(table.chunks.len() as u64, size_of::<Chunk>());
         let spans = place(count, size_of::<Span>());
-        // The kernels count spans in 32 bits.
-        if count > u64::from(u32::MAX / 2) {
-            return Err(Error::OutOfMemory { what: "the plan", bytes });
-        }
+        // The kernels count spans in 32 bits: `reserved` has rejected more.
+        const { assert!(MAX_BYTES / size_of::<Span>() as u64 <= i32::MAX as u64) };
         let buffer = queue.allocate(bytes, "the plan")?;
         let own = queue.context.own();
         buffer.write(chunks, cast_slice(&table.chunks), own)?;
@@ -158,7 +156,7 @@ impl Memory for PlanMemory {
     }
 }
 
-/// Rejects a buffer whose first or last byte the device cannot access.
+/// Rejects a buffer whose first or last byte the driver does not know, on a device that cannot access other memory.
 fn check_memory(context: &Context, buffers: impl Iterator<Item = table::Buffer>) -> Result<()> {
     let _current = context.enter()?;
     for table::Buffer { tensor, role, start, end } in buffers {
