@@ -9,7 +9,7 @@
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let vars = [Var::new(&[1.0_f32, 2.0], &Device::Cpu)?];
-//! let mut gb = GradBlend::new(&vars, gradblend::Config::new(2))?; // one modality and the fused loss
+//! let mut gb = GradBlend::new(&vars, gradblend::Config::new(2))?; // the loss of one input, and the fused loss
 //!
 //! // At each step, or at every r-th: one backward pass per loss, and one of the fused loss on held-out samples.
 //! let fused_loss = |target: f32| vars[0].affine(1.0, -f64::from(target))?.sqr()?.sum_all();
@@ -80,14 +80,22 @@ pub enum Error {
         /// Shape of the gradient.
         got: Shape,
     },
-    /// A gradient does not have its parameter's dtype, or a parameter's dtype is not supported.
+    /// A parameter's dtype is not supported.
+    #[error("parameter {parameter} is {got}, expected f32, f16 or bf16")]
+    Parameter {
+        /// The parameter.
+        parameter: usize,
+        /// Its dtype.
+        got: &'static str,
+    },
+    /// A gradient does not have its parameter's dtype.
     #[error("parameter {parameter}: {role} is {got}, expected {expected}")]
     DType {
         /// The parameter.
         parameter: usize,
         /// The gradient.
         role: Role,
-        /// The dtype, or the dtypes, that are supported here.
+        /// Dtype of the parameter.
         expected: &'static str,
         /// Dtype of the gradient.
         got: &'static str,
@@ -126,7 +134,7 @@ impl GradBlend {
     /// one included.
     ///
     /// # Errors
-    /// [`Error::DType`] for a parameter; [`Error::Blend`] for a configuration out of range.
+    /// [`Error::Parameter`]; [`Error::Blend`] for a configuration out of range.
     pub fn new(vars: &[Var], config: Config) -> Result<Self> {
         let blender = Blender::new(&Device::cpu(), config)?;
         let absent = vec![NULL; config.modalities as usize];
@@ -136,10 +144,7 @@ impl GradBlend {
                 candle_core::DType::F32 => DType::F32,
                 candle_core::DType::F16 => DType::F16,
                 candle_core::DType::BF16 => DType::BF16,
-                got => {
-                    let (role, expected, got) = (Role::Tensor, "f32, f16 or bf16", got.as_str());
-                    return Err(Error::DType { parameter, role, expected, got });
-                }
+                got => return Err(Error::Parameter { parameter, got: got.as_str() }),
             };
             typed.push((var.clone(), dtype));
         }

@@ -164,7 +164,7 @@ fn errors_name_the_parameter_and_change_nothing() {
     let message = |config, vars: &[Var]| GradBlend::new(vars, config).unwrap_err().to_string();
     assert_eq!(message(Config::new(0), &toy.vars), "expected 1 to 32 modalities, got 0");
     let wrong = Var::zeros(3, DType::F64, &Device::Cpu).unwrap();
-    let expected = "parameter 1: tensor without a buffer is f64, expected f32, f16 or bf16";
+    let expected = "parameter 1 is f64, expected f32, f16 or bf16";
     assert_eq!(message(Config::new(3), &[toy.vars[0].clone(), wrong]), expected);
 
     let mut gb = GradBlend::new(&toy.vars, config()).unwrap();

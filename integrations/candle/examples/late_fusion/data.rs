@@ -1,4 +1,4 @@
-//! The samples: the modalities of a digit, and which digits are for training, held out, and for testing.
+//! The samples: the inputs of a digit, and which digits are for training, held out, and for testing.
 //!
 //! Without files, the 1,797 handwritten digits of `examples/data` (8 x 8 pixels from 0 to 16). Gaussian noise is added to
 //! every pixel once, and the noisy image has two views:
@@ -22,7 +22,7 @@ use crate::audio::Recording;
 pub(crate) const CLASSES: usize = 10;
 /// Pixels of an image, 8 rows of 8.
 const PIXELS: usize = 64;
-/// Features of the noise modality.
+/// Features of the noise input.
 const NOISE_WIDTH: usize = 32;
 
 /// Parses a count that is not 0.
@@ -46,12 +46,12 @@ pub(crate) struct Options {
     /// most methods come close to an accuracy of 1
     #[arg(long, default_value_t = 6.0)]
     pub(crate) pixel_noise: f32,
-    /// Adds a modality that should get no weight; turns on --correlated
+    /// Adds an input whose loss should get no weight; turns on --correlated
     #[arg(long)]
     pub(crate) nuisance: Option<Nuisance>,
 }
 
-/// A modality that should get no weight.
+/// An input whose loss should get no weight.
 #[derive(Clone, Copy, clap::ValueEnum)]
 pub(crate) enum Nuisance {
     /// 32 Gaussian numbers that are independent of the digit
@@ -110,7 +110,7 @@ pub(crate) enum Source {
     Pairs { recordings: Vec<Recording>, images: Vec<Image>, test_speakers: Vec<String> },
 }
 
-/// The features of one sample, per modality.
+/// The features of one sample, per input.
 struct Sample {
     features: Vec<Vec<f32>>,
     label: usize,
@@ -136,8 +136,8 @@ impl Source {
         Ok(Source::Pairs { recordings, images, test_speakers })
     }
 
-    /// Names of the modalities.
-    pub(crate) fn modalities(&self, options: &Options) -> Vec<String> {
+    /// Names of the inputs.
+    pub(crate) fn inputs(&self, options: &Options) -> Vec<String> {
         let mut names = match self {
             Source::Views { .. } => vec!["top", "bottom"],
             Source::Pairs { .. } => vec!["audio", "image"],
@@ -149,7 +149,7 @@ impl Source {
         names.into_iter().map(str::to_owned).collect()
     }
 
-    /// Description of the modalities.
+    /// Description of the inputs.
     pub(crate) fn describe(&self, options: &Options) -> String {
         let pixels = format!("8 x 8 pixels 0..16 plus noise of deviation {}", options.pixel_noise);
         let text = match self {
@@ -246,7 +246,7 @@ fn pair(recordings: &[&Recording], images: &[&Image], noise: f32, rng: &mut ChaC
     recordings.iter().filter_map(sample).collect()
 }
 
-/// Shifts and scales feature `i` of modality `k` to mean 0 and variance 1 on the first set, the training samples.
+/// Shifts and scales feature `i` of input `k` to mean 0 and variance 1 on the first set, the training samples.
 fn standardise(sets: &mut [Vec<Sample>; 3], k: usize, i: usize) {
     let values = || sets[0].iter().map(|sample| f64::from(sample.features[k][i]));
     let len = sets[0].len() as f64;
@@ -261,7 +261,7 @@ fn standardise(sets: &mut [Vec<Sample>; 3], k: usize, i: usize) {
 
 /// A set or a batch of samples.
 pub(crate) struct Samples {
-    /// One tensor per modality.
+    /// One tensor per input.
     pub(crate) inputs: Vec<Tensor>,
     pub(crate) labels: Tensor,
 }
@@ -285,7 +285,7 @@ impl Samples {
 
 /// The samples of one seed.
 pub(crate) struct Data {
-    /// Number of features per modality.
+    /// Number of features per input.
     pub(crate) widths: Vec<usize>,
     pub(crate) train: Samples,
     pub(crate) held_out: Samples,

@@ -4,7 +4,7 @@
 //!
 //! | method | weights |
 //! |---|---|
-//! | `alone:<modality>` | that modality's loss only, tested by its own head |
+//! | `alone:<input>` | that input's loss only, tested by its own head |
 //! | `naive` | the fused loss only |
 //! | `uniform` | 1 / K for each of the K = M + 1 losses |
 //! | `offline-loss`, `online-loss` | estimated from losses: once, or at the start of each super-epoch |
@@ -41,9 +41,9 @@ use crate::train::{Method, Run, SUPER_EPOCH, WARM_UP};
 
 /// Trains a late-fusion network on real data and compares methods to weight its losses.
 ///
-/// The network has an encoder (one hidden layer) and a head per modality, and a head on the features of all encoders; its
+/// The network has an encoder (one hidden layer) and a head per input, and a head on the features of all encoders; its
 /// M + 1 losses are cross-entropies. All methods have the same samples, initial weights and batches, seed by seed. None
-/// trains on the held-out samples. Accuracy is that of the fused head (of alone:<modality>, its own) after the last epoch.
+/// trains on the held-out samples. Accuracy is that of the fused head (of alone:<input>, its own) after the last epoch.
 ///
 /// Without --audio the data are 1,797 handwritten digits (UCI, 8 x 8 pixels from 0 to 16) that are part of this example.
 /// Every pixel gets Gaussian noise once (--pixel-noise). A digit has two views: "top", the 32 pixels of rows 0 to 3, and
@@ -124,7 +124,7 @@ fn compare(args: &Args) -> Result<Summary> {
     };
     let seeds = args.seeds.unwrap_or(if args.quick { 3 } else { 16 });
     let threads = args.threads.or(thread::available_parallelism().ok()).map_or(1, NonZero::get);
-    let mut modalities = source.modalities(options);
+    let mut modalities = source.inputs(options);
     let methods = Method::all(&modalities, args.correlated || options.nuisance.is_some(), settings)?;
     let data = source.describe(options);
     println!("data: {data}");

@@ -1,10 +1,10 @@
 //! The late-fusion network and its optimiser.
 //!
 //! ```text
-//! modality 0 -> encoder 0 -+-> head 0 -> L_0
-//!                          +-------------.
-//! modality 1 -> encoder 1 -+-> head 1 -> L_1
-//!                          +-------------+-> fused head -> L_2
+//! input 0 -> encoder 0 -+-> head 0 -> L_0
+//!                       +-------------.
+//! input 1 -> encoder 1 -+-> head 1 -> L_1
+//!                       +-------------+-> fused head -> L_2
 //! ```
 
 use anyhow::{Context, Result};
@@ -16,7 +16,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::data::{CLASSES, Samples};
 
-/// One encoder and one head per modality, and a fused head on the features of all encoders.
+/// One encoder and one head per input, and a fused head on the features of all encoders.
 pub(crate) struct Network {
     encoders: Vec<Linear>,
     heads: Vec<Linear>,
@@ -44,7 +44,7 @@ impl Network {
         Ok(Network { encoders, heads, fused, parameters })
     }
 
-    /// K: one loss per modality, and the fused one.
+    /// K: one loss per input, and the fused one.
     pub(crate) fn losses_len(&self) -> usize {
         self.heads.len() + 1
     }

@@ -32,7 +32,7 @@ pub(crate) fn draw(outcomes: &[Outcome<'_>], losses: &[String], folder: &Path) -
     fs::create_dir_all(folder)?;
     let paths = ["accuracy.svg", "weights.svg", "ogr.svg"].map(|name| folder.join(name));
     accuracy(outcomes, &paths[0])?;
-    // The fused loss has the first colour whatever the number of modalities.
+    // The fused loss has the first colour whatever the number of inputs.
     let last = losses.len() - 1;
     let colour = |k: usize| if k == last { COLOURS[0] } else { COLOURS[1 + k % (COLOURS.len() - 1)] };
     let mut legend: Vec<(&str, RGBColor)> = losses.iter().enumerate().map(|(k, name)| (&name[..], colour(k))).collect();

@@ -40,8 +40,8 @@ pub(crate) struct Method {
 
 impl Method {
     /// All methods. `correlated` adds those that do not take the overfitting of modalities as uncorrelated.
-    pub(crate) fn all(modalities: &[String], correlated: bool, settings: &Settings) -> Result<Vec<Method>> {
-        let fused = modalities.len();
+    pub(crate) fn all(inputs: &[String], correlated: bool, settings: &Settings) -> Result<Vec<Method>> {
+        let fused = inputs.len();
         let only = |k: usize| Weights::Fixed((0..=fused).map(|j| f64::from(u8::from(j == k))).collect());
         let gradients = |average, cadence, overfitting, every| {
             let policy = Policy { overfitting, ..Policy::default() };
@@ -53,7 +53,7 @@ impl Method {
         let per_super_epoch = |overfitting| gradients(Average::Mean, Cadence::OnRequest, overfitting, 1);
         let ema = Average::Ema { decay: settings.decay };
         let per_step = |overfitting, every| gradients(ema, Cadence::EveryObservation, overfitting, every);
-        let fixed = modalities.iter().enumerate().map(|(k, name)| (format!("alone:{name}"), only(k), k));
+        let fixed = inputs.iter().enumerate().map(|(k, name)| (format!("alone:{name}"), only(k), k));
         let mut methods: Vec<_> = fixed.map(|(name, weights, head)| Method { name, weights, head }).collect();
         let mut add = |name: &str, weights| methods.push(Method { name: name.to_owned(), weights, head: fused });
         add("naive", only(fused));
