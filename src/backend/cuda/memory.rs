@@ -17,8 +17,8 @@ use super::context::{Context, reject_capture, synchronize};
 use super::driver::call;
 use super::queue::{Event, Queue};
 
-/// Most bytes of one copy. The driver takes this many along with the command; before it copies more from memory that is
-/// not pinned, it may synchronize the stream (CUDA driver API, "API synchronization behavior").
+/// Most bytes of one copy: half of the 64 KB up to which a copy from host memory that is not pinned returns before it ends
+/// (CUDA C++ Programming Guide, "Concurrent Execution between Host and Device"). A longer one may wait for the stream.
 const COPY_BYTES: usize = 32 << 10;
 
 /// An allocation on the device.
