@@ -8,7 +8,7 @@ use super::status::{Fault, Outcome};
 ///
 /// # Safety
 /// `address` is NULL or valid for reads of a `T`.
-pub(super) unsafe fn record<T: Copy>(name: impl Display, address: *const T) -> Outcome<T> {
+pub(super) unsafe fn read<T: Copy>(name: impl Display, address: *const T) -> Outcome<T> {
     check(name, address)?;
     // SAFETY: `check` has seen that the address is not NULL and aligned; the caller guarantees the rest.
     Ok(unsafe { address.read() })

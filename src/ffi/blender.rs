@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::ptr::without_provenance_mut;
 
-use super::argument::{array, check, record};
+use super::argument::{array, check, read};
 use super::handle::Handles;
 use super::record::{self, gradblend_config, gradblend_report};
 use super::status::{Fault, Outcome, Status, call};
@@ -37,7 +37,7 @@ pub unsafe extern "C" fn gradblend_blender_create(
     call(|| {
         check("where to put the blender", blender)?;
         // SAFETY: the header requires `config` to be NULL or valid for reads of its type.
-        let config = unsafe { record("config", config) }?.config()?;
+        let config = unsafe { read("config", config) }?.config()?;
         let handle = BLENDERS.insert(Blender::new(&record::device(device)?, config)?)?;
         // SAFETY: `check` has seen that `blender` is not NULL and aligned; the header requires an out-pointer.
         unsafe { blender.write(without_provenance_mut(handle)) };

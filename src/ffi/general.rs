@@ -2,7 +2,7 @@
 
 use std::ffi::c_char;
 
-use super::argument::{array, check, record};
+use super::argument::{array, check, read};
 use super::record::gradblend_config;
 use super::status::{self, Fault, Status, call};
 use crate::abi::MAX_MODALITIES;
@@ -61,7 +61,7 @@ pub unsafe extern "C" fn gradblend_solve(
 ) -> Status {
     call(|| {
         // SAFETY: the header requires `config` to be NULL or valid for reads of its type.
-        let config = unsafe { record("config", config) }?.config()?;
+        let config = unsafe { read("config", config) }?.config()?;
         let modalities = config.k();
         check("weights", weights)?;
         check("flags", flags)?;

@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 use std::ptr::without_provenance_mut;
 
-use super::argument::{array, check, record};
+use super::argument::{array, check, read};
 use super::blender::{gradblend_blender, with, with_shared};
 use super::handle::Handles;
 use super::record::{self, gradblend_dlpack, gradblend_tensor};
@@ -166,7 +166,7 @@ pub unsafe extern "C" fn gradblend_tensor_from_dlpack(
         let one = |role: Role, dlpack: *const gradblend_dlpack| match dlpack.is_null() {
             true => Ok(None),
             // SAFETY: the header requires each array to be NULL or valid for reads of its type.
-            false => unsafe { record(role, dlpack) }?.array(role),
+            false => unsafe { read(role, dlpack) }?.array(role),
         };
         let (train, valid) = (one(Role::Train, train)?, one(Role::Valid, valid)?);
         let blended = one(Role::Blended, blended)?;

@@ -23,9 +23,9 @@ use super::{Backend, Memory};
 use pass::{Kernel, SpanPass, Sums};
 use pool::Pool;
 
-/// Minimum traffic in bytes from which the blended gradient is written by non-temporal stores. It is more than a
-/// second-level cache holds, so the blended gradient would be evicted before it is read again, and an ordinary store
-/// reads the cache line first.
+/// Minimum traffic in bytes from which the blended gradient is written by non-temporal stores. A pass of this size
+/// evicts the blended gradient from a core's caches before it is read again, and an ordinary store reads the cache line
+/// first.
 const NON_TEMPORAL_BYTES: u64 = 32 << 20;
 
 /// A blender's state and threads.

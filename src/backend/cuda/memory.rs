@@ -23,7 +23,7 @@ const COPY_BYTES: usize = 32 << 10;
 
 /// An allocation on the device.
 #[derive(Debug)]
-pub(super) struct Buffer {
+pub(super) struct Allocation {
     pub(super) queue: Arc<Queue>,
     pub(super) address: u64,
     pub(super) bytes: u64,
@@ -32,11 +32,11 @@ pub(super) struct Buffer {
 }
 
 // SAFETY: any thread may use the driver's handles.
-unsafe impl Send for Buffer {}
+unsafe impl Send for Allocation {}
 // SAFETY: any thread may use the driver's handles; nothing changes after `allocate`.
-unsafe impl Sync for Buffer {}
+unsafe impl Sync for Allocation {}
 
-impl Buffer {
+impl Allocation {
     /// Copies bytes to the buffer from `offset` on, in the order of the stream. The driver has read `from` when this
     /// returns. The context must be current.
     pub(super) fn write(&self, offset: u64, from: &[u8], stream: Stream) -> Result<()> {
@@ -69,7 +69,7 @@ impl Buffer {
     }
 }
 
-impl Drop for Buffer {
+impl Drop for Allocation {
     fn drop(&mut self) {
         // Pending work, on any stream or in a graph, may use the buffer. If its end cannot be known, the memory leaks.
         let context = &self.queue.context;
@@ -87,7 +87,7 @@ impl Drop for Buffer {
 /// A plan's table and partial sums on a device, in one buffer.
 #[derive(Debug)]
 pub(crate) struct PlanMemory {
-    buffer: Buffer,
+    buffer: Allocation,
     pub(super) args: TableArgs,
 }
 

@@ -17,7 +17,7 @@ use crate::tensor::{Scale, Stream};
 
 use super::Backend;
 use context::{Context, Kernel, reject_capture, synchronize};
-use memory::{Buffer, PlanMemory};
+use memory::{Allocation, PlanMemory};
 use queue::{Queue, parameter};
 
 /// Checks that the device exists and can run the kernels of this build.
@@ -32,7 +32,7 @@ pub(crate) struct Cuda {
     args: BlenderArgs,
     scale: ObservationArgs,
     /// [`State`], [`Progress`], then zeros.
-    buffer: Buffer,
+    buffer: Allocation,
 }
 
 const PROGRESS_OFFSET: u64 = size_of::<State>() as u64;
@@ -73,7 +73,7 @@ impl Cuda {
     fn launch_on_state(&self, kernel: Kernel, more: Option<*mut c_void>, stream: Stream) -> Result<()> {
         let _current = self.context().enter()?;
         let mut parameters = [parameter(&self.args), more.unwrap_or(std::ptr::null_mut())];
-        // SAFETY: these are the kernel's parameters, and `Buffer::drop` waits for the work that uses the state.
+        // SAFETY: these are the kernel's parameters, and `Allocation::drop` waits for the work that uses the state.
         unsafe { self.buffer.queue.launch(kernel, 1, &mut parameters, stream) }
     }
 }

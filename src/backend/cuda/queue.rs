@@ -12,7 +12,7 @@ use crate::tensor::Stream;
 
 use super::context::{Context, Kernel, capturing};
 use super::driver::{self, call};
-use super::memory::Buffer;
+use super::memory::Allocation;
 
 /// Address of a kernel parameter, valid as long as `value` is not moved.
 pub(super) fn parameter<T: bytemuck::Pod>(value: &T) -> *mut c_void {
@@ -117,7 +117,7 @@ impl Queue {
     }
 
     /// Allocates device memory. The context must be current.
-    pub(super) fn allocate(self: &Arc<Self>, bytes: u64, what: &'static str) -> Result<Buffer> {
+    pub(super) fn allocate(self: &Arc<Self>, bytes: u64, what: &'static str) -> Result<Allocation> {
         let mut address = 0;
         let out_of_memory = || Error::OutOfMemory { what, bytes };
         let size = usize::try_from(bytes.max(1)).map_err(|_| out_of_memory())?;
@@ -129,7 +129,7 @@ impl Queue {
             let memory = driver::code(&error) == CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32;
             return Err(if memory { out_of_memory() } else { error });
         }
-        Ok(Buffer { queue: self.clone(), address, bytes, written })
+        Ok(Allocation { queue: self.clone(), address, bytes, written })
     }
 }
 
