@@ -1,6 +1,6 @@
 //! Gradient-Blending for [candle](candle_core): blends the gradients of K losses in the memory of candle's tensors.
 //!
-//! candle owns the gradients. gradblend reads them by address, and candle takes over the memory that gradblend blended
+//! candle owns the gradients. gradblend reads them where they lie, and candle takes over the memory that gradblend blended
 //! into, so no gradient is copied. Tensors are on the CPU, contiguous, and f32, f16 or bf16.
 //!
 //! ```
@@ -25,13 +25,14 @@
 //! # }
 //! ```
 
-use std::ffi::c_void;
-use std::ptr;
+#![forbid(unsafe_code)]
 
+use std::ops::Range;
+
+use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
-use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, Shape, Storage, StorageRef, Tensor, Var};
-use gradblend::{Blender, Config, DType, Device, Plan, Report, Role, Stream, TensorGrads};
+use candle_core::{CpuStorage, DType, Shape, Storage, StorageRef, Tensor, Var, WithDType};
+use gradblend::{Blender, Config, Device, Element, Plan, Report, Role, Stream, TensorGrads, bf16, f16};
 
 #[cfg(test)]
 mod tests;
@@ -124,9 +125,10 @@ pub enum Error {
 #[derive(Debug)]
 pub struct GradBlend {
     blender: Blender,
-    /// Bound to gradients only during a step. `None` only after a panic in one.
+    /// Made by the first step. Bound to gradients only during a step; `None` after a step that failed in gradblend.
     plan: Option<Plan<'static>>,
-    vars: Vec<(Var, DType)>,
+    vars: Vec<Var>,
+    weights: Vec<f32>,
 }
 
 impl GradBlend {
@@ -136,23 +138,19 @@ impl GradBlend {
     /// # Errors
     /// [`Error::Parameter`]; [`Error::Blend`] for a configuration out of range.
     pub fn new(vars: &[Var], config: Config) -> Result<Self> {
-        let blender = Blender::new(&Device::cpu(), config)?;
-        let absent = vec![NULL; config.modalities as usize];
-        let mut typed = Vec::with_capacity(vars.len());
-        for (parameter, var) in vars.iter().enumerate() {
-            let dtype = match var.dtype() {
-                candle_core::DType::F32 => DType::F32,
-                candle_core::DType::F16 => DType::F16,
-                candle_core::DType::BF16 => DType::BF16,
-                got => return Err(Error::Parameter { parameter, got: got.as_str() }),
-            };
-            typed.push((var.clone(), dtype));
+        let supported = |var: &Var| matches!(var.dtype(), DType::F32 | DType::F16 | DType::BF16);
+        if let Some(parameter) = vars.iter().position(|var| !supported(var)) {
+            return Err(Error::Parameter { parameter, got: vars[parameter].dtype().as_str() });
         }
-        let plan = blender.plan(typed.iter().map(|(var, dtype)| {
-            // SAFETY: all addresses are NULL.
-            unsafe { TensorGrads::from_raw(var.elem_count() as u64, *dtype, NULL, NULL, &absent, ptr::null_mut()) }
-        }))?;
-        Ok(GradBlend { plan: Some(plan.release()), blender, vars: typed })
+        let blender = Blender::new(&Device::cpu(), config)?;
+        let mut gb = GradBlend { blender, plan: None, vars: vars.to_vec(), weights: Vec::new() };
+        gb.read_weights()?;
+        Ok(gb)
+    }
+
+    fn read_weights(&mut self) -> Result<()> {
+        self.weights = self.report()?.weights.into_iter().map(|weight| weight as f32).collect();
+        Ok(())
     }
 
     /// Observes the gradients of a step and blends them with the weights in force before it, in one pass over memory.
@@ -166,50 +164,34 @@ impl GradBlend {
     /// # Errors
     /// [`Error::Losses`], [`Error::Shape`], [`Error::DType`], [`Error::Device`], [`Error::NotContiguous`], and
     /// [`Error::Blend`] where only one of t and g reaches a parameter. Nothing is observed then.
-    pub fn step<'a>(
-        &mut self,
-        losses: &'a [GradStore],
-        train: Option<&'a GradStore>,
-        valid: &'a GradStore,
-    ) -> Result<GradStore> {
+    pub fn step(&mut self, losses: &[GradStore], train: Option<&GradStore>, valid: &GradStore) -> Result<GradStore> {
         let expected = self.blender.config().modalities as usize;
         if losses.len() != expected {
             return Err(Error::Losses { expected, got: losses.len() });
         }
-        let mut v = vec![NULL; expected];
-        let (mut guards, mut tensors, mut blended) = (Vec::new(), Vec::new(), Vec::new());
-        for (parameter, (var, dtype)) in self.vars.iter().enumerate() {
-            let mut address = |store: &'a GradStore, role| -> Result<*const c_void> {
-                let Some(gradient) = store.get(var) else { return Ok(NULL) };
-                let (address, guard) = locate(gradient, var, parameter, role)?;
-                guards.push(guard);
-                Ok(address)
-            };
-            for (k, store) in losses.iter().enumerate() {
-                v[k] = address(store, Role::Modality(k))?;
+        let vars = self.vars.iter().enumerate();
+        let locked = vars.map(|(parameter, var)| Locked::new(parameter, var, losses, train, valid));
+        let locked = locked.collect::<Result<Vec<_>>>()?;
+        let mut blended: Vec<CpuStorage> = self.vars.iter().map(zeros).collect();
+        let tensors = locked.iter().zip(&mut blended).map(|(locked, blended)| locked.bind(blended));
+        let tensors = tensors.collect::<Result<Vec<_>>>()?;
+        let plan = match self.plan.take() {
+            Some(plan) => {
+                // The plan of no borrow becomes one that borrows the gradients.
+                let mut plan: Plan<'_> = plan;
+                plan.update(tensors, Stream::default())?;
+                plan
             }
-            let valid = address(valid, Role::Valid)?;
-            let train = train.map_or(Ok(v[expected - 1]), |store| address(store, Role::Train))?;
-            let len = var.elem_count();
-            let mut output = ptr::null_mut();
-            if v.iter().any(|v| !v.is_null()) {
-                let (storage, start) = allocate(*dtype, len);
-                blended.push((var, storage));
-                output = start;
-            }
-            // SAFETY: each address but NULL is that of `len` elements of `dtype`, which `locate` and `allocate` see to. The
-            // plan is released before this call returns. Until then the stores are borrowed, `guards` keep others from
-            // writing to the gradients, and nothing else has the address of the output.
-            tensors.push(unsafe { TensorGrads::from_raw(len as u64, *dtype, train, valid, &v, output) });
-        }
-        let Some(mut plan) = self.plan.take() else { return Err(gradblend::Error::ReleasedPlan.into()) };
-        let updated = plan.update(tensors, Stream::default());
-        let stepped = updated.and_then(|()| self.blender.step(&plan, Stream::default()));
+            None => self.blender.plan(tensors)?,
+        };
+        self.blender.step(&plan, Stream::default())?;
         self.plan = Some(plan.release());
-        stepped?;
+        let reached: Vec<bool> = locked.iter().map(|locked| locked.v.iter().any(Option::is_some)).collect();
+        drop(locked);
+        self.read_weights()?;
         let mut store = GradStore::default();
-        for (var, storage) in blended {
-            store.insert(var, Tensor::from_storage(Storage::Cpu(storage), var.shape(), BackpropOp::none(), false));
+        for ((var, blended), _) in self.vars.iter().zip(blended).zip(reached).filter(|(_, reached)| *reached) {
+            store.insert(var, to_tensor(blended, var.shape())?);
         }
         Ok(store)
     }
@@ -219,7 +201,8 @@ impl GradBlend {
     /// # Errors
     /// None on the CPU.
     pub fn reweight(&mut self) -> Result<()> {
-        Ok(self.blender.reweight(Stream::default())?)
+        self.blender.reweight(Stream::default())?;
+        self.read_weights()
     }
 
     /// Forgets the observations and keeps the weights: a new super-epoch.
@@ -240,8 +223,7 @@ impl GradBlend {
 
     /// The K weights in force, for [`weighted_loss`].
     pub fn weights(&self) -> &[f32] {
-        // SAFETY: the blender keeps K f32 at this address for its life, and writes to them only in calls on `&mut self`.
-        unsafe { std::slice::from_raw_parts(self.blender.device_weights(), self.blender.config().modalities as usize) }
+        &self.weights
     }
 }
 
@@ -265,48 +247,111 @@ pub fn weighted_loss(losses: &[Option<Tensor>], weights: &[f32]) -> Result<Tenso
     total.ok_or(Error::NoWeight)
 }
 
-const NULL: *const c_void = ptr::null();
-
-/// Address of a gradient, once it is known to be contiguous, on the CPU, and of its parameter's shape and dtype. The guard
-/// keeps it from being written to.
-fn locate<'a>(
-    gradient: &'a Tensor,
-    var: &Var,
+/// The gradients of one parameter, locked against writes by other threads while gradblend reads them.
+struct Locked<'g> {
     parameter: usize,
-    role: Role,
-) -> Result<(*const c_void, StorageRef<'a>)> {
-    if gradient.shape() != var.shape() {
-        let (expected, got) = (var.shape().clone(), gradient.shape().clone());
-        return Err(Error::Shape { parameter, role, expected, got });
-    }
-    let (guard, layout) = gradient.storage_and_layout();
-    let Storage::Cpu(storage) = &*guard else {
-        return Err(Error::Device { parameter, role, got: format!("{:?}", gradient.device().location()) });
-    };
-    if gradient.dtype() != var.dtype() {
-        let (expected, got) = (var.dtype().as_str(), gradient.dtype().as_str());
-        return Err(Error::DType { parameter, role, expected, got });
-    }
-    let range = layout.contiguous_offsets().map(|(start, end)| start..end);
-    let address = match (storage, range) {
-        (CpuStorage::F32(buffer), Some(range)) => buffer.get(range).map(|slice| slice.as_ptr().cast()),
-        (CpuStorage::F16(buffer), Some(range)) => buffer.get(range).map(|slice| slice.as_ptr().cast()),
-        (CpuStorage::BF16(buffer), Some(range)) => buffer.get(range).map(|slice| slice.as_ptr().cast()),
-        _ => None,
-    };
-    Ok((address.ok_or(Error::NotContiguous { parameter, role })?, guard))
+    /// `None` also where t is v_fused, which is locked once: a second lock could wait for a writer between the two.
+    train: Option<Gradient<'g>>,
+    valid: Option<Gradient<'g>>,
+    v: Vec<Option<Gradient<'g>>>,
 }
 
-/// A zeroed buffer of candle's, and its address for writing.
-fn allocate(dtype: DType, len: usize) -> (CpuStorage, *mut c_void) {
-    fn zeros<T: Clone + Default>(len: usize, storage: fn(Vec<T>) -> CpuStorage) -> (CpuStorage, *mut c_void) {
-        let mut buffer = vec![T::default(); len];
-        let address = buffer.as_mut_ptr().cast();
-        (storage(buffer), address)
+impl<'g> Locked<'g> {
+    fn new(
+        parameter: usize,
+        var: &Var,
+        losses: &'g [GradStore],
+        train: Option<&'g GradStore>,
+        valid: &'g GradStore,
+    ) -> Result<Self> {
+        let find = |store: &'g GradStore, role| Gradient::find(store, var, parameter, role);
+        let v =
+            losses.iter().enumerate().map(|(k, store)| find(store, Role::Modality(k))).collect::<Result<Vec<_>>>()?;
+        let own = train.map(|store| find(store, Role::Train)).transpose()?.flatten();
+        let valid = find(valid, Role::Valid)?;
+        let has_train = if train.is_some() { own.is_some() } else { v.last().is_some_and(Option::is_some) };
+        if has_train != valid.is_some() {
+            let missing = if has_train { Role::Valid } else { Role::Train };
+            return Err(gradblend::Error::Unpaired { tensor: parameter, missing }.into());
+        }
+        Ok(Locked { parameter, train: own, valid, v })
     }
-    match dtype {
-        DType::F32 => zeros(len, CpuStorage::F32),
-        DType::F16 => zeros(len, CpuStorage::F16),
-        DType::BF16 => zeros(len, CpuStorage::BF16),
+
+    /// The gradients with `blended` as their output.
+    fn bind<'a>(&'a self, blended: &'a mut CpuStorage) -> Result<TensorGrads<'a>> {
+        match blended {
+            CpuStorage::F16(blended) => self.bind_as(blended),
+            CpuStorage::BF16(blended) => self.bind_as(blended),
+            CpuStorage::F32(blended) => self.bind_as(blended),
+            other => Err(Error::Parameter { parameter: self.parameter, got: other.dtype().as_str() }),
+        }
+    }
+
+    fn bind_as<'a, T: WithDType + Element>(&'a self, blended: &'a mut [T]) -> Result<TensorGrads<'a>> {
+        let elements = |gradient: &'a Option<Gradient<'g>>| gradient.as_ref().map(Gradient::elements::<T>).transpose();
+        let v = self.v.iter().map(elements).collect::<Result<Vec<_>>>()?;
+        let train = elements(&self.train)?.or(v.last().copied().flatten());
+        let tensor = match (train, elements(&self.valid)?) {
+            (Some(train), Some(valid)) => TensorGrads::new(train, valid, &v),
+            _ => TensorGrads::blend_only(&v),
+        };
+        Ok(tensor.blended(blended))
+    }
+}
+
+/// One gradient, locked against writes.
+struct Gradient<'g> {
+    storage: StorageRef<'g>,
+    /// Its elements in the storage.
+    range: Range<usize>,
+}
+
+impl<'g> Gradient<'g> {
+    /// The gradient of a parameter; `None` if the loss does not reach it.
+    fn find(store: &'g GradStore, var: &Var, parameter: usize, role: Role) -> Result<Option<Self>> {
+        let Some(gradient) = store.get(var) else { return Ok(None) };
+        if gradient.shape() != var.shape() {
+            let (expected, got) = (var.shape().clone(), gradient.shape().clone());
+            return Err(Error::Shape { parameter, role, expected, got });
+        }
+        let (storage, layout) = gradient.storage_and_layout();
+        if !matches!(&*storage, Storage::Cpu(_)) {
+            return Err(Error::Device { parameter, role, got: format!("{:?}", gradient.device().location()) });
+        }
+        if gradient.dtype() != var.dtype() {
+            let (expected, got) = (var.dtype().as_str(), gradient.dtype().as_str());
+            return Err(Error::DType { parameter, role, expected, got });
+        }
+        let (start, end) = layout.contiguous_offsets().ok_or(Error::NotContiguous { parameter, role })?;
+        Ok(Some(Gradient { storage, range: start..end }))
+    }
+
+    /// The elements, where candle keeps them.
+    fn elements<T: WithDType>(&self) -> Result<&[T]> {
+        match &*self.storage {
+            Storage::Cpu(storage) => Ok(&T::cpu_storage_as_slice(storage)?[self.range.clone()]),
+            _ => Err(candle_core::Error::Msg("the gradient left the CPU".into()).into()),
+        }
+    }
+}
+
+/// Memory for the blended gradient of a parameter, whose dtype was checked.
+fn zeros(var: &Var) -> CpuStorage {
+    let len = var.elem_count();
+    match var.dtype() {
+        DType::F16 => CpuStorage::F16(vec![f16::ZERO; len]),
+        DType::BF16 => CpuStorage::BF16(vec![bf16::ZERO; len]),
+        _ => CpuStorage::F32(vec![0.0; len]),
+    }
+}
+
+/// A tensor of these elements, which are moved.
+fn to_tensor(elements: CpuStorage, shape: &Shape) -> candle_core::Result<Tensor> {
+    let device = &candle_core::Device::Cpu;
+    match elements {
+        CpuStorage::F32(elements) => Tensor::from_vec(elements, shape, device),
+        CpuStorage::F16(elements) => Tensor::from_vec(elements, shape, device),
+        CpuStorage::BF16(elements) => Tensor::from_vec(elements, shape, device),
+        other => candle_core::bail!("a blended gradient is {}", other.dtype().as_str()),
     }
 }

@@ -133,15 +133,20 @@ fn gradients_are_read_where_they_are() {
     let var = Var::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
     let large = Tensor::arange(0.0_f32, 12.0, &Device::Cpu).unwrap().reshape((4, 3)).unwrap();
     let view = large.i(1..3).unwrap();
-    let (address, guard) = locate(&view, &var, 0, Role::Train).unwrap();
-    let (storage, _) = large.storage_and_layout();
-    let Storage::Cpu(CpuStorage::F32(buffer)) = &*storage else { panic!("not f32 on the CPU") };
-    assert_eq!(address, buffer[3..].as_ptr().cast());
-    drop((guard, storage));
+    let mut store = GradStore::default();
+    store.insert(&var, view);
+    let gradient = Gradient::find(&store, &var, 0, Role::Train).unwrap().unwrap();
+    assert_eq!(gradient.elements::<f32>().unwrap().as_ptr(), address(&large).wrapping_add(3));
     // The blended gradient is the buffer that gradblend wrote to.
-    let (storage, address) = allocate(gradblend::DType::F32, 6);
-    let tensor = Tensor::from_storage(Storage::Cpu(storage), var.shape(), BackpropOp::none(), false);
-    assert_eq!(locate(&tensor, &var, 0, Role::Blended).unwrap().0, address.cast_const());
+    let blended = zeros(&var);
+    let before = blended.as_slice::<f32>().unwrap().as_ptr();
+    assert_eq!(address(&to_tensor(blended, var.shape()).unwrap()), before);
+}
+
+fn address(tensor: &Tensor) -> *const f32 {
+    let (storage, _) = tensor.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { panic!("not on the CPU") };
+    storage.as_slice::<f32>().unwrap().as_ptr()
 }
 
 #[test]
