@@ -9,6 +9,7 @@ mod inputs;
 mod naive;
 mod oracle;
 mod ours;
+mod per_tensor;
 mod plot;
 mod record;
 mod report;
