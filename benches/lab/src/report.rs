@@ -81,13 +81,14 @@ impl Results {
         Results::parse(&text).with_context(|| path.display().to_string())
     }
 
-    /// Later times of a program replace its earlier ones of the same operation and case.
+    /// Later times of a program replace its earlier ones of the same operation and case, and what it skipped before.
     fn parse(text: &str) -> Result<Self> {
         let mut runs: Vec<Run> = Vec::new();
         let mut cases: Vec<CaseRecord> = Vec::new();
-        // Of one operation and case in one run; the program is what its command starts with.
+        // Of one operation and case in one run, with its program.
         let mut groups: Vec<(String, Vec<Time>)> = Vec::new();
-        let mut skipped = Vec::new();
+        // By program, too.
+        let mut skipped: Vec<(String, Skipped)> = Vec::new();
         let mut start = true;
         for (number, line) in text.lines().enumerate() {
             match serde_json::from_str(line).with_context(|| format!("line {}", number + 1))? {
@@ -102,8 +103,11 @@ impl Results {
                     start = true;
                 }
                 Record::Time(time) => {
-                    let run = runs.last().with_context(|| format!("line {}: no run before it", number + 1))?;
-                    let program = run.command.split(' ').next().unwrap_or_default().to_owned();
+                    let program = program(&runs, number)?;
+                    skipped.retain(|(by, one)| {
+                        (one.operation, &one.case, by) != (time.operation, &time.case, &program)
+                            || one.implementation.as_ref().is_some_and(|name| *name != time.implementation)
+                    });
                     if start {
                         let same = |old: &(String, Vec<Time>)| {
                             old.0 == program && (old.1[0].operation, &old.1[0].case) == (time.operation, &time.case)
@@ -114,7 +118,12 @@ impl Results {
                     }
                     groups.last_mut().context("a group")?.1.push(time);
                 }
-                Record::Skipped(one) => skipped.push(one),
+                Record::Skipped(one) => {
+                    let program = program(&runs, number)?;
+                    let key = |one: &Skipped| (one.operation, one.case.clone(), one.implementation.clone());
+                    skipped.retain(|(by, old)| *by != program || key(old) != key(&one));
+                    skipped.push((program, one));
+                }
             }
         }
         cases.sort_by_key(|case| case.operation);
@@ -135,7 +144,7 @@ impl Results {
             rows.push(Row { case, cells });
         }
         ensure!(!rows.is_empty(), "no results");
-        Ok(Results { runs, rows, skipped })
+        Ok(Results { runs, rows, skipped: skipped.into_iter().map(|(_, one)| one).collect() })
     }
 
     /// A line about machine, date and commits.
@@ -267,19 +276,25 @@ impl Row {
     }
 }
 
+/// What the command of the last run starts with, for a record of a line.
+fn program(runs: &[Run], number: usize) -> Result<String> {
+    let run = runs.last().with_context(|| format!("line {}: no run before it", number + 1))?;
+    Ok(run.command.split(' ').next().unwrap_or_default().to_owned())
+}
+
 /// The median over the rounds of a time over another of the same round. A slow baseline has the first rounds only.
 fn ratio(time: &Time, ours: &Time) -> Option<f64> {
     let ratios: Vec<f64> = time.times_ns.iter().zip(&ours.times_ns).map(|(time, ours)| time / ours).collect();
     median(&ratios)
 }
 
-/// The value at a part of the way through the sorted values, interpolated.
+/// The quantile of a probability `part`, interpolated between the two nearest ranks.
 fn quantile(values: &[f64], part: f64) -> Option<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let place = part * sorted.len().checked_sub(1)? as f64;
-    let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
-    Some(below + (above - below) * place.fract())
+    let rank = part * sorted.len().checked_sub(1)? as f64;
+    let (below, above) = (sorted[rank.floor() as usize], sorted[rank.ceil() as usize]);
+    Some(below + (above - below) * rank.fract())
 }
 
 pub(crate) fn median(values: &[f64]) -> Option<f64> {
@@ -371,6 +386,25 @@ mod tests {
         assert_eq!(results.rows[0].find("PyTorch foreach").map(|cell| cell.ratio), Some(None));
         // A second run of the same program replaces the first.
         assert_eq!(parse(&[RUN, CASE, &read, &ours, RUN, &a])?.rows[0].cells.len(), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn a_later_time_replaces_what_was_skipped() -> Result<()> {
+        let skip = |implementation: &str| {
+            format!(
+                r#"{{"record":"skipped","operation":"step","case":"ResNet-50/K3/bf16",
+                "implementation":{implementation},"reason":"no memory"}}"#
+            )
+        };
+        let (one, all, ours) = (skip("\"naive\""), skip("null"), time(OURS, "ours", "[10]"));
+        let skipped = |lines: &[&str]| -> Result<usize> { Ok(parse(lines)?.skipped.len()) };
+        assert_eq!(skipped(&[RUN, CASE, &one, &all, RUN, &one, &all])?, 2);
+        assert_eq!(skipped(&[RUN, CASE, &one, &all, RUN, CASE, &ours])?, 1);
+        assert_eq!(skipped(&[RUN, CASE, &one, &all, RUN, CASE, &ours, &time("naive", "baseline", "[9]")])?, 0);
+        // Another program's times say nothing about this one's.
+        let other = RUN.replace("cargo run", "python3 x");
+        assert_eq!(skipped(&[RUN, CASE, &one, &all, &other, &ours])?, 2);
         Ok(())
     }
 
