@@ -8,14 +8,14 @@ use gradblend::{DType, Device, Stream};
 use gradblend_testkit::Sample;
 use rayon::prelude::*;
 
+use crate::backend::{Backend, Entry, Implementation, Prepared};
 use crate::case::Operation;
 use crate::heap;
 use crate::inputs::{Inputs, with_dtype};
 use crate::naive::{NDARRAY, Naive, PLAIN};
-use crate::oracle::{self, Bound, Sums};
+use crate::oracle::{NAIVE, Sums};
 use crate::ours::Calls;
-use crate::record::{self, Kind, Machine};
-use crate::run::{Backend, Entry, Implementation, Prepared};
+use crate::record::{self, Machine};
 
 /// All threads of the CPU.
 pub(crate) struct Cpu;
@@ -52,25 +52,15 @@ impl Backend for Cpu {
     }
 
     fn entries(&self, operation: Operation, dtype: DType) -> Vec<Entry<Inputs>> {
-        let naive = Bound { sums: 1.0 / 8192.0, roundings: 1.0, cancels: false, blend: 33.0 };
-        let limit = |name, make| Entry { name, kind: Kind::Limit, bound: None, make };
-        let ours = |name, make| Entry { name, kind: Kind::Ours, bound: Some(oracle::OURS), make };
-        let baseline = |name, make| Entry { name, kind: Kind::Baseline, bound: Some(naive), make };
-        let mut entries = vec![
-            limit("read", |inputs, operation| Ok(Box::new(Read::new(inputs, operation, false)?))),
-            ours("gradblend", |inputs, operation| Ok(Box::new(Ours::new(inputs, operation, false)?))),
-            limit("read, 4 streams", |inputs, operation| Ok(Box::new(Read::new(inputs, operation, true)?))),
-        ];
-        if operation == Operation::Step {
-            let make = |inputs: &mut Inputs, operation| Ok(Box::new(Ours::new(inputs, operation, true)?) as _);
-            entries.push(ours("gradblend, three calls", make));
-        }
-        entries.push(baseline("naive", |inputs, operation| {
-            Ok(with_dtype!(inputs.dtype, T => Box::new(Naive::<T>::new(inputs, operation, &PLAIN)?)))
-        }));
+        let mut entries = vec![Entry::limit("read", |inputs, operation| Read::new(inputs, operation, false))];
+        entries.extend(Entry::ours(operation, Ours::new));
+        entries.push(Entry::limit("read, 4 streams", |inputs, operation| Read::new(inputs, operation, true)));
+        entries.push(with_dtype!(dtype, T => Entry::baseline("naive", NAIVE, |inputs, operation| {
+            Naive::<T>::new(inputs, operation, &PLAIN)
+        })));
         if dtype == DType::F32 {
-            entries.push(baseline("ndarray", |inputs, operation| {
-                Ok(Box::new(Naive::<f32>::new(inputs, operation, &NDARRAY)?))
+            entries.push(Entry::baseline("ndarray", NAIVE, |inputs, operation| {
+                Naive::<f32>::new(inputs, operation, &NDARRAY)
             }));
         }
         entries

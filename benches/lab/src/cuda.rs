@@ -11,14 +11,14 @@ use anyhow::Result;
 use gradblend::DType;
 use gradblend_testkit::Sample;
 
+use crate::backend::{Backend, Entry, Implementation, Prepared};
 use crate::case::Operation;
 use crate::heap;
 use crate::inputs::{self, Buffer};
-use crate::oracle::{self, Bound, Sums};
+use crate::oracle::{Bound, NAIVE, Sums};
 use crate::ours::Calls;
 use crate::per_tensor::At;
-use crate::record::{Kind, Machine};
-use crate::run::{Backend, Entry, Implementation, Prepared};
+use crate::record::Machine;
 
 use device::{Device, Memory};
 
@@ -117,30 +117,16 @@ impl Backend for Cuda {
     }
 
     fn entries(&self, operation: Operation, _: DType) -> Vec<Entry<Inputs>> {
-        let limit = |name, make| Entry { name, kind: Kind::Limit, bound: None, make };
-        let ours = |name, make| Entry { name, kind: Kind::Ours, bound: Some(oracle::OURS), make };
-        let baseline = |name, bound, make| Entry { name, kind: Kind::Baseline, bound: Some(bound), make };
-        let naive = Bound { sums: 1.0 / 8192.0, roundings: 1.0, cancels: false, blend: 33.0 };
         // Each tensor's result is rounded, too.
-        let vectors = Bound { sums: 1.0 / 4096.0, roundings: 3.0, ..naive };
+        let vectors = Bound { sums: 1.0 / 4096.0, roundings: 3.0, ..NAIVE };
         let matrices = Bound { sums: 1.0 / 4096.0, roundings: 0.0, cancels: true, blend: 1.0 };
-        let mut entries = vec![
-            limit("copy", |inputs, operation| Ok(Box::new(Copy::new(inputs, operation)?))),
-            ours("gradblend", |inputs, operation| Ok(Box::new(Ours::new(inputs, operation, false)?))),
-            limit("read", |inputs, operation| Ok(Box::new(naive::Read::new(inputs, operation)?))),
-        ];
-        if operation == Operation::Step {
-            let make = |inputs: &mut Inputs, operation| Ok(Box::new(Ours::new(inputs, operation, true)?) as _);
-            entries.push(ours("gradblend, three calls", make));
-        }
+        let mut entries = vec![Entry::limit("copy", |inputs, operation| Copy::new(inputs, operation))];
+        entries.extend(Entry::ours(operation, |inputs, operation, three| Ours::new(inputs, operation, three)));
         entries.extend([
-            baseline("naive", naive, |inputs, operation| Ok(Box::new(naive::Naive::new(inputs, operation)?))),
-            baseline("cuBLAS dot + axpy", vectors, |inputs, operation| {
-                Ok(Box::new(cublas::Vectors::new(inputs, operation)?))
-            }),
-            baseline("cuBLAS gemm", matrices, |inputs, operation| {
-                Ok(Box::new(cublas::Matrices::new(inputs, operation)?))
-            }),
+            Entry::limit("read", |inputs, operation| naive::Read::new(inputs, operation)),
+            Entry::baseline("naive", NAIVE, |inputs, operation| naive::Naive::new(inputs, operation)),
+            Entry::baseline("cuBLAS dot + axpy", vectors, |inputs, operation| cublas::Vectors::new(inputs, operation)),
+            Entry::baseline("cuBLAS gemm", matrices, |inputs, operation| cublas::Matrices::new(inputs, operation)),
         ]);
         entries
     }

@@ -1,5 +1,6 @@
 //! Compares implementations of dot, blend and step in rounds, and reports the results.
 
+mod backend;
 mod case;
 mod cpu;
 #[cfg(feature = "cuda")]

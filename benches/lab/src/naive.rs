@@ -6,12 +6,12 @@ use half::slice::HalfFloatSliceExt;
 use ndarray::{ArrayView1, ArrayViewMut1, azip};
 use rayon::prelude::*;
 
+use crate::backend::Implementation;
 use crate::case::Operation;
 use crate::heap;
 use crate::inputs::{Buffer, Inputs};
 use crate::oracle::Sums;
 use crate::per_tensor::{At, PerTensor, Steps};
-use crate::run::Implementation;
 
 /// The four loops on f32.
 pub(crate) struct Kernels {

@@ -57,6 +57,9 @@ pub(crate) struct Bound {
     pub(crate) blend: f64,
 }
 
+/// The naive steps: sums in f32, and t - g and the blend rounded to the dtype at each step, of at most 32 modalities.
+pub(crate) const NAIVE: Bound = Bound { sums: 1.0 / 8192.0, roundings: 1.0, cancels: false, blend: 33.0 };
+
 /// gradblend's results: the guaranteed accuracy of the sums, and one rounding of the blend.
 pub(crate) const OURS: Bound = Bound { sums: 1.0 / 65536.0, roundings: 0.0, cancels: false, blend: 1.0 };
 

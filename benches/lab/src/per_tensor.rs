@@ -3,10 +3,10 @@
 
 use anyhow::Result;
 
+use crate::backend::Implementation;
 use crate::case::Operation;
 use crate::inputs;
 use crate::oracle::Sums;
-use crate::run::Implementation;
 
 /// One tensor of one input set.
 #[derive(Clone, Copy)]

@@ -11,11 +11,11 @@ use gradblend_testkit::Sample;
 use super::Inputs;
 use super::device::Memory;
 use super::naive::launch;
+use crate::backend::{Implementation, Missing};
 use crate::case::Operation;
 use crate::inputs::{Buffer, with_dtype};
 use crate::oracle::Sums;
 use crate::per_tensor::{At, PerTensor, Steps};
-use crate::run::{Implementation, Missing};
 
 /// The version, if the library is found.
 pub(super) fn version() -> Option<String> {

@@ -5,11 +5,11 @@ use cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
 
 use super::Inputs;
 use super::device::{BLOCK, Device, Memory, blocks};
+use crate::backend::Implementation;
 use crate::case::Operation;
 use crate::inputs::Buffer;
 use crate::oracle::Sums;
 use crate::per_tensor::{At, PerTensor, Steps};
-use crate::run::Implementation;
 
 fn config(blocks: u64) -> LaunchConfig {
     LaunchConfig { grid_dim: (blocks as u32, 1, 1), block_dim: (BLOCK as u32, 1, 1), shared_mem_bytes: 0 }
