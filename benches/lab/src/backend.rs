@@ -9,7 +9,7 @@ use crate::case::Operation;
 use crate::inputs::Inputs;
 use crate::oracle::{self, Bound, Sums};
 use crate::record::{Kind, Machine};
-use crate::report::OURS;
+use crate::results::OURS;
 
 /// One implementation of an operation, prepared for inputs `I`.
 pub(crate) trait Implementation<I> {

@@ -14,6 +14,7 @@ mod per_tensor;
 mod plot;
 mod record;
 mod report;
+mod results;
 mod run;
 
 use clap::Parser;

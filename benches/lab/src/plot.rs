@@ -5,7 +5,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::record::Kind;
-use crate::report::{Cell, OURS, Results, distinct};
+use crate::results::{Cell, OURS, Results, distinct};
 
 const WIDTH: u32 = 1100;
 /// Pixels of one row.

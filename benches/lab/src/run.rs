@@ -300,7 +300,7 @@ impl<B: Backend> Measurement<'_, B> {
         }
         let bytes = case::minimum_traffic(&self.case.tensors()?, self.case.dtype, operation);
         let of = |kind| running.iter().filter(move |one| one.time.kind == kind).map(|one| &one.time);
-        let median = |time: &Time| crate::report::median(&time.times_ns).unwrap_or(f64::NAN);
+        let median = |time: &Time| crate::results::median(&time.times_ns).unwrap_or(f64::NAN);
         let limit = of(Kind::Limit).map(median).fold(f64::NAN, f64::min);
         let ours = of(Kind::Ours).map(median).next().unwrap_or(f64::NAN);
         let gigabytes = |nanoseconds: f64| bytes as f64 / nanoseconds;
