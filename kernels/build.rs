@@ -3,31 +3,28 @@
 
 #[path = "header.rs"]
 mod header;
+#[path = "nvcc.rs"]
+mod nvcc;
 
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Compute capabilities that get machine code: A100, RTX 30, RTX 40, H100 and H200, B200, RTX 50.
-const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
+use nvcc::{NVCC_VARIABLES, Nvcc};
+
 /// The sources that become images; they include the `.cuh` files.
 const SOURCES: [&str; 2] = ["kernels/pass.cu", "kernels/state.cu"];
 /// Flags of nvcc that decide what an image contains, besides the architectures.
 const FLAGS: [&str; 4] = ["-std=c++17", "-O3", "-fatbin", "-fmad=false"];
 /// The file beside the images that says what they were compiled from.
 const KEY: &str = "images.key";
-/// Variables that nvcc reads itself.
-const NVCC_VARIABLES: [&str; 3] = ["NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN"];
 
 /// Compiles the kernels, or ends the build with the reason.
 pub(crate) fn build() {
     println!("cargo:rerun-if-changed=kernels");
     println!("cargo:rerun-if-changed=src/abi.rs");
-    let read = ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "GRADBLEND_CUDA_ARCHS", "DOCS_RS"];
-    for name in read.into_iter().chain(NVCC_VARIABLES) {
-        println!("cargo:rerun-if-env-changed={name}");
-    }
+    nvcc::rerun_if_env_changed();
     if let Err(reason) = compile() {
         println!("cargo:warning=gradblend: {}", reason.replace('\n', " | "));
         eprintln!("\ngradblend cannot build its CUDA kernels: {reason}\n");
@@ -40,8 +37,7 @@ fn compile() -> Result<(), String> {
     let header = header::header();
     write(&out.join("abi.cuh"), header.as_bytes())?;
     let key_file = out.join(KEY);
-    if env::var_os("DOCS_RS").is_some() {
-        // docs.rs has no toolkit, and runs nothing.
+    if nvcc::is_docs_rs() {
         write(&key_file, &[])?;
         for source in SOURCES {
             write(&image(&out, source), &[])?;
@@ -49,34 +45,23 @@ fn compile() -> Result<(), String> {
         set_build_info("none", &[]);
         return Ok(());
     }
-    let nvcc = find_nvcc()?;
-    let version_text = run(Command::new(&nvcc).arg("--version"))?;
-    let version = version_text.split("release ").nth(1).and_then(|rest| rest.split(',').next());
-    let version = version.ok_or_else(|| format!("{} --version names no release", nvcc.display()))?;
-    let supported = run(Command::new(&nvcc).arg("--list-gpu-arch"))?;
-    let supported: Vec<u32> =
-        supported.lines().filter_map(|line| line.trim().strip_prefix("compute_")?.parse().ok()).collect();
-    let architectures = architectures(&supported, version)?;
-    let mut flags: Vec<String> = FLAGS.map(String::from).to_vec();
-    for architecture in &architectures {
-        flags.push(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
-    }
-    flags.push(format!("-gencode=arch=compute_{0},code=compute_{0}", architectures[0]));
-    let key = key(&version_text, &flags, &header)?;
+    let nvcc = Nvcc::find()?;
+    let flags: Vec<String> = FLAGS.map(String::from).into_iter().chain(nvcc.target_flags()).collect();
+    let key = key(&nvcc.version_text, &flags, &header)?;
     if !has_images(&out, &key) && !copy_images(&out, &key) {
         write(&key_file, &[])?;
         let threads = env::var("NUM_JOBS").unwrap_or_else(|_| "1".into());
         for source in SOURCES {
-            let mut command = Command::new(&nvcc);
+            let mut command = Command::new(&nvcc.path);
             command.args(&flags).args(["--threads", &threads, "-Ikernels", "-I"]).arg(&out).arg(source);
-            let output = run(command.arg("-o").arg(image(&out, source)))?;
+            let output = nvcc::run(command.arg("-o").arg(image(&out, source)))?;
             for line in output.lines().filter(|line| line.contains("warning")) {
                 println!("cargo:warning={line}");
             }
         }
         write(&key_file, key.as_bytes())?;
     }
-    set_build_info(version, &architectures);
+    set_build_info(&nvcc.version, &nvcc.architectures);
     Ok(())
 }
 
@@ -129,69 +114,6 @@ fn set_build_info(version: &str, architectures: &[u32]) {
     let list: Vec<String> = architectures.iter().map(u32::to_string).collect();
     println!("cargo:rustc-env=GRADBLEND_TOOLKIT={version}");
     println!("cargo:rustc-env=GRADBLEND_ARCHITECTURES={}", list.join(" "));
-}
-
-/// The first nvcc that runs, in the order that the error message names.
-fn find_nvcc() -> Result<PathBuf, String> {
-    if let Some(nvcc) = env::var_os("NVCC").filter(|nvcc| !nvcc.is_empty()) {
-        let nvcc = PathBuf::from(nvcc);
-        return if runs(&nvcc) { Ok(nvcc) } else { Err(format!("NVCC is {}, which does not run", nvcc.display())) };
-    }
-    let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(|home| Path::new(&home).join("bin"));
-    let path: Vec<PathBuf> = env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default();
-    homes
-        .chain(path)
-        .chain([PathBuf::from("/usr/local/cuda/bin")])
-        .map(|bin| bin.join(&name))
-        .find(|nvcc| runs(nvcc))
-        .ok_or_else(|| {
-            "nvcc was not found: looked at NVCC, in bin of CUDA_HOME and of CUDA_PATH, on PATH, and in \
-             /usr/local/cuda/bin. Install a CUDA toolkit (12.8 or newer has all architectures), or build without the \
-             feature `cuda`"
-                .into()
-        })
-}
-
-fn runs(nvcc: &Path) -> bool {
-    Command::new(nvcc).arg("--version").output().is_ok_and(|output| output.status.success())
-}
-
-/// The architectures to compile for, ascending: those of `GRADBLEND_CUDA_ARCHS`, or else those of the list that the toolkit
-/// supports.
-fn architectures(supported: &[u32], version: &str) -> Result<Vec<u32>, String> {
-    let mut chosen = match env::var("GRADBLEND_CUDA_ARCHS") {
-        Ok(list) if !list.trim().is_empty() => {
-            let parse = |one: &str| {
-                let number: u32 = one.parse().map_err(|_| {
-                    format!("GRADBLEND_CUDA_ARCHS has {one:?}; expected compute capabilities such as \"80 90\"")
-                })?;
-                if number < 80 {
-                    return Err(format!("GRADBLEND_CUDA_ARCHS has {number}; the kernels need 80 or higher"));
-                }
-                if !supported.contains(&number) {
-                    return Err(format!("GRADBLEND_CUDA_ARCHS has {number}, which nvcc {version} does not know"));
-                }
-                Ok(number)
-            };
-            let words = list.split(|c: char| c == ',' || c == ';' || c.is_whitespace()).filter(|word| !word.is_empty());
-            words.map(parse).collect::<Result<Vec<u32>, String>>()?
-        }
-        _ => ARCHITECTURES.into_iter().filter(|architecture| supported.contains(architecture)).collect(),
-    };
-    chosen.sort_unstable();
-    chosen.dedup();
-    if chosen.is_empty() {
-        return Err(format!("nvcc {version} knows none of the architectures {ARCHITECTURES:?}; a newer one is needed"));
-    }
-    Ok(chosen)
-}
-
-/// The output of a command, stdout then stderr.
-fn run(command: &mut Command) -> Result<String, String> {
-    let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    if output.status.success() { Ok(text) } else { Err(format!("{command:?}: {}\n{text}", output.status)) }
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), String> {

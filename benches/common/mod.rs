@@ -53,24 +53,19 @@ impl Group<'_> {
     }
 }
 
-/// Lengths of the 161 parameter tensors of ResNet-50 (He, Zhang, Ren, Sun, CVPR 2016), 1,000 classes.
+/// Lengths of the 161 parameter tensors of ResNet-50 (He, Zhang, Ren, Sun, CVPR 2016), from the shapes of the laboratory.
+/// They are found in the text, as the crate has no JSON parser.
 fn resnet_50() -> Vec<usize> {
-    let mut lengths = vec![64 * 3 * 7 * 7, 64, 64];
-    let mut channels = 64;
-    for (width, blocks) in [(64, 3), (128, 4), (256, 6), (512, 3)] {
-        for block in 0..blocks {
-            let wide = 4 * width;
-            let mut convolution = |weights, outputs| lengths.extend([weights, outputs, outputs]);
-            convolution(channels * width, width);
-            convolution(width * width * 3 * 3, width);
-            convolution(width * wide, wide);
-            if block == 0 {
-                convolution(channels * wide, wide);
-            }
-            channels = wide;
-        }
-    }
-    lengths.extend([1000 * channels, 1000]);
+    let (_, network) = include_str!("../lab/shapes.json").split_once(r#""name": "ResNet-50""#).expect("the network");
+    let (_, tensors) = network.split_once(r#""tensors": ["#).expect("its tensors");
+    let (tensors, _) = tensors.split_once('}').expect("the end of its only part");
+    let length = |shape: &str| -> usize {
+        let sizes = shape.split(|c: char| !c.is_ascii_digit()).filter(|size| !size.is_empty());
+        sizes.map(|size| size.parse::<usize>().expect("a size")).product()
+    };
+    // Shapes end with `]`, and so does their array.
+    let shapes = tensors.split(']').filter(|shape| shape.contains('['));
+    let lengths: Vec<usize> = shapes.map(length).collect();
     assert_eq!((lengths.len(), lengths.iter().sum()), (161, 25_557_032), "tensors and parameters of ResNet-50");
     lengths
 }

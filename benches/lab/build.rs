@@ -1,38 +1,35 @@
-//! Compiles the naive CUDA kernels where the feature `cuda` asks for them. nvcc is found as gradblend's own build finds
-//! it, whose error says what is missing.
+//! Compiles the naive CUDA kernels where the feature `cuda` asks for them, by the nvcc and for the architectures of
+//! gradblend's own build.
+
+#[path = "../../kernels/nvcc.rs"]
+#[allow(dead_code, reason = "only gradblend's build needs the version")]
+mod nvcc;
 
 use std::env;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 fn main() {
-    println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rerun-if-changed=kernels");
-    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN"] {
-        println!("cargo:rerun-if-env-changed={name}");
+    for path in ["build.rs", "kernels", "../../kernels/nvcc.rs"] {
+        println!("cargo:rerun-if-changed={path}");
     }
+    nvcc::rerun_if_env_changed();
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    let image = Path::new(&env::var_os("OUT_DIR").unwrap_or_default()).join("naive.fatbin");
-    // Machine code for each major architecture of the toolkit, and PTX for those to come.
-    let nvcc = Command::new(nvcc())
-        .args(["-std=c++17", "-O3", "-arch=all-major", "-fatbin", "kernels/naive.cu", "-o"])
-        .arg(&image)
-        .status();
-    if !nvcc.as_ref().is_ok_and(|status| status.success()) {
-        eprintln!("the naive kernels do not compile: {nvcc:?}");
+    if let Err(reason) = compile() {
+        eprintln!("\nthe laboratory cannot build its CUDA kernels: {reason}\n");
         std::process::exit(1);
     }
 }
 
-fn nvcc() -> PathBuf {
-    if let Some(nvcc) = env::var_os("NVCC").filter(|nvcc| !nvcc.is_empty()) {
-        return nvcc.into();
+fn compile() -> Result<(), String> {
+    let image = Path::new(&env::var_os("OUT_DIR").unwrap_or_default()).join("naive.fatbin");
+    if nvcc::is_docs_rs() {
+        return std::fs::write(&image, []).map_err(|error| format!("{}: {error}", image.display()));
     }
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(PathBuf::from);
-    let path = env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect::<Vec<_>>();
-    let folders = homes.map(|home| home.join("bin")).chain(path).chain(["/usr/local/cuda/bin".into()]);
-    let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
-    folders.map(|folder| folder.join(&name)).find(|nvcc| nvcc.is_file()).unwrap_or(name.into())
+    let nvcc = nvcc::Nvcc::find()?;
+    let mut command = Command::new(&nvcc.path);
+    command.args(["-std=c++17", "-O3", "-fatbin"]).args(nvcc.target_flags());
+    nvcc::run(command.args(["kernels/naive.cu", "-o"]).arg(&image)).map(|_| ())
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times PyTorch's ways to the sums and the blend of Gradient-Blending, on the cases of a results file.
+"""Times PyTorch implementations of the sums and the blend of Gradient-Blending, on the cases of a results file.
 
 FILE is what `gradblend-lab run --results FILE` wrote. Its `case` records give shapes, exact sums and weights; the inputs
 are made from the formula in benches/README.md. Records of the same kinds are appended, with the commit of the last run.
@@ -31,9 +31,8 @@ import torch
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}  # in the order of gradblend.h
 ROUNDING = {"f32": 2.0**-24, "f16": 2.0**-11, "bf16": 2.0**-8}  # half the distance from 1 to the next number
 ALIGNMENT = 256  # bytes
-ROUNDS, SLOW_ROUNDS = 9, 3
 SLOW = 0.4  # seconds: a baseline that takes longer has SLOW_ROUNDS
-ROUND = 0.01  # seconds: a round takes at least this long
+SLOW_ROUNDS = 3
 MOST_REPEATS, MOST_SETS = 10_000, 256
 COMPILATION = 120  # seconds that torch.compile may take
 CHECKED = 1 << 24  # elements of a blend that are compared on the CPU; on a GPU, all are
@@ -80,7 +79,7 @@ def numbers(buffer, first, count, device):
 
 
 class Inputs:
-    """One set: t, g and v[k] are lists of tensors, None where a gradient is absent; out is to be written."""
+    """One set: t, g, v[k] and out have one entry for each tensor, None where a gradient is absent. out is written."""
 
     def __init__(self, case, device):
         self.k, self.weights, self.dtype = case["modalities"], case["weights"], case["dtype"]
@@ -375,8 +374,12 @@ def check(implementation, x, result):
 # ---- Devices ----
 
 
+# Each has as many rounds of as many seconds at least as gradblend-lab gives it.
+
+
 class Cpu:
     device, cache_bytes, driver = torch.device("cpu"), None, None
+    rounds, round_seconds = 9, 0.01
 
     def name(self):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -400,6 +403,7 @@ class Cpu:
 
 class Gpu:
     device = torch.device("cuda", 0)
+    rounds, round_seconds = 15, 0.005
 
     def __init__(self):
         self.cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
@@ -464,12 +468,12 @@ def measure(device, case, inputs, test, write):
         seconds = min(device.time(implementation, inputs, 1) for _ in range(1 if test else 3)) / 1e9
         line = {"record": "time", "operation": case["operation"], "case": case["case"], "implementation": kind.name}
         line |= {"kind": kind.kind, "times_ns": [], "sets": len(inputs), "host_ns": None, "extra_bytes": extra_bytes}
-        line["repeats"] = 1 if test else min(math.ceil(ROUND / seconds), MOST_REPEATS)
+        line["repeats"] = 1 if test else min(math.ceil(device.round_seconds / seconds), MOST_REPEATS)
         slow = seconds > SLOW and kind.kind == "baseline"
-        running.append((implementation, 1 if test else SLOW_ROUNDS if slow else ROUNDS, line | errors))
-    for r in range(ROUNDS):
-        for place in range(len(running)):
-            implementation, rounds, line = running[(r + place) % len(running)]
+        running.append((implementation, 1 if test else SLOW_ROUNDS if slow else device.rounds, line | errors))
+    for r in range(device.rounds):
+        for nth in range(len(running)):  # each round starts with another one
+            implementation, rounds, line = running[(r + nth) % len(running)]
             if r < rounds:
                 line["times_ns"].append(round(device.time(implementation, inputs, line["repeats"]), 1))
     write(case)

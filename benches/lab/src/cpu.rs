@@ -5,16 +5,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use gradblend::{DType, Device, Stream};
+use gradblend_testkit::Sample;
 use rayon::prelude::*;
 
+use crate::backend::{Backend, Entry, Implementation, Prepared};
 use crate::case::Operation;
 use crate::heap;
-use crate::inputs::{Inputs, Real, with_dtype};
+use crate::inputs::{Inputs, with_dtype};
 use crate::naive::{NDARRAY, Naive, PLAIN};
-use crate::oracle::{self, Bound, Sums};
+use crate::oracle::{NAIVE, Sums};
 use crate::ours::Calls;
-use crate::record::{self, Kind, Machine};
-use crate::run::{Backend, Entry, Implementation, Prepared};
+use crate::record::{self, Machine};
 
 /// All threads of the CPU.
 pub(crate) struct Cpu;
@@ -51,33 +52,23 @@ impl Backend for Cpu {
     }
 
     fn entries(&self, operation: Operation, dtype: DType) -> Vec<Entry<Inputs>> {
-        let naive = Bound { sums: 1.0 / 8192.0, roundings: 1.0, cancels: false, blend: 33.0 };
-        let limit = |name, make| Entry { name, kind: Kind::Limit, bound: None, make };
-        let ours = |name, make| Entry { name, kind: Kind::Ours, bound: Some(oracle::OURS), make };
-        let baseline = |name, make| Entry { name, kind: Kind::Baseline, bound: Some(naive), make };
-        let mut entries = vec![
-            limit("read", |inputs, operation| Ok(Box::new(Read::new(inputs, operation, false)?))),
-            ours("gradblend", |inputs, operation| Ok(Box::new(Ours::new(inputs, operation, false)?))),
-            limit("read, 4 streams", |inputs, operation| Ok(Box::new(Read::new(inputs, operation, true)?))),
-        ];
-        if operation == Operation::Step {
-            let make = |inputs: &mut Inputs, operation| Ok(Box::new(Ours::new(inputs, operation, true)?) as _);
-            entries.push(ours("gradblend, three calls", make));
-        }
-        entries.push(baseline("naive", |inputs, operation| {
-            Ok(with_dtype!(inputs.dtype, T => Box::new(Naive::<T>::new(inputs, operation, &PLAIN)?)))
-        }));
+        let mut entries = vec![Entry::limit("read", |inputs, operation| Read::new(inputs, operation, false))];
+        entries.extend(Entry::ours(operation, Ours::new));
+        entries.push(Entry::limit("read, 4 streams", |inputs, operation| Read::new(inputs, operation, true)));
+        entries.push(with_dtype!(dtype, T => Entry::baseline("naive", NAIVE, |inputs, operation| {
+            Naive::<T>::new(inputs, operation, &PLAIN)
+        })));
         if dtype == DType::F32 {
-            entries.push(baseline("ndarray", |inputs, operation| {
-                Ok(Box::new(Naive::<f32>::new(inputs, operation, &NDARRAY)?))
+            entries.push(Entry::baseline("ndarray", NAIVE, |inputs, operation| {
+                Naive::<f32>::new(inputs, operation, &NDARRAY)
             }));
         }
         entries
     }
 
     fn poison(&self, inputs: &mut Inputs) -> Result<()> {
-        fn fill<T: Real>(blended: &mut [T]) {
-            blended.par_iter_mut().for_each(|x| *x = T::from_f32(7.0));
+        fn fill<T: Sample>(blended: &mut [T]) {
+            blended.par_iter_mut().for_each(|x| *x = T::round(7.0));
         }
         with_dtype!(inputs.dtype, T => fill::<T>(inputs.blended_mut()));
         Ok(())
@@ -117,7 +108,7 @@ impl Ours {
         let mut calls = Calls::new(&Device::cpu(), inputs, operation, three_calls)?;
         let addresses = inputs.addresses();
         // SAFETY: the inputs outlive every implementation, and implementations run one after another.
-        unsafe { calls.plan(inputs, |place| addresses[place]) }?;
+        unsafe { calls.plan(inputs, |buffer| addresses[inputs.index(buffer)]) }?;
         Ok(Ours(calls))
     }
 }
@@ -146,7 +137,7 @@ const PREFETCH: usize = 1024;
 
 /// Reads the bytes of the minimum traffic; a buffer that an operation writes is read, too.
 struct Read {
-    /// Place of the buffer, first byte, bytes.
+    /// Index of the buffer, first byte, bytes.
     pieces: Vec<(usize, usize, usize)>,
     single: bool,
     /// Four addresses at a time with a prefetch, which is up to a fifth faster beyond the cache.
@@ -159,11 +150,11 @@ impl Read {
         let mut left = inputs.minimum_traffic(operation);
         let single = left <= READ_SINGLE;
         let mut pieces = Vec::new();
-        for place in inputs.places(operation) {
+        for index in inputs.indices(operation) {
             for start in (0..inputs.buffer_bytes).step_by(READ_PIECE) {
                 let bytes = left.min(READ_PIECE).min(inputs.buffer_bytes - start);
                 left -= bytes;
-                pieces.push((place, start, bytes));
+                pieces.push((index, start, bytes));
             }
         }
         Ok(Read { pieces, single, streams })
@@ -174,7 +165,7 @@ impl Implementation<Inputs> for Read {
     fn run(&mut self, inputs: &mut Inputs, _: usize) -> Result<()> {
         let buffers: Vec<&[u8]> = inputs.buffers().collect();
         let sum =
-            |(place, start, bytes): &(usize, usize, usize)| read(&buffers[*place][*start..][..*bytes], self.streams);
+            |(index, start, bytes): &(usize, usize, usize)| read(&buffers[*index][*start..][..*bytes], self.streams);
         black_box(if self.single {
             self.pieces.iter().map(sum).fold(0, u64::wrapping_add)
         } else {

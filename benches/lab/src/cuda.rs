@@ -8,15 +8,17 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use gradblend::{DType, Role};
+use gradblend::DType;
+use gradblend_testkit::Sample;
 
+use crate::backend::{Backend, Entry, Implementation, Prepared};
 use crate::case::Operation;
 use crate::heap;
-use crate::inputs::{self, Real};
-use crate::oracle::{self, Bound, Sums};
+use crate::inputs::{self, Buffer};
+use crate::oracle::{Bound, NAIVE, Sums};
 use crate::ours::Calls;
-use crate::record::{Kind, Machine};
-use crate::run::{Backend, Entry, Implementation, Prepared};
+use crate::per_tensor::At;
+use crate::record::Machine;
 
 use device::{Device, Memory};
 
@@ -35,26 +37,44 @@ pub(crate) struct Inputs {
 
 impl Inputs {
     /// Address of a buffer.
-    fn buffer(&self, set: usize, place: usize) -> u64 {
-        let buffers = self.host.place(Role::Blended) + 1;
-        self.memory.address + ((set * buffers + place) * self.host.buffer_bytes) as u64
+    fn buffer(&self, set: usize, buffer: Buffer) -> u64 {
+        let buffers = self.host.buffers().len();
+        self.memory.address + ((set * buffers + self.host.index(buffer)) * self.host.buffer_bytes) as u64
     }
 
-    /// Address of a tensor's first element in the buffer of a role.
-    fn tensor(&self, set: usize, role: Role, tensor: usize) -> u64 {
-        let start = self.host.tensors[tensor].1.start as u64 * self.host.dtype.bytes();
-        self.buffer(set, self.host.place(role)) + start
+    /// Address of a tensor's first element in a buffer.
+    fn tensor(&self, at: At, buffer: Buffer) -> u64 {
+        let start = self.host.tensors[at.tensor].1.start as u64 * self.host.dtype.bytes();
+        self.buffer(at.set, buffer) + start
+    }
+
+    /// Elements of a tensor.
+    fn len(&self, at: At) -> u64 {
+        self.host.tensors[at.tensor].1.len() as u64
+    }
+
+    /// The c_k and d_k, which lie one after another in f64, after all work on the stream.
+    fn sums(&self, memory: &Memory) -> Result<Sums> {
+        self.device.synchronize()?;
+        let mut sums = vec![0.0; 2 * self.host.modalities];
+        memory.read(0, &mut sums)?;
+        Ok(Sums::from_pending(sums))
     }
 
     /// Bytes of the longest tensor.
     fn longest(&self) -> u64 {
-        let longest = self.host.tensors.iter().map(|(tensor, _)| tensor.len).max().unwrap_or(0);
-        longest as u64 * self.host.dtype.bytes()
+        self.host.longest() as u64 * self.host.dtype.bytes()
     }
 
     fn next_set(&mut self) -> usize {
         self.set = (self.set + 1) % self.sets;
         self.set
+    }
+}
+
+impl AsRef<inputs::Inputs> for Inputs {
+    fn as_ref(&self) -> &inputs::Inputs {
+        &self.host
     }
 }
 
@@ -80,13 +100,13 @@ impl Backend for Cuda {
     }
 
     fn load(&self, host: inputs::Inputs, most_sets: usize) -> Result<Inputs> {
-        let bytes = (host.buffer_bytes * (host.place(Role::Blended) + 1)) as u64;
+        let bytes = (host.buffer_bytes * host.buffers().len()) as u64;
         // Four times the cache, so that no set is still in it when its turn comes.
         let sets = (4 * self.0.cache_bytes()?).div_ceil(bytes.max(1)).clamp(1, most_sets as u64);
         let memory = Memory::new(sets * bytes)?;
         for set in 0..sets {
-            for (place, buffer) in host.buffers().enumerate() {
-                memory.write(set * bytes + (place * host.buffer_bytes) as u64, buffer)?;
+            for (index, buffer) in host.buffers().enumerate() {
+                memory.write(set * bytes + (index * host.buffer_bytes) as u64, buffer)?;
             }
         }
         Ok(Inputs { device: self.0.clone(), host, memory, sets: sets as usize, set: 0 })
@@ -97,47 +117,33 @@ impl Backend for Cuda {
     }
 
     fn entries(&self, operation: Operation, _: DType) -> Vec<Entry<Inputs>> {
-        let limit = |name, make| Entry { name, kind: Kind::Limit, bound: None, make };
-        let ours = |name, make| Entry { name, kind: Kind::Ours, bound: Some(oracle::OURS), make };
-        let baseline = |name, bound, make| Entry { name, kind: Kind::Baseline, bound: Some(bound), make };
-        let naive = Bound { sums: 1.0 / 8192.0, roundings: 1.0, cancels: false, blend: 33.0 };
         // Each tensor's result is rounded, too.
-        let vectors = Bound { sums: 1.0 / 4096.0, roundings: 3.0, ..naive };
+        let vectors = Bound { sums: 1.0 / 4096.0, roundings: 3.0, ..NAIVE };
         let matrices = Bound { sums: 1.0 / 4096.0, roundings: 0.0, cancels: true, blend: 1.0 };
-        let mut entries = vec![
-            limit("copy", |inputs, operation| Ok(Box::new(Copy::new(inputs, operation)?))),
-            ours("gradblend", |inputs, operation| Ok(Box::new(Ours::new(inputs, operation, false)?))),
-            limit("read", |inputs, operation| Ok(Box::new(naive::Read::new(inputs, operation)?))),
-        ];
-        if operation == Operation::Step {
-            let make = |inputs: &mut Inputs, operation| Ok(Box::new(Ours::new(inputs, operation, true)?) as _);
-            entries.push(ours("gradblend, three calls", make));
-        }
+        let mut entries = vec![Entry::limit("copy", |inputs, operation| Copy::new(inputs, operation))];
+        entries.extend(Entry::ours(operation, |inputs, operation, three| Ours::new(inputs, operation, three)));
         entries.extend([
-            baseline("naive", naive, |inputs, operation| Ok(Box::new(naive::Naive::new(inputs, operation)?))),
-            baseline("cuBLAS dot + axpy", vectors, |inputs, operation| {
-                Ok(Box::new(cublas::Vectors::new(inputs, operation)?))
-            }),
-            baseline("cuBLAS gemm", matrices, |inputs, operation| {
-                Ok(Box::new(cublas::Matrices::new(inputs, operation)?))
-            }),
+            Entry::limit("read", |inputs, operation| naive::Read::new(inputs, operation)),
+            Entry::baseline("naive", NAIVE, |inputs, operation| naive::Naive::new(inputs, operation)),
+            Entry::baseline("cuBLAS dot + axpy", vectors, |inputs, operation| cublas::Vectors::new(inputs, operation)),
+            Entry::baseline("cuBLAS gemm", matrices, |inputs, operation| cublas::Matrices::new(inputs, operation)),
         ]);
         entries
     }
 
     fn poison(&self, inputs: &mut Inputs) -> Result<()> {
         // 7.3 in f16 and 51,015 in f32 and bf16: more than any blend of numbers below 1.
-        let blended = inputs.buffer(0, inputs.host.place(Role::Blended));
+        let blended = inputs.buffer(0, Buffer::Blended);
         // SAFETY: a buffer of the first set.
         unsafe { self.0.fill(blended, 0x47, inputs.host.buffer_bytes as u64) }
     }
 
     fn host<'a>(&self, inputs: &'a mut Inputs) -> Result<&'a inputs::Inputs> {
-        fn read<T: Real>(memory: &Memory, at: u64, blended: &mut [T]) -> Result<()> {
+        fn read<T: Sample>(memory: &Memory, at: u64, blended: &mut [T]) -> Result<()> {
             memory.read::<u8>(at, bytemuck::cast_slice_mut(blended))
         }
         self.0.synchronize()?;
-        let at = inputs.buffer(0, inputs.host.place(Role::Blended)) - inputs.memory.address;
+        let at = inputs.buffer(0, Buffer::Blended) - inputs.memory.address;
         inputs::with_dtype!(inputs.host.dtype, T => read::<T>(&inputs.memory, at, inputs.host.blended_mut()))?;
         Ok(&inputs.host)
     }
@@ -172,7 +178,7 @@ impl Backend for Cuda {
         Ok(seconds / repeats as f64)
     }
 
-    /// Of one call on an idle stream, so that it never waits for a place in the queue of launches.
+    /// Of one call on an idle stream, so that it never waits for a free entry of the launch queue.
     fn host_time(&self, implementation: &mut dyn Implementation<Inputs>, inputs: &mut Inputs) -> Result<Option<f64>> {
         self.0.synchronize()?;
         let set = inputs.next_set();
@@ -199,7 +205,7 @@ impl Ours {
     fn plan(&mut self, inputs: &Inputs) -> Result<()> {
         let set = self.0.plans();
         // SAFETY: the inputs outlive every implementation, and all work on them is on one stream.
-        unsafe { self.0.plan(&inputs.host, |place| inputs.buffer(set, place)) }
+        unsafe { self.0.plan(&inputs.host, |buffer| inputs.buffer(set, buffer)) }
     }
 }
 
@@ -237,7 +243,7 @@ impl Copy {
 
 impl Implementation<Inputs> for Copy {
     fn run(&mut self, inputs: &mut Inputs, set: usize) -> Result<()> {
-        let source = inputs.buffer(set, inputs.host.places(self.operation).start);
+        let source = inputs.buffer(set, inputs.host.first(self.operation));
         let target = self.target.address + set as u64 * self.half.next_multiple_of(256);
         // SAFETY: the minimum traffic is at most the bytes of the buffers, and each target has half of it.
         unsafe { inputs.device.copy(source, target, self.half) }

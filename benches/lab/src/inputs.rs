@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use anyhow::Result;
 use bytemuck::{Pod, Zeroable};
-use gradblend::{DType, Role, bf16, f16};
+use gradblend::DType;
+use gradblend_testkit::Sample;
 use rayon::prelude::*;
 
 use crate::case::{self, Case, Operation, Tensor};
@@ -13,33 +14,6 @@ use crate::case::{self, Case, Operation, Tensor};
 const ALIGNMENT: usize = 256;
 /// Elements that one task of the thread pool makes.
 const PIECE: usize = 1 << 16;
-
-/// An element type.
-pub(crate) trait Real: Pod + Send + Sync {
-    /// Half the distance from 1 to the next number.
-    const ROUNDING: f64;
-    fn from_f32(x: f32) -> Self;
-    fn to_f64(self) -> f64;
-}
-
-macro_rules! real {
-    ($($element:ty, $bits:literal, $from:expr, $to:expr;)*) => {$(
-        impl Real for $element {
-            const ROUNDING: f64 = 1.0 / (1u64 << $bits) as f64;
-            fn from_f32(x: f32) -> Self {
-                $from(x)
-            }
-            fn to_f64(self) -> f64 {
-                $to(self)
-            }
-        }
-    )*};
-}
-real! {
-    f32, 24, std::convert::identity, f64::from;
-    f16, 11, f16::from_f32, f16::to_f64;
-    bf16, 8, bf16::from_f32, bf16::to_f64;
-}
 
 /// Evaluates an expression with a type name bound to the element type of a dtype.
 macro_rules! with_dtype {
@@ -72,7 +46,20 @@ unsafe impl Zeroable for Unit {}
 // SAFETY: as for `Zeroable`: any bytes are a valid value.
 unsafe impl Pod for Unit {}
 
-/// The gradients of a case. Each role has one buffer, with the tensors in order. What lies between them, or is absent,
+/// A buffer of a case.
+#[derive(Clone, Copy)]
+pub(crate) enum Buffer {
+    /// The train gradient t.
+    Train,
+    /// The validation gradient g.
+    Valid,
+    /// The gradient v_k of modality k.
+    Modality(usize),
+    /// The blended gradient, which implementations write.
+    Blended,
+}
+
+/// The gradients of a case. Each is one [`Buffer`], with the tensors in order. What lies between them, or is absent,
 /// is 0.
 pub(crate) struct Inputs {
     pub(crate) dtype: DType,
@@ -83,7 +70,7 @@ pub(crate) struct Inputs {
     pub(crate) buffer_bytes: usize,
     /// Weights of the blend.
     pub(crate) weights: Vec<f32>,
-    /// By [`Inputs::place`].
+    /// In order of [`Inputs::index`].
     buffers: Vec<Vec<Unit>>,
 }
 
@@ -110,16 +97,16 @@ impl Inputs {
         Ok(inputs)
     }
 
-    fn fill<T: Real>(&mut self) {
-        let blended = self.place(Role::Blended);
-        for (place, buffer) in self.buffers[..blended].iter_mut().enumerate() {
+    fn fill<T: Sample>(&mut self) {
+        let inputs = self.index(Buffer::Blended);
+        for (index, buffer) in self.buffers[..inputs].iter_mut().enumerate() {
             let elements = bytemuck::cast_slice_mut::<Unit, T>(buffer);
             let mut first = 0;
             for (tensor, range) in &self.tensors {
-                if if place < 2 { tensor.has_fused() } else { tensor.present(place - 2) } {
+                if if index < 2 { tensor.has_fused() } else { tensor.present(index - 2) } {
                     elements[range.clone()].par_chunks_mut(PIECE).enumerate().for_each(|(piece, out)| {
                         let start = first + (piece * PIECE) as u64;
-                        out.iter_mut().zip(start..).for_each(|(x, i)| *x = T::from_f32(number(place as u64, i)));
+                        out.iter_mut().zip(start..).for_each(|(x, i)| *x = T::round(number(index as u64, i)));
                     });
                 }
                 first += tensor.len as u64;
@@ -127,40 +114,50 @@ impl Inputs {
         }
     }
 
-    /// Which of the buffers has a role: t, g, each v_k, and the blended gradient.
-    pub(crate) fn place(&self, role: Role) -> usize {
-        match role {
-            Role::Train => 0,
-            Role::Valid => 1,
-            Role::Modality(k) => 2 + k,
-            Role::Blended | Role::Tensor => 2 + self.modalities,
+    /// The number of a buffer in the formula of [`number`]: t, g, each v_k, the blended gradient.
+    pub(crate) fn index(&self, buffer: Buffer) -> usize {
+        match buffer {
+            Buffer::Train => 0,
+            Buffer::Valid => 1,
+            Buffer::Modality(k) => 2 + k,
+            Buffer::Blended => 2 + self.modalities,
         }
     }
 
-    pub(crate) fn buffer<T: Real>(&self, role: Role) -> &[T] {
-        bytemuck::cast_slice(&self.buffers[self.place(role)])
+    pub(crate) fn buffer<T: Sample>(&self, buffer: Buffer) -> &[T] {
+        bytemuck::cast_slice(&self.buffers[self.index(buffer)])
     }
 
-    pub(crate) fn blended_mut<T: Real>(&mut self) -> &mut [T] {
-        let place = self.place(Role::Blended);
-        bytemuck::cast_slice_mut(&mut self.buffers[place])
+    pub(crate) fn blended_mut<T: Sample>(&mut self) -> &mut [T] {
+        let index = self.index(Buffer::Blended);
+        bytemuck::cast_slice_mut(&mut self.buffers[index])
     }
 
-    /// t and g, the modalities, and the blended gradient to write to, of one tensor.
-    pub(crate) fn split<T: Real>(&mut self, range: Range<usize>) -> ([&[T]; 2], Vec<&[T]>, &mut [T]) {
-        let blended = self.place(Role::Blended);
+    /// The elements of a tensor in a buffer.
+    pub(crate) fn tensor<T: Sample>(&self, buffer: Buffer, tensor: usize) -> &[T] {
+        &self.buffer(buffer)[self.tensors[tensor].1.clone()]
+    }
+
+    /// Of a tensor, v_k and the blended gradient.
+    pub(crate) fn blend_operands<T: Sample>(&mut self, k: usize, tensor: usize) -> (&[T], &mut [T]) {
+        let (v, blended) = (self.index(Buffer::Modality(k)), self.index(Buffer::Blended));
+        let range = self.tensors[tensor].1.clone();
         let (inputs, output) = self.buffers.split_at_mut(blended);
-        let mut lists = inputs.iter().map(|buffer| &bytemuck::cast_slice::<Unit, T>(buffer)[range.clone()]);
-        let fused = [lists.next().unwrap_or_default(), lists.next().unwrap_or_default()];
-        (fused, lists.collect(), &mut bytemuck::cast_slice_mut(&mut output[0])[range.clone()])
+        let v: &[T] = bytemuck::cast_slice(&inputs[v]);
+        (&v[range.clone()], &mut bytemuck::cast_slice_mut(&mut output[0])[range])
     }
 
-    /// The bytes of all buffers, in order of [`Inputs::place`].
-    pub(crate) fn buffers(&self) -> impl Iterator<Item = &[u8]> {
+    /// Elements of the longest tensor.
+    pub(crate) fn longest(&self) -> usize {
+        self.tensors.iter().map(|(tensor, _)| tensor.len).max().unwrap_or(0)
+    }
+
+    /// The bytes of all buffers, in order of [`Inputs::index`].
+    pub(crate) fn buffers(&self) -> impl ExactSizeIterator<Item = &[u8]> {
         self.buffers.iter().map(|buffer| bytemuck::cast_slice(buffer))
     }
 
-    /// The address of each buffer, in order of [`Inputs::place`]; gradblend writes to the last one.
+    /// The address of each buffer, in order of [`Inputs::index`]; gradblend writes to the last one.
     pub(crate) fn addresses(&mut self) -> Vec<u64> {
         self.buffers.iter_mut().map(|buffer| buffer.as_mut_ptr().expose_provenance() as u64).collect()
     }
@@ -171,18 +168,28 @@ impl Inputs {
         case::minimum_traffic(&tensors, self.dtype, operation) as usize
     }
 
-    /// The places of the buffers that take part in an operation.
-    pub(crate) fn places(&self, operation: Operation) -> Range<usize> {
-        let blended = self.place(Role::Blended);
-        let first = if operation.dots() { 0 } else { 2 };
-        first..blended + usize::from(operation.blends())
+    /// The first buffer that takes part in an operation; those after it do, too, except for the blended gradient of a dot.
+    pub(crate) fn first(&self, operation: Operation) -> Buffer {
+        if operation.dots() { Buffer::Train } else { Buffer::Modality(0) }
+    }
+
+    /// The indices of the buffers that take part in an operation.
+    pub(crate) fn indices(&self, operation: Operation) -> Range<usize> {
+        let blended = self.index(Buffer::Blended);
+        self.index(self.first(operation))..blended + usize::from(operation.blends())
+    }
+}
+
+impl AsRef<Inputs> for Inputs {
+    fn as_ref(&self) -> &Inputs {
+        self
     }
 }
 
 /// A number in [-1, 1) that depends on buffer and element alone: SplitMix64 (Steele, Lea, Flood 2014).
-fn number(buffer: u64, index: u64) -> f32 {
+fn number(buffer: u64, index: u64) -> f64 {
     let mut x = ((buffer << 40) + index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((x >> 40) as i32 - (1 << 23)) as f32 / (1 << 23) as f32
+    f64::from((x >> 40) as i32 - (1 << 23)) / f64::from(1 << 23)
 }

@@ -1,5 +1,6 @@
 //! Compares implementations of dot, blend and step in rounds, and reports the results.
 
+mod backend;
 mod case;
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -9,9 +10,11 @@ mod inputs;
 mod naive;
 mod oracle;
 mod ours;
+mod per_tensor;
 mod plot;
 mod record;
 mod report;
+mod results;
 mod run;
 
 use clap::Parser;

@@ -1,15 +1,17 @@
-//! What a user writes first on the CPU: t - g into a buffer, two dots a modality, then a product and axpys.
+//! The naive steps on the CPU, in plain Rust and by ndarray.
 
 use anyhow::{Result, ensure};
+use gradblend_testkit::Sample;
 use half::slice::HalfFloatSliceExt;
 use ndarray::{ArrayView1, ArrayViewMut1, azip};
 use rayon::prelude::*;
 
+use crate::backend::Implementation;
 use crate::case::Operation;
 use crate::heap;
-use crate::inputs::{Inputs, Real};
+use crate::inputs::{Buffer, Inputs};
 use crate::oracle::Sums;
-use crate::run::Implementation;
+use crate::per_tensor::{At, PerTensor, Steps};
 
 /// The four loops on f32.
 pub(crate) struct Kernels {
@@ -60,7 +62,7 @@ const BLOCK: usize = 1024;
 type Block = [f32; BLOCK];
 
 /// An element type that the loops on f32 can work on.
-pub(crate) trait Convert: Real {
+pub(crate) trait Convert: Sample {
     /// Elements that one call of a loop takes.
     const STEP: usize = BLOCK;
     fn widen<'a>(x: &'a [Self], block: &'a mut Block) -> &'a [f32];
@@ -132,67 +134,73 @@ fn write<T: Convert>(out: &mut [T], read: bool, [a, b]: [&[T]; 2], kernel: impl 
     }
 }
 
-/// Each operation over a whole tensor.
-pub(crate) struct Naive<T> {
-    operation: Operation,
+/// Steps that take a whole tensor each.
+struct Loops<T> {
     kernels: &'static Kernels,
     /// t - g of one tensor at a time, reused, which is faster than a new allocation for each.
     difference: Vec<T>,
-    /// No tensor is divided among threads, so the thread pool need not be entered.
-    single: bool,
     sums: Sums,
+}
+
+impl<T: Convert> Steps<Inputs> for Loops<T> {
+    fn begin_sums(&mut self, _: &mut Inputs) -> Result<()> {
+        self.sums.c.fill(0.0);
+        self.sums.d.fill(0.0);
+        Ok(())
+    }
+
+    fn difference(&mut self, inputs: &mut Inputs, at: At) -> Result<()> {
+        let [t, g] = [Buffer::Train, Buffer::Valid].map(|buffer| inputs.tensor::<T>(buffer, at.tensor));
+        write(&mut self.difference[..t.len()], false, [t, g], self.kernels.difference);
+        Ok(())
+    }
+
+    fn dots(&mut self, inputs: &mut Inputs, at: At, k: usize) -> Result<()> {
+        let [g, v] = [Buffer::Valid, Buffer::Modality(k)].map(|buffer| inputs.tensor::<T>(buffer, at.tensor));
+        self.sums.c[k] += dot(g, v, self.kernels.dot);
+        self.sums.d[k] += dot(&self.difference[..v.len()], v, self.kernels.dot);
+        Ok(())
+    }
+
+    fn blend(&mut self, inputs: &mut Inputs, at: At, k: usize, first: bool) -> Result<()> {
+        let w = inputs.weights[k];
+        let kernel = if first { self.kernels.scale } else { self.kernels.axpy };
+        let (v, blended) = inputs.blend_operands::<T>(k, at.tensor);
+        write(blended, !first, [v; 2], |v, _, out| kernel(w, v, out));
+        Ok(())
+    }
+
+    fn sums(&mut self, _: &mut Inputs) -> Result<Sums> {
+        Ok(self.sums.clone())
+    }
+}
+
+/// The steps, on the thread pool where a tensor is divided among threads.
+pub(crate) struct Naive<T> {
+    per_tensor: PerTensor<Loops<T>>,
+    /// No tensor is divided, so the thread pool need not be entered.
+    single: bool,
 }
 
 impl<T: Convert> Naive<T> {
     pub(crate) fn new(inputs: &Inputs, operation: Operation, kernels: &'static Kernels) -> Result<Self> {
-        let longest = inputs.tensors.iter().map(|(tensor, _)| tensor.len).max().unwrap_or(0);
+        let longest = inputs.longest();
         let len = if operation.dots() { longest } else { 0 };
         ensure!((len * size_of::<T>()) as u64 <= heap::free_bytes(), "no memory for t - g");
         // Not zeros, whose pages the system would allocate in the first round.
-        let difference = vec![T::from_f32(1.0); len];
-        Ok(Naive { operation, kernels, difference, single: longest <= PIECE, sums: Sums::default() })
-    }
-
-    fn all(&mut self, inputs: &mut Inputs) {
-        let (Kernels { difference, dot: product, scale, axpy }, zeros) =
-            (self.kernels, || vec![0.0; inputs.modalities]);
-        let (mut c, mut d) = (zeros(), zeros());
-        let weights = inputs.weights.clone();
-        for place in 0..inputs.tensors.len() {
-            let (tensor, range) = inputs.tensors[place].clone();
-            let ([t, g], v, blended) = inputs.split::<T>(range);
-            let present = || (0..v.len()).filter(|k| tensor.present(*k));
-            if tensor.dots(self.operation) {
-                let out = &mut self.difference[..tensor.len];
-                write(out, false, [t, g], difference);
-                for k in present() {
-                    c[k] += dot(g, v[k], *product);
-                    d[k] += dot(out, v[k], *product);
-                }
-            }
-            if self.operation.blends() {
-                for (nth, k) in present().enumerate() {
-                    // The first needs no zeros to add to.
-                    let kernel = if nth == 0 { scale } else { axpy };
-                    write(blended, nth > 0, [v[k]; 2], |v, _, out| kernel(weights[k], v, out));
-                }
-            }
-        }
-        self.sums = Sums { c, d, unsigned: false };
+        let difference = vec![T::round(1.0); len];
+        let sums = Sums::from_pending(vec![0.0; 2 * inputs.modalities]);
+        let per_tensor = PerTensor { operation, steps: Loops { kernels, difference, sums } };
+        Ok(Naive { per_tensor, single: longest <= PIECE })
     }
 }
 
 impl<T: Convert> Implementation<Inputs> for Naive<T> {
-    fn run(&mut self, inputs: &mut Inputs, _: usize) -> Result<()> {
-        if self.single {
-            self.all(inputs);
-        } else {
-            rayon::scope(|_| self.all(inputs));
-        }
-        Ok(())
+    fn run(&mut self, inputs: &mut Inputs, set: usize) -> Result<()> {
+        if self.single { self.per_tensor.run(inputs, set) } else { rayon::scope(|_| self.per_tensor.run(inputs, set)) }
     }
 
-    fn sums(&mut self, _: &mut Inputs) -> Result<Option<Sums>> {
-        Ok(Some(self.sums.clone()))
+    fn sums(&mut self, inputs: &mut Inputs) -> Result<Option<Sums>> {
+        self.per_tensor.sums(inputs)
     }
 }

@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
-use gradblend::Role;
+use gradblend_testkit::Sample;
 use rayon::prelude::*;
 
 use crate::case::Operation;
-use crate::inputs::{Inputs, Real};
+use crate::inputs::{Buffer, Inputs};
 use crate::record::Errors;
 
 /// Elements that one task of the thread pool adds up.
@@ -57,19 +57,22 @@ pub(crate) struct Bound {
     pub(crate) blend: f64,
 }
 
+/// The naive steps: sums in f32, and t - g and the blend rounded to the dtype at each step, of at most 32 modalities.
+pub(crate) const NAIVE: Bound = Bound { sums: 1.0 / 8192.0, roundings: 1.0, cancels: false, blend: 33.0 };
+
 /// gradblend's results: the guaranteed accuracy of the sums, and one rounding of the blend.
 pub(crate) const OURS: Bound = Bound { sums: 1.0 / 65536.0, roundings: 0.0, cancels: false, blend: 1.0 };
 
-pub(crate) fn exact<T: Real>(inputs: &Inputs) -> Exact {
+pub(crate) fn exact<T: Sample>(inputs: &Inputs) -> Exact {
     let mut exact = Exact::default();
-    let (t, g) = (inputs.buffer::<T>(Role::Train), inputs.buffer::<T>(Role::Valid));
+    let (t, g) = (inputs.buffer::<T>(Buffer::Train), inputs.buffer::<T>(Buffer::Valid));
     for k in 0..inputs.modalities {
-        let v = inputs.buffer::<T>(Role::Modality(k));
+        let v = inputs.buffer::<T>(Buffer::Modality(k));
         let piece = |start: usize| {
             let range = start..v.len().min(start + PIECE);
             let elements = t[range.clone()].iter().zip(&g[range.clone()]).zip(&v[range]);
             elements.fold([0.0; 5], |[c, d, c_size, d_size, products], ((t, g), v)| {
-                let (t, g, v) = (t.to_f64(), g.to_f64(), v.to_f64());
+                let (t, g, v) = (t.exact(), g.exact(), v.exact());
                 let (tv, gv, dv) = (t * v, g * v, (t - g) * v);
                 [c + gv, d + dv, c_size + gv.abs(), d_size + dv.abs(), products + tv.abs() + gv.abs()]
             })
@@ -87,7 +90,7 @@ pub(crate) fn exact<T: Real>(inputs: &Inputs) -> Exact {
 }
 
 /// Compares the results of an operation with the exact ones; an error names the first that is out of bounds.
-pub(crate) fn check<T: Real>(
+pub(crate) fn check<T: Sample>(
     inputs: &Inputs,
     operation: Operation,
     exact: &Exact,
@@ -97,7 +100,7 @@ pub(crate) fn check<T: Real>(
     let mut errors = Errors::default();
     if operation.dots() {
         let got = got.ok_or_else(|| anyhow::anyhow!("it has no sums"))?;
-        let relative = bound.sums + bound.roundings * T::ROUNDING;
+        let relative = bound.sums + bound.roundings * T::EPS;
         let d_exact: Vec<f64> = exact.d.iter().map(|d| if got.unsigned { d.abs() } else { *d }).collect();
         let d_terms = if bound.cancels { &exact.d_size_of_products } else { &exact.d_size };
         // Returns the largest error relative to `size`; `terms` is what the bound is relative to.
@@ -122,16 +125,16 @@ pub(crate) fn check<T: Real>(
 }
 
 /// The largest error of a blended element relative to sum_k |w_k v_k|, or to 2^-12 where that is smaller.
-fn check_blend<T: Real>(inputs: &Inputs, roundings: f64) -> Result<f64> {
-    let relative = (2.0 * inputs.modalities as f64 + 1.0) / f64::from(1 << 24) + roundings * T::ROUNDING;
+fn check_blend<T: Sample>(inputs: &Inputs, roundings: f64) -> Result<f64> {
+    let relative = (2.0 * inputs.modalities as f64 + 1.0) / f64::from(1 << 24) + roundings * T::EPS;
     // Below the normal numbers of f16, a rounding is at most this much.
     let least = roundings / f64::from(1 << 25);
-    let blended = inputs.buffer::<T>(Role::Blended);
-    let modalities: Vec<&[T]> = (0..inputs.modalities).map(|k| inputs.buffer(Role::Modality(k))).collect();
+    let blended = inputs.buffer::<T>(Buffer::Blended);
+    let modalities: Vec<&[T]> = (0..inputs.modalities).map(|k| inputs.buffer(Buffer::Modality(k))).collect();
     let error = |i: usize| {
-        let terms = || modalities.iter().zip(&inputs.weights).map(|(v, w)| v[i].to_f64() * f64::from(*w));
+        let terms = || modalities.iter().zip(&inputs.weights).map(|(v, w)| v[i].exact() * f64::from(*w));
         let (want, size): (f64, f64) = (terms().sum(), terms().map(f64::abs).sum());
-        let (got, bound) = (blended[i].to_f64(), size * relative + least);
+        let (got, bound) = (blended[i].exact(), size * relative + least);
         let error = (got - want).abs();
         ensure!(error <= bound, "element {i} of the blend is {got}, not {want}");
         Ok(error / size.max(1.0 / 4096.0))

@@ -3,10 +3,10 @@
 use std::ffi::c_void;
 
 use anyhow::{Result, ensure};
-use gradblend::{Average, Blender, Config, Device, Plan, Role, Stream, TensorGrads};
+use gradblend::{Average, Blender, Config, Device, Plan, Stream, TensorGrads};
 
 use crate::case::Operation;
-use crate::inputs::Inputs;
+use crate::inputs::{Buffer, Inputs};
 use crate::oracle::Sums;
 
 /// An operation, with the plan of each input set.
@@ -34,24 +34,23 @@ impl Calls {
         self.plans.len()
     }
 
-    /// Makes the plan of the next input set, whose buffer of a place starts at the address that `buffer` returns.
+    /// Makes the plan of the next input set, whose buffers start at the addresses that `start` returns.
     ///
     /// # Safety
     /// The buffers live longer than `self`, and nothing else uses them while an operation runs.
-    pub(crate) unsafe fn plan(&mut self, inputs: &Inputs, buffer: impl Fn(usize) -> u64) -> Result<()> {
+    pub(crate) unsafe fn plan(&mut self, inputs: &Inputs, start: impl Fn(Buffer) -> u64) -> Result<()> {
         let grads: Vec<TensorGrads<'static>> = (inputs.tensors.iter())
             .map(|(tensor, range)| {
-                let address = |present: bool, role| {
-                    let start = (range.start as u64 * inputs.dtype.bytes()) as usize;
-                    let address = buffer(inputs.place(role)) as usize + start;
+                let address = |present: bool, buffer| {
+                    let address = (start(buffer) + range.start as u64 * inputs.dtype.bytes()) as usize;
                     if present { std::ptr::with_exposed_provenance::<c_void>(address) } else { std::ptr::null() }
                 };
-                let modality = |k| address(tensor.present(k), Role::Modality(k));
+                let modality = |k| address(tensor.present(k), Buffer::Modality(k));
                 let v: Vec<_> = (0..inputs.modalities).map(modality).collect();
                 let dots = tensor.dots(self.operation);
-                let (t, g) = (address(dots, Role::Train), address(dots, Role::Valid));
-                let blended = address(self.operation.blends(), Role::Blended).cast_mut();
-                // SAFETY: each address starts `len` elements of a buffer, which live as the caller promises.
+                let (t, g) = (address(dots, Buffer::Train), address(dots, Buffer::Valid));
+                let blended = address(self.operation.blends(), Buffer::Blended).cast_mut();
+                // SAFETY: `len` elements start at each address, in buffers that live longer than the plan.
                 unsafe { TensorGrads::from_raw(tensor.len as u64, inputs.dtype, t, g, &v, blended) }
             })
             .collect();

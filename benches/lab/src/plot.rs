@@ -5,7 +5,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::record::Kind;
-use crate::report::{Cell, OURS, Results, distinct};
+use crate::results::{Cell, OURS, Results, distinct};
 
 const WIDTH: u32 = 1100;
 /// Pixels of one row.
@@ -54,10 +54,10 @@ pub(crate) fn draw(results: &Results) -> Result<String> {
                 line([(20, TOP + row as i32 * ROW), (right, TOP + row as i32 * ROW)], BLACK.stroke_width(1))?;
             }
         }
-        for (place, name) in names.iter().enumerate() {
+        for (nth, name) in names.iter().enumerate() {
             let of_name = || cells(results).filter(|cell| cell.time.implementation == *name);
             let limit = of_name().any(|cell| cell.time.kind == Kind::Limit);
-            let style = if limit { BLACK.mix(0.5).stroke_width(2) } else { Palette99::pick(place).filled() };
+            let style = if limit { BLACK.mix(0.5).stroke_width(2) } else { Palette99::pick(nth).filled() };
             let mark = |at: (i32, i32)| {
                 if limit {
                     area.draw(&Cross::new(at, 4, style)).map_err(failed)
@@ -65,7 +65,7 @@ pub(crate) fn draw(results: &Results) -> Result<String> {
                     area.draw(&Circle::new(at, 5, style)).map_err(failed)
                 }
             };
-            let key = (20 + 190 * (place as i32 % 5), 45 + 20 * (place as i32 / 5));
+            let key = (20 + 190 * (nth as i32 % 5), 45 + 20 * (nth as i32 / 5));
             mark(key)?;
             text(name.clone(), (key.0 + 12, key.1), HPos::Left)?;
             for (row, one) in results.rows.iter().enumerate() {

@@ -1,4 +1,5 @@
-//! Raw results: one JSON object a line, tagged by `record`. benches/README.md describes the fields.
+//! Raw results: one JSON object a line. `record` says which kind; the fields of a kind are those of its type below.
+#![warn(clippy::missing_docs_in_private_items)]
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -11,21 +12,30 @@ use serde::{Deserialize, Serialize};
 
 use crate::case::{Operation, Shapes};
 
+/// A line of the file.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "lowercase")]
 pub(crate) enum Record {
+    /// `run`: a program started.
     Run(Run),
+    /// `case`: it starts to measure an operation on a case.
     Case(CaseRecord),
+    /// `time`: it has measured an implementation of that operation on that case.
     Time(Time),
+    /// `skipped`: it has not.
     Skipped(Skipped),
 }
 
 /// One run of a program. The records up to the next one belong to it.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Run {
+    /// When it started, in UTC, such as `2026-01-02T03:04:05Z`.
     pub(crate) date: String,
+    /// Of the measured source: `git describe --always`, with `-dirty` where tracked files differ from it.
     pub(crate) commit: String,
+    /// The command line. The report takes its first word for the program's name.
     pub(crate) command: String,
+    /// Its fields are fields of this record.
     #[serde(flatten)]
     pub(crate) machine: Machine,
 }
@@ -35,32 +45,45 @@ pub(crate) struct Run {
 pub(crate) struct Machine {
     /// `cpu` or `cuda`.
     pub(crate) device: String,
-    /// Of the processor, or of the GPU.
+    /// Name of the processor with its number of threads, or of the GPU.
     pub(crate) name: String,
-    /// Versions of the GPU's driver.
+    /// Versions of the GPU's driver and of CUDA. Null on the CPU.
     pub(crate) driver: Option<String>,
-    /// Bytes of a GPU's second-level cache.
+    /// Bytes of the GPU's second-level cache. Null on the CPU.
     pub(crate) cache_bytes: Option<u64>,
+    /// Versions of the compiler or of the libraries that are compared with.
     pub(crate) software: String,
 }
 
 /// An operation on a case, with all that another program needs to make the same inputs and to check its results.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct CaseRecord {
+    /// `dot`, `blend` or `step`.
     pub(crate) operation: Operation,
+    /// Name of the case.
     pub(crate) case: String,
+    /// Lengths of the tensors: `{"flat": LENGTH}`, `{"equal": {"count": COUNT, "len": LENGTH}}`, or `{"model": NAME}` for
+    /// a network of shapes.json.
     pub(crate) shapes: Shapes,
+    /// K.
     pub(crate) modalities: usize,
+    /// `f32`, `f16` or `bf16`.
     pub(crate) dtype: String,
+    /// Whether tensors start one element after an aligned address.
     pub(crate) misaligned: bool,
+    /// Number of tensors.
     pub(crate) tensors: usize,
-    /// Minimum traffic.
+    /// Bytes of the minimum traffic.
     pub(crate) bytes: u64,
+    /// The K weights of the blend.
     pub(crate) weights: Vec<f32>,
-    /// The exact sums, and those of their absolute terms.
+    /// The K sums c_k, computed by naive loops in f64. Empty for `blend`, like the next three.
     pub(crate) c: Vec<f64>,
+    /// The K sums d_k.
     pub(crate) d: Vec<f64>,
+    /// The sum of the absolute terms of each c_k: sum |g v_k|.
     pub(crate) c_size: Vec<f64>,
+    /// The sum of the absolute terms of each d_k: sum |(t - g) v_k|.
     pub(crate) d_size: Vec<f64>,
 }
 
@@ -70,16 +93,22 @@ pub(crate) struct CaseRecord {
 pub(crate) enum Kind {
     /// Moves the bytes of the minimum traffic and does nothing else.
     Limit,
+    /// gradblend.
     Ours,
+    /// Computes the same results by other means.
     Baseline,
 }
 
 /// The times of one implementation.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Time {
+    /// As in the `case` record.
     pub(crate) operation: Operation,
+    /// Name of the case, as in its `case` record.
     pub(crate) case: String,
+    /// Name of the implementation. The report takes its first word for the library's name.
     pub(crate) implementation: String,
+    /// `limit`, `ours` or `baseline`.
     pub(crate) kind: Kind,
     /// Nanoseconds of one execution of the operation, a number for each round.
     pub(crate) times_ns: Vec<f64>,
@@ -87,28 +116,38 @@ pub(crate) struct Time {
     pub(crate) repeats: usize,
     /// Input sets that executions take in turn.
     pub(crate) sets: usize,
-    /// On a GPU: the same by the host's clock, without waiting for the device.
+    /// On a GPU: nanoseconds that one call takes on the host, which does not synchronize, a number for each round. Null
+    /// on the CPU and from PyTorch.
     pub(crate) host_ns: Option<Vec<f64>>,
-    /// Peak memory beside the buffers of the case.
+    /// Bytes of the peak memory beside the buffers of the case. Null for a limit and from PyTorch on the CPU.
     pub(crate) extra_bytes: Option<u64>,
+    /// Its fields are fields of this record.
     #[serde(flatten)]
     pub(crate) errors: Errors,
 }
 
-/// The largest error of a result, relative to the sum of the absolute terms.
+/// The largest errors of the results, relative to the sum of the absolute terms. Null where the operation has no such
+/// result, and for a limit.
 #[derive(Clone, Copy, Default, Serialize, Deserialize)]
 pub(crate) struct Errors {
+    /// Of the c_k.
     pub(crate) error_c: Option<f64>,
+    /// Of the d_k.
     pub(crate) error_d: Option<f64>,
+    /// Of the elements of the blended gradient; relative to 2^-12 where the sum of the absolute terms is smaller.
     pub(crate) error_blend: Option<f64>,
 }
 
+/// An implementation that was not measured.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Skipped {
+    /// As in a `case` record.
     pub(crate) operation: Operation,
+    /// Name of the case.
     pub(crate) case: String,
-    /// None: all of them.
+    /// Name of the implementation. Null: none was measured.
     pub(crate) implementation: Option<String>,
+    /// Why, as an English phrase.
     pub(crate) reason: String,
 }
 
@@ -116,6 +155,7 @@ pub(crate) struct Skipped {
 pub(crate) struct Log(Option<File>);
 
 impl Log {
+    /// Opens the file and appends the `run` record of this program.
     pub(crate) fn open(path: Option<&Path>, machine: Machine) -> Result<Self> {
         let Some(path) = path else { return Ok(Log(None)) };
         if let Some(folder) = path.parent() {
@@ -131,6 +171,7 @@ impl Log {
         Ok(log)
     }
 
+    /// Appends a record.
     pub(crate) fn write(&mut self, record: &Record) -> Result<()> {
         if let Some(file) = &mut self.0 {
             writeln!(file, "{}", serde_json::to_string(record)?)?;

@@ -1,6 +1,5 @@
-//! Tables of raw results: ratios of times of one run, compared round by round.
+//! Tables of raw results, and the summary in a document.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -9,10 +8,8 @@ use clap::Args;
 
 use crate::case::{self, Operation};
 use crate::plot;
-use crate::record::{CaseRecord, Kind, Record, Run, Skipped, Time};
-
-/// The implementation that all others are compared with.
-pub(crate) const OURS: &str = "gradblend";
+use crate::record::{Skipped, Time};
+use crate::results::{Cell, OURS, Results, Row, distinct, median, quantile};
 
 /// Options of `report`.
 #[derive(Args)]
@@ -54,102 +51,7 @@ pub(crate) fn report(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The results of a file.
-pub(crate) struct Results {
-    pub(crate) runs: Vec<Run>,
-    /// By operation, then in order of the file.
-    pub(crate) rows: Vec<Row>,
-    skipped: Vec<Skipped>,
-}
-
-/// An operation on a case.
-pub(crate) struct Row {
-    pub(crate) case: CaseRecord,
-    pub(crate) cells: Vec<Cell>,
-}
-
-/// An implementation in a row.
-pub(crate) struct Cell {
-    pub(crate) time: Time,
-    /// Its time over gradblend's: the median of the rounds of one run. None if gradblend was not in that run.
-    pub(crate) ratio: Option<f64>,
-}
-
 impl Results {
-    fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        Results::parse(&text).with_context(|| path.display().to_string())
-    }
-
-    /// Later times of a program replace its earlier ones of the same operation and case.
-    fn parse(text: &str) -> Result<Self> {
-        let mut runs: Vec<Run> = Vec::new();
-        let mut cases: Vec<CaseRecord> = Vec::new();
-        // Of one operation and case in one run; the program is what its command starts with.
-        let mut groups: Vec<(String, Vec<Time>)> = Vec::new();
-        let mut skipped = Vec::new();
-        let mut start = true;
-        for (number, line) in text.lines().enumerate() {
-            match serde_json::from_str(line).with_context(|| format!("line {}", number + 1))? {
-                Record::Run(run) => {
-                    runs.push(run);
-                    start = true;
-                }
-                Record::Case(case) => {
-                    if !cases.iter().any(|known| (known.operation, &known.case) == (case.operation, &case.case)) {
-                        cases.push(case);
-                    }
-                    start = true;
-                }
-                Record::Time(time) => {
-                    let run = runs.last().with_context(|| format!("line {}: no run before it", number + 1))?;
-                    let program = run.command.split(' ').next().unwrap_or_default().to_owned();
-                    if start {
-                        let same = |old: &(String, Vec<Time>)| {
-                            old.0 == program && (old.1[0].operation, &old.1[0].case) == (time.operation, &time.case)
-                        };
-                        groups.retain(|old| !same(old));
-                        groups.push((program, Vec::new()));
-                        start = false;
-                    }
-                    groups.last_mut().context("a group")?.1.push(time);
-                }
-                Record::Skipped(one) => skipped.push(one),
-            }
-        }
-        cases.sort_by_key(|case| case.operation);
-        let mut rows = Vec::new();
-        for case in cases {
-            let mut cells: Vec<Cell> = Vec::new();
-            for (_, group) in
-                groups.iter().filter(|(_, group)| (group[0].operation, &group[0].case) == (case.operation, &case.case))
-            {
-                let ours = group.iter().find(|time| time.implementation == OURS);
-                for time in group {
-                    // gradblend and the limits are those of the first run that has them.
-                    if !cells.iter().any(|cell| cell.time.implementation == time.implementation) {
-                        cells.push(Cell { time: time.clone(), ratio: ours.and_then(|ours| ratio(time, ours)) });
-                    }
-                }
-            }
-            rows.push(Row { case, cells });
-        }
-        ensure!(!rows.is_empty(), "no results");
-        Ok(Results { runs, rows, skipped })
-    }
-
-    /// A line about machine, date and commits.
-    pub(crate) fn caption(&self) -> String {
-        let all = |value: &dyn Fn(&Run) -> String| {
-            let values: BTreeSet<String> = self.runs.iter().map(value).collect();
-            values.into_iter().collect::<Vec<_>>().join(" and ")
-        };
-        let machine = &self.runs[0].machine;
-        let driver = machine.driver.as_ref().map_or(String::new(), |driver| format!(", driver {driver}"));
-        let date = all(&|run| run.date.split('T').next().unwrap_or_default().into());
-        format!("{}{driver}, {date}, commit {}", machine.name, all(&|run| run.commit.clone()))
-    }
-
     /// The few rows and columns that a document shows.
     fn summary(&self, page: &str) -> String {
         // Baselines by library, which is the first word of a name.
@@ -237,21 +139,6 @@ impl Results {
 }
 
 impl Row {
-    pub(crate) fn find(&self, name: &str) -> Option<&Cell> {
-        self.cells.iter().find(|cell| cell.time.implementation == name)
-    }
-
-    pub(crate) fn baselines(&self) -> impl Iterator<Item = &Cell> {
-        self.cells.iter().filter(|cell| cell.time.kind == Kind::Baseline)
-    }
-
-    /// The faster limit of gradblend's run, the first one.
-    pub(crate) fn limit(&self) -> Option<(&Cell, f64)> {
-        let limits = self.cells.iter().filter(|cell| cell.time.kind == Kind::Limit);
-        let timed = limits.filter_map(|cell| Some((cell, cell.ratio?)));
-        timed.min_by(|(_, a), (_, b)| a.total_cmp(b))
-    }
-
     /// Operation, case, the limit's bandwidth, gradblend's, and the share of the limit.
     fn head(&self) -> Vec<String> {
         let bandwidth =
@@ -267,25 +154,6 @@ impl Row {
     }
 }
 
-/// The median over the rounds of a time over another of the same round. A slow baseline has the first rounds only.
-fn ratio(time: &Time, ours: &Time) -> Option<f64> {
-    let ratios: Vec<f64> = time.times_ns.iter().zip(&ours.times_ns).map(|(time, ours)| time / ours).collect();
-    median(&ratios)
-}
-
-/// The value at a part of the way through the sorted values, interpolated.
-fn quantile(values: &[f64], part: f64) -> Option<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let place = part * sorted.len().checked_sub(1)? as f64;
-    let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
-    Some(below + (above - below) * place.fract())
-}
-
-pub(crate) fn median(values: &[f64]) -> Option<f64> {
-    quantile(values, 0.5)
-}
-
 /// Half the interquartile range, in percent of the median.
 fn spread(values: &[f64]) -> String {
     let quartiles = [0.25, 0.5, 0.75].map(|part| quantile(values, part).unwrap_or(f64::NAN));
@@ -296,16 +164,6 @@ fn spread(values: &[f64]) -> String {
 fn digits(value: f64) -> String {
     let decimals = (2 - value.abs().log10().floor() as i32).clamp(0, 2) as usize;
     format!("{value:.decimals$}")
-}
-
-pub(crate) fn distinct(values: impl Iterator<Item = String>) -> Vec<String> {
-    let mut all = Vec::new();
-    values.for_each(|value| {
-        if !all.contains(&value) {
-            all.push(value)
-        }
-    });
-    all
 }
 
 /// A table whose first row is its head. Columns from the third on are aligned to the right.
@@ -338,23 +196,7 @@ fn relative(document: &Path, file: &Path) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const RUN: &str = r#"{"record":"run","date":"2026-01-02T03:04:05Z","commit":"abc","command":"cargo run","device":"cpu",
-        "name":"CPU","driver":null,"cache_bytes":null,"software":"rustc"}"#;
-    const CASE: &str = r#"{"record":"case","operation":"step","case":"ResNet-50/K3/bf16","shapes":{"model":"ResNet-50"},
-        "modalities":3,"dtype":"bf16","misaligned":false,"tensors":161,"bytes":600,"weights":[],"c":[],"d":[],
-        "c_size":[],"d_size":[]}"#;
-
-    fn time(implementation: &str, kind: &str, times: &str) -> String {
-        format!(
-            r#"{{"record":"time","operation":"step","case":"ResNet-50/K3/bf16","implementation":"{implementation}",
-            "kind":"{kind}","times_ns":{times},"repeats":1,"sets":1}}"#
-        )
-    }
-
-    fn parse(lines: &[&str]) -> Result<Results> {
-        Results::parse(&lines.iter().map(|line| line.replace('\n', "")).collect::<Vec<_>>().join("\n"))
-    }
+    use crate::results::tests::{CASE, RUN, parse, time};
 
     #[test]
     fn ratios_are_of_the_same_round_and_run() -> Result<()> {

@@ -3,14 +3,14 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use gradblend::DType;
 
+use crate::backend::{Backend, Entry, Implementation, Missing};
 use crate::case::{self, Case, Operation};
 use crate::inputs::{Inputs, with_dtype};
-use crate::oracle::{self, Bound, Exact, Sums};
-use crate::record::{CaseRecord, Errors, Kind, Log, Machine, Record, Skipped, Time};
+use crate::oracle::{self, Exact};
+use crate::record::{CaseRecord, Errors, Kind, Log, Record, Skipped, Time};
 
 /// Options of `run`.
 #[derive(Args)]
@@ -48,76 +48,6 @@ enum DeviceOption {
     All,
 }
 
-/// One implementation of an operation, prepared for inputs `I`.
-pub(crate) trait Implementation<I> {
-    /// Executes the operation once on one input set. On a GPU it only launches the work.
-    fn run(&mut self, inputs: &mut I, set: usize) -> Result<()>;
-
-    /// Prepares the other input sets, after memory was measured on the first.
-    fn prepare_sets(&mut self, _inputs: &mut I) -> Result<()> {
-        Ok(())
-    }
-
-    /// The sums, after `run` was called for the first time and is done.
-    fn sums(&mut self, _inputs: &mut I) -> Result<Option<Sums>> {
-        Ok(None)
-    }
-}
-
-/// An implementation that can take part.
-pub(crate) struct Entry<I> {
-    pub(crate) name: &'static str,
-    pub(crate) kind: Kind,
-    /// None without a result to check.
-    pub(crate) bound: Option<Bound>,
-    pub(crate) make: fn(&mut I, Operation) -> Made<I>,
-}
-
-/// An implementation that is ready to run.
-pub(crate) type Made<I> = Result<Box<dyn Implementation<I>>>;
-
-/// A device and the implementations on it.
-pub(crate) trait Backend {
-    /// The inputs of a case in the device's memory.
-    type Inputs;
-    const ROUNDS: usize;
-    /// A round of one implementation takes at least this long.
-    const ROUND: Duration;
-
-    fn machine(&self) -> Machine;
-    /// Bytes that a case may take.
-    fn free_bytes(&self) -> Result<u64>;
-    /// Copies the inputs to the device, at most `most_sets` times.
-    fn load(&self, inputs: Inputs, most_sets: usize) -> Result<Self::Inputs>;
-    fn sets(&self, inputs: &Self::Inputs) -> usize;
-    fn entries(&self, operation: Operation, dtype: DType) -> Vec<Entry<Self::Inputs>>;
-    /// Overwrites the blended gradient of the first set with a number that no blend is.
-    fn poison(&self, inputs: &mut Self::Inputs) -> Result<()>;
-    /// The inputs on the host, with the blended gradient of the first set.
-    fn host<'a>(&self, inputs: &'a mut Self::Inputs) -> Result<&'a Inputs>;
-    /// Makes an implementation and runs it once on the first set; also returns the bytes by which memory grew.
-    fn prepare(
-        &self,
-        entry: &Entry<Self::Inputs>,
-        operation: Operation,
-        inputs: &mut Self::Inputs,
-    ) -> Result<Prepared<Self::Inputs>>;
-    /// Seconds of one execution, from this many in a row.
-    fn time(
-        &self,
-        implementation: &mut dyn Implementation<Self::Inputs>,
-        inputs: &mut Self::Inputs,
-        repeats: usize,
-    ) -> Result<f64>;
-    /// Seconds that one call takes on the host, where that is another time.
-    fn host_time(&self, _: &mut dyn Implementation<Self::Inputs>, _: &mut Self::Inputs) -> Result<Option<f64>> {
-        Ok(None)
-    }
-}
-
-/// An implementation that has run once, and the peak of its memory.
-pub(crate) type Prepared<I> = (Box<dyn Implementation<I>>, u64);
-
 /// Executions in a round, at most.
 const MOST_REPEATS: usize = 1 << 16;
 /// Input sets at most. Sets that still fit into a GPU's cache are so small that their launch takes longer than reading
@@ -136,14 +66,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     #[cfg(feature = "cuda")]
-    match crate::cuda::Cuda::new() {
+    let reason = match crate::cuda::Cuda::new() {
         Ok(cuda) => return run_on(options, &cuda),
-        Err(reason) => println!("skipped: no CUDA device: {reason}"),
-    }
+        Err(reason) => format!("no CUDA device: {reason:#}"),
+    };
+    #[cfg(not(feature = "cuda"))]
+    let reason = "this program was built without the CUDA backend: add `--features cuda` before the `--` of cargo run";
     let required = std::env::var("GRADBLEND_REQUIRE_CUDA").is_ok_and(|value| value == "1");
-    if options.device == DeviceOption::Cuda || required {
-        bail!("no CUDA device, or the laboratory was built without --features cuda");
-    }
+    ensure!(options.device == DeviceOption::All && !required, "{reason}");
+    println!("cuda: skipped: {reason}");
     Ok(())
 }
 
@@ -305,9 +236,9 @@ impl<B: Backend> Measurement<'_, B> {
         let nanoseconds = |seconds: f64| (seconds * 1e10).round() / 10.0;
         for round in 0..most {
             // Each round starts with another implementation, so that none always follows the same one.
-            for place in 0..running.len() {
-                let at = (round + place) % running.len();
-                let Running { implementation, rounds, time } = &mut running[at];
+            for nth in 0..running.len() {
+                let next = (round + nth) % running.len();
+                let Running { implementation, rounds, time } = &mut running[next];
                 if round >= *rounds {
                     continue;
                 }
@@ -369,7 +300,7 @@ impl<B: Backend> Measurement<'_, B> {
         }
         let bytes = case::minimum_traffic(&self.case.tensors()?, self.case.dtype, operation);
         let of = |kind| running.iter().filter(move |one| one.time.kind == kind).map(|one| &one.time);
-        let median = |time: &Time| crate::report::median(&time.times_ns).unwrap_or(f64::NAN);
+        let median = |time: &Time| crate::results::median(&time.times_ns).unwrap_or(f64::NAN);
         let limit = of(Kind::Limit).map(median).fold(f64::NAN, f64::min);
         let ours = of(Kind::Ours).map(median).next().unwrap_or(f64::NAN);
         let gigabytes = |nanoseconds: f64| bytes as f64 / nanoseconds;
@@ -381,15 +312,3 @@ impl<B: Backend> Measurement<'_, B> {
         Ok(())
     }
 }
-
-/// An implementation whose library is not on this machine.
-#[derive(Debug)]
-pub(crate) struct Missing(pub(crate) String);
-
-impl std::fmt::Display for Missing {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Missing {}

@@ -5,15 +5,17 @@ use std::ffi::c_void;
 use anyhow::Result;
 use cudarc::cublas::{result, sys};
 use cudarc::driver::CudaFunction;
-use gradblend::{DType, Role};
+use gradblend::DType;
+use gradblend_testkit::Sample;
 
 use super::Inputs;
 use super::device::Memory;
 use super::naive::launch;
+use crate::backend::{Implementation, Missing};
 use crate::case::Operation;
-use crate::inputs::{Real, with_dtype};
+use crate::inputs::{Buffer, with_dtype};
 use crate::oracle::Sums;
-use crate::run::{Implementation, Missing};
+use crate::per_tensor::{At, PerTensor, Steps};
 
 /// The version, if the library is found.
 pub(super) fn version() -> Option<String> {
@@ -74,7 +76,7 @@ impl Blas {
     unsafe fn dot(&self, len: u64, a: u64, b: u64, result: u64) -> Result<()> {
         let (kind, wide, len) = (self.dtype, sys::cudaDataType::CUDA_R_32F, len as i32);
         let (a, b, result) = (a as *const c_void, b as *const c_void, result as *mut c_void);
-        // SAFETY: the caller's promise.
+        // SAFETY: a live handle; `a` and `b` have `len` elements on the device, and `result` has one.
         Ok(unsafe { sys::cublasDotEx(self.handle, len, a, kind, 1, b, kind, 1, result, kind, wide) }.result()?)
     }
 
@@ -85,7 +87,7 @@ impl Blas {
     unsafe fn axpy(&self, len: u64, alpha: u64, x: u64, y: u64) -> Result<()> {
         let (kind, wide, len) = (self.dtype, sys::cudaDataType::CUDA_R_32F, len as i32);
         let (alpha, x, y) = (alpha as *const c_void, x as *const c_void, y as *mut c_void);
-        // SAFETY: the caller's promise.
+        // SAFETY: a live handle; `x` and `y` have `len` elements on the device, and `alpha` is an f32 there.
         Ok(unsafe { sys::cublasAxpyEx(self.handle, len, alpha, wide, x, kind, 1, y, kind, 1, wide) }.result()?)
     }
 
@@ -109,7 +111,8 @@ impl Blas {
         let (one, zero) = ((&raw const ONE).cast(), (&raw const ZERO).cast());
         static ONE: f32 = 1.0;
         static ZERO: f32 = 0.0;
-        // SAFETY: the caller's promise, and host scalars in f32, which outlive the call.
+        // SAFETY: a live handle; the matrices are in device memory, A and B of the dtype, C of `out`. The scalars are statics
+        // in f32 on the host.
         #[rustfmt::skip]
         let done = unsafe {
             result::gemm_ex(
@@ -128,9 +131,9 @@ impl Drop for Blas {
     }
 }
 
-/// The naive steps by the calls for vectors. None computes t - g, so t is copied and -g added.
+/// The naive steps by the calls for vectors. None computes t - g, so t is copied and -g added; none computes w v, so v is
+/// added to zeros.
 pub(super) struct Vectors {
-    operation: Operation,
     blas: Blas,
     /// In f32: -1, then the weights. On the device, like the results, so that no call waits.
     scalars: Memory,
@@ -144,68 +147,70 @@ pub(super) struct Vectors {
 }
 
 impl Vectors {
-    pub(super) fn new(inputs: &Inputs, operation: Operation) -> Result<Self> {
+    pub(super) fn new(inputs: &Inputs, operation: Operation) -> Result<PerTensor<Self>> {
         let columns = 2 * inputs.host.modalities as u64;
         let bytes = inputs.host.tensors.len() as u64 * columns * inputs.host.dtype.bytes();
         let scalars: Vec<f32> = [-1.0].into_iter().chain(inputs.host.weights.iter().copied()).collect();
-        Ok(Vectors {
-            operation,
+        let steps = Vectors {
             blas: Blas::new(inputs, sys::cublasPointerMode_t::CUBLAS_POINTER_MODE_DEVICE)?,
             scalars: Memory::of(&scalars)?,
             total: inputs.device.kernel("total", Some(inputs.host.dtype))?,
             buffer: Memory::new(if operation.dots() { inputs.longest() } else { 0 })?,
             results: Memory::zeros(&inputs.device, bytes)?,
             sums: Memory::new(8 * columns)?,
-        })
+        };
+        Ok(PerTensor { operation, steps })
     }
 }
 
-impl Implementation<Inputs> for Vectors {
-    fn run(&mut self, inputs: &mut Inputs, set: usize) -> Result<()> {
-        let (device, blas, buffer) = (&*inputs.device, &self.blas, self.buffer.address);
-        let (modalities, size) = (inputs.host.modalities, inputs.host.dtype.bytes());
-        for (place, (tensor, range)) in inputs.host.tensors.iter().enumerate() {
-            let len = range.len() as u64;
-            let at = |role| inputs.tensor(set, role, place);
-            let present = || (0..modalities).filter(|k| tensor.present(*k));
-            // SAFETY: every buffer has `len` elements, and every modality its results.
-            unsafe {
-                if tensor.dots(self.operation) {
-                    device.copy(at(Role::Train), buffer, len * size)?;
-                    blas.axpy(len, self.scalars.address, at(Role::Valid), buffer)?;
-                    for k in present() {
-                        let result = self.results.address + (place * 2 * modalities + k) as u64 * size;
-                        blas.dot(len, at(Role::Valid), at(Role::Modality(k)), result)?;
-                        blas.dot(len, buffer, at(Role::Modality(k)), result + modalities as u64 * size)?;
-                    }
-                }
-                if self.operation.blends() {
-                    device.fill(at(Role::Blended), 0, len * size)?;
-                    for k in present() {
-                        let weight = self.scalars.address + 4 * (1 + k as u64);
-                        blas.axpy(len, weight, at(Role::Modality(k)), at(Role::Blended))?;
-                    }
-                }
-            }
+impl Steps<Inputs> for Vectors {
+    fn difference(&mut self, inputs: &mut Inputs, at: At) -> Result<()> {
+        let (len, out) = (inputs.len(at), self.buffer.address);
+        let [t, g] = [Buffer::Train, Buffer::Valid].map(|buffer| inputs.tensor(at, buffer));
+        // SAFETY: t and g have `len` elements, and the buffer those of the longest tensor. The first scalar is -1.
+        unsafe {
+            inputs.device.copy(t, out, len * inputs.host.dtype.bytes())?;
+            self.blas.axpy(len, self.scalars.address, g, out)
         }
-        if self.operation.dots() {
-            let (rows, columns) = (inputs.host.tensors.len() as u64, 2 * modalities as u64);
-            // SAFETY: results, rows, columns, sums.
-            unsafe { launch(device, &self.total, columns, self.results.address, [rows, columns, self.sums.address]) }?;
+    }
+
+    fn dots(&mut self, inputs: &mut Inputs, at: At, k: usize) -> Result<()> {
+        let (len, modalities) = (inputs.len(at), inputs.host.modalities);
+        let [g, v] = [Buffer::Valid, Buffer::Modality(k)].map(|buffer| inputs.tensor(at, buffer));
+        for (factor, column) in [(g, k), (self.buffer.address, modalities + k)] {
+            let result = (at.tensor * 2 * modalities + column) as u64 * inputs.host.dtype.bytes();
+            // SAFETY: both factors have `len` elements, and there are 2K results for each tensor.
+            unsafe { self.blas.dot(len, factor, v, self.results.address + result) }?;
         }
         Ok(())
     }
 
-    fn sums(&mut self, inputs: &mut Inputs) -> Result<Option<Sums>> {
-        inputs.device.synchronize()?;
-        let mut sums = vec![0.0; 2 * inputs.host.modalities];
-        self.sums.read(0, &mut sums)?;
-        Ok(Some(Sums::from_pending(sums)))
+    fn blend(&mut self, inputs: &mut Inputs, at: At, k: usize, first: bool) -> Result<()> {
+        let (len, weight) = (inputs.len(at), self.scalars.address + 4 * (1 + k as u64));
+        let [v, out] = [Buffer::Modality(k), Buffer::Blended].map(|buffer| inputs.tensor(at, buffer));
+        // SAFETY: both buffers have `len` elements, and the weight of each modality is an f32.
+        unsafe {
+            if first {
+                inputs.device.fill(out, 0, len * inputs.host.dtype.bytes())?;
+            }
+            self.blas.axpy(len, weight, v, out)
+        }
+    }
+
+    fn finish_sums(&mut self, inputs: &mut Inputs) -> Result<()> {
+        let (rows, columns) = (inputs.host.tensors.len() as u64, 2 * inputs.host.modalities as u64);
+        let (results, sums) = (self.results.address, self.sums.address);
+        // SAFETY: the kernel takes results, rows, columns, sums. There are rows x columns results and `columns` sums.
+        unsafe { launch(&inputs.device, &self.total, columns, results, [rows, columns, sums]) }
+    }
+
+    fn sums(&mut self, inputs: &mut Inputs) -> Result<Sums> {
+        inputs.sums(&self.sums)
     }
 }
 
 /// Products of matrices whose columns are whole buffers: [t g]' V for the sums, V w for the blend. d is a difference of
-/// sums.
+/// sums. Elements that are absent are zero, so they change no sum.
 pub(super) struct Matrices {
     operation: Operation,
     blas: Blas,
@@ -217,8 +222,8 @@ pub(super) struct Matrices {
 
 impl Matrices {
     pub(super) fn new(inputs: &Inputs, operation: Operation) -> Result<Self> {
-        fn weights<T: Real>(weights: &[f32]) -> Result<Memory> {
-            Memory::of(&weights.iter().map(|w| T::from_f32(*w)).collect::<Vec<T>>())
+        fn weights<T: Sample>(weights: &[f32]) -> Result<Memory> {
+            Memory::of(&weights.iter().map(|w| T::round(f64::from(*w))).collect::<Vec<T>>())
         }
         Ok(Matrices {
             operation,
@@ -233,16 +238,16 @@ impl Implementation<Inputs> for Matrices {
     fn run(&mut self, inputs: &mut Inputs, set: usize) -> Result<()> {
         let modalities = inputs.host.modalities;
         let len = inputs.host.buffer_bytes / inputs.host.dtype.bytes() as usize;
-        let buffer = |role| (inputs.buffer(set, inputs.host.place(role)), len);
-        let v = buffer(Role::Modality(0));
-        // SAFETY: buffers of `len` elements, one after another; elements that are absent are zero.
+        let buffer = |buffer| (inputs.buffer(set, buffer), len);
+        let v = buffer(Buffer::Modality(0));
+        // SAFETY: the buffers have `len` elements each and lie one after another in device memory.
         unsafe {
             if self.operation.dots() {
-                let matrices = [buffer(Role::Train), v, (self.products.address, 2)];
+                let matrices = [buffer(Buffer::Train), v, (self.products.address, 2)];
                 self.blas.gemm(true, [2, modalities, len], matrices, sys::cudaDataType::CUDA_R_32F)?;
             }
             if self.operation.blends() {
-                let matrices = [v, (self.weights.address, modalities), buffer(Role::Blended)];
+                let matrices = [v, (self.weights.address, modalities), buffer(Buffer::Blended)];
                 self.blas.gemm(false, [len, 1, modalities], matrices, self.blas.dtype)?;
             }
         }

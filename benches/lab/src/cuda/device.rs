@@ -101,14 +101,14 @@ impl Device {
     /// # Safety
     /// Both ranges have `bytes` bytes of device memory, and only work on the stream uses them.
     pub(super) unsafe fn copy(&self, source: u64, target: u64, bytes: u64) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: `source` and `target` have `bytes` bytes of device memory, which only work on the stream uses.
         Ok(unsafe { result::memcpy_dtod_async(target, source, bytes as usize, self.stream.cu_stream()) }?)
     }
 
     /// # Safety
     /// `bytes` bytes of device memory start at the address, and only work on the stream uses them.
     pub(super) unsafe fn fill(&self, address: u64, byte: u8, bytes: u64) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: `address` has `bytes` bytes of device memory, which only work on the stream uses.
         Ok(unsafe { result::memset_d8_async(address, byte, bytes as usize, self.stream.cu_stream()) }?)
     }
 }
@@ -123,7 +123,7 @@ pub(super) fn blocks(len: u64) -> u64 {
 /// # Safety
 /// The values are at the address, and no pending work writes them.
 pub(super) unsafe fn read<T: Pod>(address: u64, out: &mut [T]) -> Result<()> {
-    // SAFETY: the caller's promise.
+    // SAFETY: `out` values lie at `address` in device memory, and no pending work writes them.
     Ok(unsafe { result::memcpy_dtoh_sync(out, address) }?)
 }
 

@@ -1,15 +1,15 @@
-//! The naive kernels: t - g into a buffer, two products a modality, then scale and axpys, one launch each. And plain
-//! reading.
+//! The naive steps by kernels, one launch each, and plain reading.
 
 use anyhow::Result;
 use cudarc::driver::{CudaFunction, LaunchConfig, PushKernelArg};
-use gradblend::Role;
 
 use super::Inputs;
 use super::device::{BLOCK, Device, Memory, blocks};
+use crate::backend::Implementation;
 use crate::case::Operation;
+use crate::inputs::Buffer;
 use crate::oracle::Sums;
-use crate::run::Implementation;
+use crate::per_tensor::{At, PerTensor, Steps};
 
 fn config(blocks: u64) -> LaunchConfig {
     LaunchConfig { grid_dim: (blocks as u32, 1, 1), block_dim: (BLOCK as u32, 1, 1), shared_mem_bytes: 0 }
@@ -28,13 +28,12 @@ pub(super) unsafe fn launch<T: cudarc::driver::DeviceRepr>(
 ) -> Result<()> {
     let mut launch = device.stream.launch_builder(kernel);
     launch.arg(&first).arg(&b).arg(&c).arg(&d);
-    // SAFETY: the caller's promise.
+    // SAFETY: the kernel has these four parameters, and may use the memory at those that are addresses.
     unsafe { launch.launch(config(blocks)) }?;
     Ok(())
 }
 
 pub(super) struct Naive {
-    operation: Operation,
     difference: CudaFunction,
     product: CudaFunction,
     scale: CudaFunction,
@@ -46,60 +45,54 @@ pub(super) struct Naive {
 }
 
 impl Naive {
-    pub(super) fn new(inputs: &Inputs, operation: Operation) -> Result<Self> {
+    pub(super) fn new(inputs: &Inputs, operation: Operation) -> Result<PerTensor<Self>> {
         let kernel = |name| inputs.device.kernel(name, Some(inputs.host.dtype));
-        Ok(Naive {
-            operation,
+        let steps = Naive {
             difference: kernel("difference")?,
             product: kernel("product")?,
             scale: kernel("scale")?,
             axpy: kernel("axpy")?,
             buffer: Memory::new(if operation.dots() { inputs.longest() } else { 0 })?,
             sums: Memory::new(2 * 8 * inputs.host.modalities as u64)?,
-        })
+        };
+        Ok(PerTensor { operation, steps })
     }
 }
 
-impl Implementation<Inputs> for Naive {
-    fn run(&mut self, inputs: &mut Inputs, set: usize) -> Result<()> {
-        let (device, buffer, modalities) = (&*inputs.device, self.buffer.address, inputs.host.modalities);
-        // SAFETY: 2K sums, which only this stream uses.
-        unsafe { device.fill(self.sums.address, 0, 2 * 8 * modalities as u64) }?;
-        for (place, (tensor, range)) in inputs.host.tensors.iter().enumerate() {
-            let len = range.len() as u64;
-            let at = |role| inputs.tensor(set, role, place);
-            let present = || (0..modalities).filter(|k| tensor.present(*k));
-            if tensor.dots(self.operation) {
-                let (t, g) = (at(Role::Train), at(Role::Valid));
-                // SAFETY: t, g, out, len; the buffer is as long as the longest tensor.
-                unsafe { launch(device, &self.difference, blocks(len), t, [g, buffer, len]) }?;
-                for k in present() {
-                    for (factor, sum) in [(g, k), (buffer, modalities + k)] {
-                        let sum = self.sums.address + 8 * sum as u64;
-                        let blocks = device.looping_blocks(len)?;
-                        // SAFETY: a, b, len, sum; both factors have `len` elements.
-                        unsafe { launch(device, &self.product, blocks, factor, [at(Role::Modality(k)), len, sum]) }?;
-                    }
-                }
-            }
-            if self.operation.blends() {
-                for (nth, k) in present().enumerate() {
-                    // The first needs no zeros to add to.
-                    let kernel = if nth == 0 { &self.scale } else { &self.axpy };
-                    let (v, out) = (at(Role::Modality(k)), at(Role::Blended));
-                    // SAFETY: w, v, out, len; both buffers have `len` elements.
-                    unsafe { launch(device, kernel, blocks(len), inputs.host.weights[k], [v, out, len]) }?;
-                }
-            }
+impl Steps<Inputs> for Naive {
+    fn begin_sums(&mut self, inputs: &mut Inputs) -> Result<()> {
+        // SAFETY: the memory has 2K sums of 8 bytes, which only work on this stream uses.
+        unsafe { inputs.device.fill(self.sums.address, 0, 2 * 8 * inputs.host.modalities as u64) }
+    }
+
+    fn difference(&mut self, inputs: &mut Inputs, at: At) -> Result<()> {
+        let (len, out) = (inputs.len(at), self.buffer.address);
+        let [t, g] = [Buffer::Train, Buffer::Valid].map(|buffer| inputs.tensor(at, buffer));
+        // SAFETY: the kernel takes t, g, out, len. t and g have `len` elements, and the buffer those of the longest tensor.
+        unsafe { launch(&inputs.device, &self.difference, blocks(len), t, [g, out, len]) }
+    }
+
+    fn dots(&mut self, inputs: &mut Inputs, at: At, k: usize) -> Result<()> {
+        let (device, len) = (&*inputs.device, inputs.len(at));
+        let [g, v] = [Buffer::Valid, Buffer::Modality(k)].map(|buffer| inputs.tensor(at, buffer));
+        for (factor, sum) in [(g, k), (self.buffer.address, inputs.host.modalities + k)] {
+            let sum = self.sums.address + 8 * sum as u64;
+            // SAFETY: the kernel takes a, b, len, sum. Both factors have `len` elements, and `sum` is one of 2K sums.
+            unsafe { launch(device, &self.product, device.looping_blocks(len)?, factor, [v, len, sum]) }?;
         }
         Ok(())
     }
 
-    fn sums(&mut self, inputs: &mut Inputs) -> Result<Option<Sums>> {
-        inputs.device.synchronize()?;
-        let mut sums = vec![0.0; 2 * inputs.host.modalities];
-        self.sums.read(0, &mut sums)?;
-        Ok(Some(Sums::from_pending(sums)))
+    fn blend(&mut self, inputs: &mut Inputs, at: At, k: usize, first: bool) -> Result<()> {
+        let (len, w) = (inputs.len(at), inputs.host.weights[k]);
+        let kernel = if first { &self.scale } else { &self.axpy };
+        let [v, out] = [Buffer::Modality(k), Buffer::Blended].map(|buffer| inputs.tensor(at, buffer));
+        // SAFETY: the kernel takes w, v, out, len. Both buffers have `len` elements.
+        unsafe { launch(&inputs.device, kernel, blocks(len), w, [v, out, len]) }
+    }
+
+    fn sums(&mut self, inputs: &mut Inputs) -> Result<Sums> {
+        inputs.sums(&self.sums)
     }
 }
 
@@ -107,7 +100,7 @@ impl Implementation<Inputs> for Naive {
 pub(super) struct Read {
     kernel: CudaFunction,
     units: u64,
-    first: usize,
+    first: Buffer,
     sink: Memory,
 }
 
@@ -116,7 +109,7 @@ impl Read {
         Ok(Read {
             kernel: inputs.device.kernel("read_units", None)?,
             units: inputs.host.minimum_traffic(operation) as u64 / 16,
-            first: inputs.host.places(operation).start,
+            first: inputs.host.first(operation),
             sink: Memory::new(4)?,
         })
     }
@@ -128,7 +121,8 @@ impl Implementation<Inputs> for Read {
         let mut launch = inputs.device.stream.launch_builder(&self.kernel);
         let source = inputs.buffer(set, self.first);
         launch.arg(&source).arg(&self.units).arg(&self.sink.address);
-        // SAFETY: address, units, sink; the minimum traffic is at most the bytes of the buffers.
+        // SAFETY: the kernel takes address, units, sink. The minimum traffic is at most the bytes of the buffers from this one
+        // on, and the sink has 4 bytes.
         unsafe { launch.launch(config(blocks)) }?;
         Ok(())
     }

@@ -1,0 +1,120 @@
+//! Finds nvcc, and the architectures to compile for. The build scripts of gradblend and of benches/lab include this file.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Compute capabilities that get machine code: A100, RTX 30, RTX 40, H100 and H200, B200, RTX 50.
+const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
+/// Variables that this file reads.
+const OWN_VARIABLES: [&str; 6] = ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "GRADBLEND_CUDA_ARCHS", "DOCS_RS"];
+/// Variables that nvcc reads itself.
+pub(crate) const NVCC_VARIABLES: [&str; 3] = ["NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN"];
+
+/// A toolkit's compiler, and what it is to compile for.
+pub(crate) struct Nvcc {
+    pub(crate) path: PathBuf,
+    /// What `nvcc --version` prints.
+    pub(crate) version_text: String,
+    /// Of the release, such as 12.8.
+    pub(crate) version: String,
+    /// Ascending, not empty.
+    pub(crate) architectures: Vec<u32>,
+}
+
+impl Nvcc {
+    /// The nvcc that the environment names, or an error that says what is missing.
+    pub(crate) fn find() -> Result<Self, String> {
+        let path = find()?;
+        let version_text = run(Command::new(&path).arg("--version"))?;
+        let version = version_text.split("release ").nth(1).and_then(|rest| rest.split(',').next());
+        let version = version.ok_or_else(|| format!("{} --version names no release", path.display()))?.to_owned();
+        let supported = run(Command::new(&path).arg("--list-gpu-arch"))?;
+        let supported: Vec<u32> =
+            supported.lines().filter_map(|line| line.trim().strip_prefix("compute_")?.parse().ok()).collect();
+        let architectures = architectures(&supported, &version)?;
+        Ok(Nvcc { path, version_text, version, architectures })
+    }
+
+    /// Flags for machine code of each architecture, and PTX of the lowest one for later GPUs.
+    pub(crate) fn target_flags(&self) -> Vec<String> {
+        let code = |number: &u32| format!("-gencode=arch=compute_{number},code=sm_{number}");
+        let ptx = format!("-gencode=arch=compute_{0},code=compute_{0}", self.architectures[0]);
+        self.architectures.iter().map(code).chain([ptx]).collect()
+    }
+}
+
+/// Tells Cargo which variables decide what is compiled.
+pub(crate) fn rerun_if_env_changed() {
+    for name in OWN_VARIABLES.into_iter().chain(NVCC_VARIABLES) {
+        println!("cargo:rerun-if-env-changed={name}");
+    }
+}
+
+/// Whether this is a build of docs.rs, which has no toolkit and runs nothing: images are empty files there.
+pub(crate) fn is_docs_rs() -> bool {
+    env::var_os("DOCS_RS").is_some()
+}
+
+/// The first nvcc that runs, in the order that the error message names.
+fn find() -> Result<PathBuf, String> {
+    if let Some(nvcc) = env::var_os("NVCC").filter(|nvcc| !nvcc.is_empty()) {
+        let nvcc = PathBuf::from(nvcc);
+        return if runs(&nvcc) { Ok(nvcc) } else { Err(format!("NVCC is {}, which does not run", nvcc.display())) };
+    }
+    let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(|home| Path::new(&home).join("bin"));
+    let path: Vec<PathBuf> = env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default();
+    homes
+        .chain(path)
+        .chain([PathBuf::from("/usr/local/cuda/bin")])
+        .map(|bin| bin.join(&name))
+        .find(|nvcc| runs(nvcc))
+        .ok_or_else(|| {
+            "nvcc was not found: looked at NVCC, in bin of CUDA_HOME and of CUDA_PATH, on PATH, and in \
+             /usr/local/cuda/bin. Install a CUDA toolkit (12.8 or newer has all architectures), or build without the \
+             feature `cuda`"
+                .into()
+        })
+}
+
+fn runs(nvcc: &Path) -> bool {
+    Command::new(nvcc).arg("--version").output().is_ok_and(|output| output.status.success())
+}
+
+/// The architectures to compile for, ascending: those of `GRADBLEND_CUDA_ARCHS`, or else those of the list that the toolkit
+/// supports.
+fn architectures(supported: &[u32], version: &str) -> Result<Vec<u32>, String> {
+    let mut chosen = match env::var("GRADBLEND_CUDA_ARCHS") {
+        Ok(list) if !list.trim().is_empty() => {
+            let parse = |one: &str| {
+                let number: u32 = one.parse().map_err(|_| {
+                    format!("GRADBLEND_CUDA_ARCHS has {one:?}; expected compute capabilities such as \"80 90\"")
+                })?;
+                if number < 80 {
+                    return Err(format!("GRADBLEND_CUDA_ARCHS has {number}; the kernels need 80 or higher"));
+                }
+                if !supported.contains(&number) {
+                    return Err(format!("GRADBLEND_CUDA_ARCHS has {number}, which nvcc {version} does not know"));
+                }
+                Ok(number)
+            };
+            let words = list.split(|c: char| c == ',' || c == ';' || c.is_whitespace()).filter(|word| !word.is_empty());
+            words.map(parse).collect::<Result<Vec<u32>, String>>()?
+        }
+        _ => ARCHITECTURES.into_iter().filter(|architecture| supported.contains(architecture)).collect(),
+    };
+    chosen.sort_unstable();
+    chosen.dedup();
+    if chosen.is_empty() {
+        return Err(format!("nvcc {version} knows none of the architectures {ARCHITECTURES:?}; a newer one is needed"));
+    }
+    Ok(chosen)
+}
+
+/// The output of a command, stdout then stderr.
+pub(crate) fn run(command: &mut Command) -> Result<String, String> {
+    let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    if output.status.success() { Ok(text) } else { Err(format!("{command:?}: {}\n{text}", output.status)) }
+}
