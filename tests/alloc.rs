@@ -52,7 +52,7 @@ fn body(face: Face) -> Outcome {
         let mut tensors: Vec<Tensor<f32>> = (0..8).map(|i| Tensor::random(&mut random, 30_000 * i, 5, 0, 4)).collect();
         let mut others = tensors.clone();
         // The addresses of the C face can be bound again and again.
-        let (mut placed, mut others) = (face.place(&mut tensors), Face { c: true, ..face }.place(&mut others));
+        let (mut uploaded, mut others) = (face.upload(&mut tensors), Face { c: true, ..face }.upload(&mut others));
         let others = others.inputs();
         let others = || {
             others.iter().filter_map(|input| match input {
@@ -62,7 +62,7 @@ fn body(face: Face) -> Outcome {
             })
         };
         let stream = Stream::default();
-        let mut plan = blender.plan(placed.inputs().into_iter().map(Input::grads))?;
+        let mut plan = blender.plan(uploaded.inputs().into_iter().map(Input::grads))?;
         let mut run = |rounds| {
             for _ in 0..rounds {
                 blender.step(&plan, stream)?;

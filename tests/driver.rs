@@ -172,25 +172,25 @@ const FUNCTIONS: &str = "
 /// Whichever call of the driver fails, the error names it, nothing leaks, and the next attempt succeeds.
 #[test]
 fn any_call_that_fails() -> Outcome {
-    fn all_calls(placed: &mut gradblend_testkit::Placed<'_, f32>) -> Result<()> {
+    fn all_calls(uploaded: &mut gradblend_testkit::Uploaded<'_, f32>) -> Result<()> {
         let mut blender = FACE.blender(2)?;
         // A plan takes the buffers once; an update takes them again.
-        let plan = blender.plan(placed.inputs())?;
+        let plan = blender.plan(uploaded.inputs())?;
         let mut plan = plan.release();
-        plan.update(placed.inputs(), blender.stream)?;
+        plan.update(uploaded.inputs(), blender.stream)?;
         blender.step(&plan)?;
         blender.report().map(drop)
     }
     on_emulator(|emulator| {
         let names = ["live", "streams", "modules", "contexts"];
         let mut tensors = [Tensor::<f32>::random(&mut Random(302), 5000, 2, 0, 0)];
-        let mut placed = FACE.place(&mut tensors);
+        let mut uploaded = FACE.upload(&mut tensors);
         for function in FUNCTIONS.split_whitespace() {
             let mut failures = 0;
             for after in 0..20 {
                 let before = names.map(|name| emulator.count(name));
                 emulator.fail(function, CUresult::CUDA_ERROR_UNKNOWN, after);
-                match all_calls(&mut placed) {
+                match all_calls(&mut uploaded) {
                     Ok(()) => {} // It was called less often, or failed in a drop, which cannot report it.
                     Err(Failure { error: Some(Error::Cuda { call, code: 999, .. }), .. }) => {
                         assert_eq!(call, function);
@@ -220,10 +220,10 @@ fn unknown_memory() -> Outcome {
         let host = vec![0.0_f32; 100];
         let mut tensors = [Tensor::<f32>::random(&mut Random(303), 100, 2, 0, 0)];
         let before = tensors[0].clone();
-        let mut placed = FACE.place(&mut tensors);
+        let mut uploaded = FACE.upload(&mut tensors);
         let mut blender = FACE.blender(2)?;
         let stream = blender.stream;
-        let mut plan = blender.plan(placed.inputs())?;
+        let mut plan = blender.plan(uploaded.inputs())?;
         let device = Memory::of(&[0.0_f32; 100]);
         let at_host = host.as_ptr() as u64;
         let v = Some(&host[..]);
@@ -252,7 +252,7 @@ fn unknown_memory() -> Outcome {
         blender.step(&plan)?;
         assert_eq!(blender.report()?.observed, 1);
         drop(plan);
-        placed.fetch();
+        uploaded.fetch();
         tensors[0].check_blend(&before, &[0.5; 2], false, "after rejected updates");
         Ok(())
     })

@@ -206,7 +206,7 @@ struct Side {
 impl Side {
     fn run(&mut self, operation: impl FnOnce(&mut TestBlender, &TestPlan<'_>) -> Result<()>) -> Result<()> {
         let Mixed { f32s, f16s, bf16s } = &mut self.tensors;
-        let (mut f32s, mut f16s, mut bf16s) = (self.face.place(f32s), self.face.place(f16s), self.face.place(bf16s));
+        let (mut f32s, mut f16s, mut bf16s) = (self.face.upload(f32s), self.face.upload(f16s), self.face.upload(bf16s));
         let mut inputs = f32s.inputs();
         inputs.extend(f16s.inputs());
         inputs.extend(bf16s.inputs());
