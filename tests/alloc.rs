@@ -3,7 +3,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use gradblend::{Blender, Cadence, Config, Overfitting, Pass, Policy, Stream};
+use gradblend::{Blender, Cadence, Config, GradScale, Overfitting, Pass, Policy, Stream};
 use gradblend_testkit::{Face, Input, Outcome, Random, Tensor};
 
 struct Counting;
@@ -46,12 +46,13 @@ fn body(face: Face) -> Outcome {
     for &threads in threads {
         let policy = Policy { overfitting: Overfitting::Correlated, ..Policy::default() };
         let config = Config { threads, policy, cadence: Cadence::EveryObservation, ..Config::new(5) };
+        let scale = face.array(vec![2.0_f32]);
         let mut blender = Blender::new(&face.device()?, config)?;
         let mut random = Random(51);
         let mut tensors: Vec<Tensor<f32>> = (0..8).map(|i| Tensor::random(&mut random, 30_000 * i, 5, 0, 4)).collect();
         let mut others = tensors.clone();
         // The addresses of the C face can be bound again and again.
-        let (mut placed, mut others) = (face.place(&mut tensors), Face { c: true, ..face }.place(&mut others));
+        let (mut uploaded, mut others) = (face.upload(&mut tensors), Face { c: true, ..face }.upload(&mut others));
         let others = others.inputs();
         let others = || {
             others.iter().filter_map(|input| match input {
@@ -61,7 +62,7 @@ fn body(face: Face) -> Outcome {
             })
         };
         let stream = Stream::default();
-        let mut plan = blender.plan(placed.inputs().into_iter().map(Input::grads))?;
+        let mut plan = blender.plan(uploaded.inputs().into_iter().map(Input::grads))?;
         let mut run = |rounds| {
             for _ in 0..rounds {
                 blender.step(&plan, stream)?;
@@ -69,6 +70,10 @@ fn body(face: Face) -> Outcome {
                 blender.pass(&plan, Pass::BLEND | Pass::ACCUMULATE, stream)?;
                 blender.observe(stream)?;
                 blender.reweight(stream)?;
+                blender.blend(&plan, stream)?;
+                blender.set_weights(&[0.2; 5], stream)?;
+                // SAFETY: `scale` outlives the blender and never changes.
+                blender.set_grad_scale(unsafe { GradScale::from_raw(scale.address()) })?;
                 blender.reset(stream)?;
                 plan.update(others(), stream)?;
             }

@@ -169,10 +169,10 @@ fn dropping_waits() -> Outcome {
         for plan_first in [true, false] {
             let mut got = want.clone();
             face.run(&mut face.blender(3)?, &mut want, TestBlender::step)?;
-            let mut placed = face.place(&mut got);
+            let mut uploaded = face.upload(&mut got);
             let mut blender = face.blender(3)?;
             blender.stream = own.stream();
-            let plan = blender.plan(placed.inputs())?;
+            let plan = blender.plan(uploaded.inputs())?;
             blender.step(&plan)?;
             if plan_first {
                 drop(plan);
@@ -182,7 +182,7 @@ fn dropping_waits() -> Outcome {
                 drop(plan);
             }
             // The default stream does not wait for this one.
-            placed.fetch();
+            uploaded.fetch();
             for (got, want) in got.iter().zip(&want) {
                 assert_eq!(bits(&got.blended), bits(&want.blended), "plan first: {plan_first}");
             }
@@ -199,7 +199,7 @@ fn calls_restore_the_context() -> Outcome {
         let check = |call: &str| assert_eq!(current_context(), before, "after {call}");
         let mut all = tensors(&mut Random(74));
         let mut others = all.clone();
-        let (mut all, mut others) = (face.place(&mut all), face.place(&mut others));
+        let (mut all, mut others) = (face.upload(&mut all), face.upload(&mut others));
         let mut blender = face.blender(3)?;
         check("new");
         let mut plan = blender.plan(all.inputs())?;

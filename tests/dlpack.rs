@@ -19,15 +19,18 @@ const F32: DLDataType = DLDataType { code: 2, bits: 32, lanes: 1 };
 const ROLES: [Role; 5] = [Role::Train, Role::Valid, Role::Modality(0), Role::Modality(1), Role::Blended];
 const INVALID_ARGUMENT: i32 = 1;
 
+/// Arrays stay those of the framework: a call of a deleter ends the test program.
 unsafe extern "C" fn managed_deleter(_: *mut DLManagedTensor) {
     std::process::abort();
 }
 
+/// As `managed_deleter`.
 unsafe extern "C" fn versioned_deleter(_: *mut DLManagedTensorVersioned) {
     std::process::abort();
 }
 
-/// An array as a framework has it. `tensor.shape` and `tensor.strides` are set from the vectors, displaced by some bytes.
+/// An array as a framework has it. `tensor.shape` and `tensor.strides` are set from the vectors, displaced by some
+/// bytes.
 struct Array {
     shape: Vec<i64>,
     strides: Option<Vec<i64>>,

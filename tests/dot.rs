@@ -205,17 +205,16 @@ fn calls_add_up<T: Sample>(face: Face) -> Outcome {
 
 fn dtypes_mix(face: Face) -> Outcome {
     let mut random = Random(105);
-    let mut singles: Vec<Tensor<f32>> = (0..20).map(|i| Tensor::random(&mut random, 433 * i, 9, 0, 4)).collect();
-    let mut halves: Vec<Tensor<f16>> = (0..20).map(|i| Tensor::random(&mut random, 997 * i, 9, i % 4, 4)).collect();
-    let mut brains: Vec<Tensor<bf16>> = (0..20).map(|i| Tensor::random(&mut random, 4001 * i, 9, 1, 2)).collect();
+    let mut f32s: Vec<Tensor<f32>> = (0..20).map(|i| Tensor::random(&mut random, 433 * i, 9, 0, 4)).collect();
+    let mut f16s: Vec<Tensor<f16>> = (0..20).map(|i| Tensor::random(&mut random, 997 * i, 9, i % 4, 4)).collect();
+    let mut bf16s: Vec<Tensor<bf16>> = (0..20).map(|i| Tensor::random(&mut random, 4001 * i, 9, 1, 2)).collect();
     let mut sums = Sums::new(9);
-    singles.iter().for_each(|tensor| sums.add(tensor));
-    halves.iter().for_each(|tensor| sums.add(tensor));
-    brains.iter().for_each(|tensor| sums.add(tensor));
+    f32s.iter().for_each(|tensor| sums.add(tensor));
+    f16s.iter().for_each(|tensor| sums.add(tensor));
+    bf16s.iter().for_each(|tensor| sums.add(tensor));
     let mut blender = face.blender(9)?;
-    let (mut singles, mut halves, mut brains) =
-        (face.place(&mut singles), face.place(&mut halves), face.place(&mut brains));
-    let mut inputs = [singles.inputs().into_iter(), halves.inputs().into_iter(), brains.inputs().into_iter()];
+    let (mut f32s, mut f16s, mut bf16s) = (face.upload(&mut f32s), face.upload(&mut f16s), face.upload(&mut bf16s));
+    let mut inputs = [f32s.inputs().into_iter(), f16s.inputs().into_iter(), bf16s.inputs().into_iter()];
     // A tensor of one dtype after one of another.
     let plan = blender.plan((0..60).filter_map(|i| inputs[i % 3].next()).collect())?;
     blender.dot(&plan)?;

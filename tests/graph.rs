@@ -57,15 +57,15 @@ fn replays_do_what_calls_do() -> Outcome {
             face.run(&mut caller, &mut called, |blender, plan| (0..3).try_for_each(|_| operation(blender, plan)))?;
             let mut blender = observed(face)?;
             blender.stream = own.stream();
-            let mut placed = face.place(&mut replayed);
-            let plan = blender.plan(placed.inputs())?;
+            let mut uploaded = face.upload(&mut replayed);
+            let plan = blender.plan(uploaded.inputs())?;
             let before = blender.save()?;
             let graph = own.capture(|| operation(&mut blender, &plan))?;
             assert_eq!(blender.save()?, before, "{name}: a capture runs nothing");
             (0..3).for_each(|_| own.launch(&graph));
             assert_eq!(blender.save()?, caller.save()?, "{name}");
             drop((graph, plan));
-            placed.fetch();
+            uploaded.fetch();
             assert_eq!(blends(&replayed), blends(&called), "{name}");
         }
         Ok(())
@@ -81,16 +81,16 @@ fn graphs_see_updates() -> Outcome {
         let untouched = blends(&first);
         let mut blender = face.blender(3)?;
         blender.stream = own.stream();
-        let (mut first_placed, mut second_placed) = (face.place(&mut first), face.place(&mut second));
-        let mut plan = blender.plan(first_placed.inputs())?;
+        let (mut first_uploaded, mut second_uploaded) = (face.upload(&mut first), face.upload(&mut second));
+        let mut plan = blender.plan(first_uploaded.inputs())?;
         let graph = own.capture(|| blender.step(&plan))?;
-        plan.update(second_placed.inputs(), own.stream())?;
+        plan.update(second_uploaded.inputs(), own.stream())?;
         own.launch(&graph);
         own.launch(&graph);
         let saved = blender.save()?;
         drop((graph, plan));
-        first_placed.fetch();
-        second_placed.fetch();
+        first_uploaded.fetch();
+        second_uploaded.fetch();
         let mut caller = face.blender(3)?;
         face.run(&mut caller, &mut called, |blender, plan| {
             blender.step(plan)?;
@@ -109,10 +109,10 @@ fn drops_do_not_invalidate_captures() -> Outcome {
     alone_on_cuda(|face| {
         let own = OwnStream::default();
         let (mut all, mut others) = (tensors(98, 0), tensors(99, 0));
-        let (mut placed, mut other_placed) = (face.place(&mut all), face.place(&mut others));
+        let (mut uploaded, mut other_uploaded) = (face.upload(&mut all), face.upload(&mut others));
         let (mut blender, mut other) = (face.blender(3)?, face.blender(3)?);
         blender.stream = own.stream();
-        let (plan, other_plan) = (blender.plan(placed.inputs())?, other.plan(other_placed.inputs())?);
+        let (plan, other_plan) = (blender.plan(uploaded.inputs())?, other.plan(other_uploaded.inputs())?);
         other.step(&other_plan)?;
         own.capture(|| {
             drop((other, other_plan));
@@ -136,8 +136,8 @@ fn what_cannot_be_captured_is_rejected() -> Outcome {
         blender.stream = own.stream();
         face.run(&mut caller, &mut called, TestBlender::step)?;
         let saved = blender.save()?;
-        let (mut placed, mut other_placed) = (face.place(&mut all), face.place(&mut others));
-        let mut plan = blender.plan(placed.inputs())?;
+        let (mut uploaded, mut other_uploaded) = (face.upload(&mut all), face.upload(&mut others));
+        let mut plan = blender.plan(uploaded.inputs())?;
         let mut host = tensors(96, 0);
         // A device that cannot read the host's memory rejects slices altogether.
         let of_slices = blender.plan(host.iter_mut().map(|tensor| Input::Slices(tensor.grads())).collect()).ok();
@@ -146,7 +146,7 @@ fn what_cannot_be_captured_is_rejected() -> Outcome {
             capturing(blender.second_moments());
             capturing(blender.save());
             capturing(blender.load(&saved));
-            capturing(plan.update(other_placed.inputs(), own.stream()));
+            capturing(plan.update(other_uploaded.inputs(), own.stream()));
             if let Some(of_slices) = &of_slices {
                 capturing(blender.step(of_slices));
             }
@@ -156,7 +156,7 @@ fn what_cannot_be_captured_is_rejected() -> Outcome {
         own.launch(&graph);
         assert_eq!(blender.save()?, caller.save()?);
         drop((graph, plan, of_slices));
-        placed.fetch();
+        uploaded.fetch();
         assert_eq!(blends(&all), blends(&called), "the plan keeps its addresses");
         Ok(())
     })
@@ -172,9 +172,9 @@ fn captures_do_not_forbid_other_work() -> Outcome {
         blender.stream = own.stream();
         face.run(&mut caller, &mut called, TestBlender::step)?;
         caller.stream = other.stream();
-        let (mut placed, mut more_placed) = (face.place(&mut all), face.place(&mut more));
-        let plan = blender.plan(placed.inputs())?;
-        let inputs = more_placed.inputs();
+        let (mut uploaded, mut more_uploaded) = (face.upload(&mut all), face.upload(&mut more));
+        let plan = blender.plan(uploaded.inputs())?;
+        let inputs = more_uploaded.inputs();
         let mut made = None;
         let graph = own.capture(|| {
             let mut second = face.blender(3)?;

@@ -1,4 +1,4 @@
-//! Invalid input: every error is provoked by name and leaves everything as it was.
+//! Invalid input: a rejected call returns the expected error and leaves everything as it was.
 
 use gradblend::{Average, Blender, Config, DType, Device, Error, Pass, Policy, Role, TensorGrads, f16};
 use gradblend_testkit::{
@@ -12,6 +12,7 @@ gradblend_testkit::tests! {
 
 const A: [f32; 4] = [1.0, 2.0, 3.0, 4.0];
 
+/// A search of the sources: no variant of [`Error`] is missing from the tests. That they provoke it is theirs to check.
 #[test]
 fn every_error_is_named_in_a_test() {
     let source = include_str!("../src/error.rs");
@@ -34,7 +35,7 @@ fn every_error_is_named_in_a_test() {
     for variant in variants {
         // With its fields, or before the end of an argument.
         let named = [" {", ",", ")"].iter().any(|end| tests.contains(&format!("Error::{variant}{end}")));
-        assert!(named, "no test provokes Error::{variant}");
+        assert!(named, "no test names Error::{variant}");
     }
 }
 
@@ -93,7 +94,7 @@ fn slices() -> Outcome {
 }
 
 /// Three tensors of 4 f32 and two modalities. Each buffer has 64 bytes of `memory` for itself.
-struct World {
+struct Fixture {
     memory: Vec<[f32; 16]>,
     blender: TestBlender,
     plan: Option<TestPlan<'static>>,
@@ -116,22 +117,22 @@ use Address::{At, Number};
 /// What happens to tensor 1: the buffer of a role moves to an address.
 type Change = (usize, Address);
 
-impl World {
+impl Fixture {
     fn new(face: Face) -> Result<Self> {
         let mut random = Random(61);
         let memory = (0..15).map(|_| [(); 16].map(|()| random.number() as f32)).collect();
-        let mut world =
-            World { memory, blender: face.blender_with(Config { threads: 1, ..Config::new(2) })?, plan: None };
-        let inputs = world.inputs(&[]);
-        let mut plan = world.blender.plan(inputs)?;
+        let mut fixture =
+            Fixture { memory, blender: face.blender_with(Config { threads: 1, ..Config::new(2) })?, plan: None };
+        let inputs = fixture.inputs(&[]);
+        let mut plan = fixture.blender.plan(inputs)?;
         for _ in 0..3 {
-            world.blender.step(&plan)?;
+            fixture.blender.step(&plan)?;
         }
-        world.blender.reweight()?;
-        world.blender.dot(&plan)?;
-        plan.update(world.inputs(&[]), world.blender.stream)?;
-        world.plan = Some(plan);
-        Ok(world)
+        fixture.blender.reweight()?;
+        fixture.blender.dot(&plan)?;
+        plan.update(fixture.inputs(&[]), fixture.blender.stream)?;
+        fixture.plan = Some(plan);
+        Ok(fixture)
     }
 
     fn address(&mut self, address: Address) -> usize {
@@ -181,7 +182,7 @@ impl World {
 }
 
 fn buffers(face: Face) -> Outcome {
-    let mut world = World::new(face)?;
+    let mut fixture = Fixture::new(face)?;
     let role = |role| match role {
         TRAIN => Role::Train,
         VALID => Role::Valid,
@@ -190,18 +191,18 @@ fn buffers(face: Face) -> Outcome {
     };
     for missing in [TRAIN, VALID] {
         let want = Error::Unpaired { tensor: 1, missing: role(missing) };
-        world.check(&[(missing, Number(0))], &want, &format!("tensor 1|{} is absent", role(missing)))?;
+        fixture.check(&[(missing, Number(0))], &want, &format!("tensor 1|{} is absent", role(missing)))?;
     }
     for (index, bytes) in [(TRAIN, 1), (VALID, 2), (FIRST, 3), (SECOND, 1), (BLENDED, 2)] {
         let to = At(1, index, bytes);
-        let (role, address) = (role(index), world.address(to) as u64);
+        let (role, address) = (role(index), fixture.address(to) as u64);
         let want = Error::Misaligned { tensor: 1, role, address, alignment: 4 };
-        world.check(&[(index, to)], &want, &format!("tensor 1|{role}|{address:#x}|4 bytes"))?;
+        fixture.check(&[(index, to)], &want, &format!("tensor 1|{role}|{address:#x}|4 bytes"))?;
     }
     for (index, address) in [(TRAIN, usize::MAX - 15), (SECOND, usize::MAX - 3), (BLENDED, usize::MAX - 11)] {
         let role = role(index);
         let want = Error::OutOfRange { tensor: 1, role, address: address as u64, len: 4 };
-        world.check(&[(index, Number(address))], &want, &format!("tensor 1|{role}|past the end of memory"))?;
+        fixture.check(&[(index, Number(address))], &want, &format!("tensor 1|{role}|past the end of memory"))?;
     }
     // The moved buffer and its new address; the tensor whose blended gradient overlaps which buffer of which tensor.
     for (index, to, tensor, other, other_tensor) in [
@@ -220,18 +221,18 @@ fn buffers(face: Face) -> Outcome {
     ] {
         let want = Error::Overlap { tensor, other: role(other), other_tensor };
         let words = format!("tensor {tensor}: blended gradient overlaps|{}|tensor {other_tensor}", role(other));
-        world.check(&[(index, to)], &want, &words)?;
+        fixture.check(&[(index, to)], &want, &words)?;
     }
     // In place of two modalities at once.
     let want = Error::Overlap { tensor: 1, other: Role::Modality(1), other_tensor: 1 };
-    world.check(&[(FIRST, At(1, SECOND, 0)), (BLENDED, At(1, SECOND, 0))], &want, "modality 1")?;
+    fixture.check(&[(FIRST, At(1, SECOND, 0)), (BLENDED, At(1, SECOND, 0))], &want, "modality 1")?;
     Ok(())
 }
 
 /// What resembles an overlap and is none. The plan runs.
 fn accepted_buffers(face: Face) -> Outcome {
-    let mut world = World::new(face)?;
-    let memory = world.memory.clone();
+    let mut fixture = Fixture::new(face)?;
+    let memory = fixture.memory.clone();
     for change in [
         (BLENDED, At(1, FIRST, 0)),
         (BLENDED, At(1, SECOND, 0)),
@@ -243,52 +244,52 @@ fn accepted_buffers(face: Face) -> Outcome {
         (SECOND, Number(0)),
         (BLENDED, Number(0)),
     ] {
-        let (inputs, again, stream) = (world.inputs(&[change]), world.inputs(&[change]), world.blender.stream);
-        world.blender.plan(inputs)?;
-        let plan = world.plan.as_mut().ok_or("no plan")?;
+        let (inputs, again, stream) = (fixture.inputs(&[change]), fixture.inputs(&[change]), fixture.blender.stream);
+        fixture.blender.plan(inputs)?;
+        let plan = fixture.plan.as_mut().ok_or("no plan")?;
         plan.update(again, stream)?;
-        world.blender.step(plan)?;
-        world.memory.copy_from_slice(&memory);
+        fixture.blender.step(plan)?;
+        fixture.memory.copy_from_slice(&memory);
     }
     // An empty tensor overlaps nothing.
-    let at = world.address(At(0, BLENDED, 0));
-    let mut inputs = world.inputs(&[]);
+    let at = fixture.address(At(0, BLENDED, 0));
+    let mut inputs = fixture.inputs(&[]);
     // SAFETY: no elements.
     inputs.push(unsafe { Input::at(0, DType::F32, at, at, &[at, 0], at) });
-    world.blender.plan(inputs)?;
+    fixture.blender.plan(inputs)?;
     Ok(())
 }
 
 fn lengths_and_dtypes(face: Face) -> Outcome {
-    let mut world = World::new(face)?;
-    let stream = world.blender.stream;
-    let changed = |world: &mut World, len: u64, dtype: DType| {
-        let mut inputs = world.inputs(&[]);
+    let mut fixture = Fixture::new(face)?;
+    let stream = fixture.blender.stream;
+    let changed = |fixture: &mut Fixture, len: u64, dtype: DType| {
+        let mut inputs = fixture.inputs(&[]);
         if let Input::Addresses(addresses) = &mut inputs[1] {
             (addresses.len, addresses.dtype) = (len, dtype);
         }
         inputs
     };
     for len in [1 << 61, 1 << 62, 1 << 63, u64::MAX] {
-        let address = world.address(At(1, TRAIN, 0)) as u64;
+        let address = fixture.address(At(1, TRAIN, 0)) as u64;
         let want = Error::OutOfRange { tensor: 1, role: Role::Train, address, len };
-        let inputs = changed(&mut world, len, DType::F32);
-        rejected(world.blender.plan(inputs), &want, "tensor 1|train gradient");
+        let inputs = changed(&mut fixture, len, DType::F32);
+        rejected(fixture.blender.plan(inputs), &want, "tensor 1|train gradient");
     }
     for len in [0, 3, 5] {
-        let inputs = changed(&mut world, len, DType::F32);
+        let inputs = changed(&mut fixture, len, DType::F32);
         let want = Error::Length { tensor: 1, role: Role::Train, expected: 4, got: len };
-        let plan = world.plan.as_mut().ok_or("no plan")?;
+        let plan = fixture.plan.as_mut().ok_or("no plan")?;
         rejected(plan.update(inputs, stream), &want, &format!("tensor 1|{len} elements, expected 4"));
     }
-    let inputs = changed(&mut world, 4, DType::BF16);
+    let inputs = changed(&mut fixture, 4, DType::BF16);
     let want = Error::MixedDTypes { tensor: 1, role: Role::Train, expected: "f32", got: "bf16" };
-    rejected(world.plan.as_mut().ok_or("no plan")?.update(inputs, stream), &want, "tensor 1|bf16|f32");
+    rejected(fixture.plan.as_mut().ok_or("no plan")?.update(inputs, stream), &want, "tensor 1|bf16|f32");
     for got in [0, 1, 2, 4] {
-        let mut inputs = world.inputs(&[]);
-        inputs.extend(world.inputs(&[]));
+        let mut inputs = fixture.inputs(&[]);
+        inputs.extend(fixture.inputs(&[]));
         inputs.truncate(got);
-        let plan = world.plan.as_mut().ok_or("no plan")?;
+        let plan = fixture.plan.as_mut().ok_or("no plan")?;
         rejected(plan.update(inputs, stream), &Error::PlanTensors { expected: 3, got }, "plan's 3 tensors");
     }
     Ok(())
@@ -325,8 +326,8 @@ fn plans(face: Face) -> Outcome {
     let (mut own, mut other, mut three) = (face.blender(2)?, face.blender(2)?, face.blender(3)?);
     let mut tensors = [Tensor::<f32>::random(&mut Random(61), 4, 2, 0, 0)];
     let before = tensors.clone();
-    let mut placed = face.place(&mut tensors);
-    let plan = own.plan(placed.inputs())?;
+    let mut uploaded = face.upload(&mut tensors);
+    let plan = own.plan(uploaded.inputs())?;
     let saved = [own.save()?, other.save()?, three.save()?];
     for blender in [&mut other, &mut three] {
         for result in
@@ -341,7 +342,7 @@ fn plans(face: Face) -> Outcome {
     if !face.c {
         rejected(own.dot(&released), &Error::ReleasedPlan, "released");
     }
-    placed.fetch();
+    uploaded.fetch();
     tensors[0].check_blend(&before[0], &[0.5; 2], false, "the plan runs as it was");
     assert_eq!(bits(&tensors[0].train), bits(&before[0].train));
     // Neither a plan of a dropped blender nor one of its successor's memory is taken for the other's.

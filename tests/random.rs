@@ -1,10 +1,10 @@
-//! Random runs: each pass against the oracle, and bit for bit against the same work done operation by operation, at other
-//! addresses, with other threads, and after a stop and a start from a saved state.
+//! Random runs: each pass against the oracle, and bit for bit against the same work done operation by operation, at
+//! other addresses, with other threads, and after a stop and a start from a saved state.
 
 use gradblend::{Average, Cadence, Config, Negative, Overfitting, Pass, Policy, bf16, f16};
 use gradblend_testkit::proptest::prelude::*;
 use gradblend_testkit::{
-    Face, Moments, Outcome, Output, Random, Result, Sample, Sums, Tensor, TestBlender, TestPlan, property,
+    DeviceArray, Face, Moments, Outcome, Output, Random, Result, Sample, Sums, Tensor, TestBlender, TestPlan, property,
 };
 
 gradblend_testkit::tests! {
@@ -21,7 +21,7 @@ struct Shape {
     /// 0: not blended. 1 or 2: in place of a random modality, if it is present. Else: blended.
     output: usize,
     /// Once in a while one element is not finite.
-    is_spoilt: bool,
+    has_nonfinite: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -73,13 +73,13 @@ fn runs() -> impl Strategy<Value = Run> {
     let absent = prop_oneof![2 => Just(0_usize), 1 => Just(3)];
     let has_products = once_in(5).prop_map(|lacks| !lacks);
     let shape = (len, 0..3_usize, has_products, absent, 0..6_usize, once_in(60)).prop_map(
-        |(len, dtype, has_products, absent, output, is_spoilt)| Shape {
+        |(len, dtype, has_products, absent, output, has_nonfinite)| Shape {
             len,
             dtype,
             has_products,
             absent,
             output,
-            is_spoilt,
+            has_nonfinite,
         },
     );
     let usual = prop::sample::select(vec![1.0, 3.0, 0.125, -65536.0]);
@@ -155,7 +155,7 @@ impl Shape {
             1 | 2 if tensor.modalities[modality].is_some() => Output::InPlace(modality),
             _ => Output::Blended,
         };
-        if self.is_spoilt && self.len > 0 {
+        if self.has_nonfinite && self.len > 0 {
             let (bad, element) = (random.pick(&[f64::NAN, f64::NEG_INFINITY]), random.below(self.len));
             let which = random.below(2 + tensor.present());
             tensor.inputs().skip(which).take(1).for_each(|buffer| buffer[element] = T::round(bad));
@@ -206,7 +206,7 @@ struct Side {
 impl Side {
     fn run(&mut self, operation: impl FnOnce(&mut TestBlender, &TestPlan<'_>) -> Result<()>) -> Result<()> {
         let Mixed { f32s, f16s, bf16s } = &mut self.tensors;
-        let (mut f32s, mut f16s, mut bf16s) = (self.face.place(f32s), self.face.place(f16s), self.face.place(bf16s));
+        let (mut f32s, mut f16s, mut bf16s) = (self.face.upload(f32s), self.face.upload(f16s), self.face.upload(bf16s));
         let mut inputs = f32s.inputs();
         inputs.extend(f16s.inputs());
         inputs.extend(bf16s.inputs());
@@ -239,91 +239,148 @@ fn comparable<T: Sample>(elements: &[T]) -> Vec<u32> {
     elements.iter().map(|x| if x.exact().is_nan() { u32::MAX } else { x.bits() }).collect()
 }
 
-fn random_runs(face: Face) -> Outcome {
-    property(if face.cuda { 40 } else { 200 }, runs(), |run| {
+/// Two blenders with the same history: `whole` does each pass at once, `apart` does its operations one by one. And what
+/// the oracle expects of both.
+struct Pair<'a> {
+    config: Config,
+    random: Random,
+    scale: &'a DeviceArray<f32>,
+    scale_in_force: f32,
+    whole: Side,
+    apart: Side,
+    pending: Sums,
+    moments: Moments,
+}
+
+impl<'a> Pair<'a> {
+    fn new(face: Face, run: &Run, scale: &'a DeviceArray<f32>) -> Result<Self> {
         let (k, config) = (run.config.modalities as usize, run.config);
         let mut random = Random(run.seed);
-        let scale = face.array(vec![1.0_f32]);
         let tensors = Mixed::new(&mut random, &run.shapes, k);
         let side = |updates| {
             let blender = face.blender_with(config)?;
             Result::Ok(Side { face, blender, tensors: tensors.clone(), plan: None, updates })
         };
-        let (mut whole, mut apart) = (side(false)?, side(true)?);
-        let (mut pending, mut moments) = (Sums::new(k), Moments::new(k, config.average));
-        let mut scale_in_force = 1.0;
+        let (whole, apart) = (side(false)?, side(true)?);
+        let (pending, moments) = (Sums::new(k), Moments::new(k, config.average));
+        Ok(Pair { config, random, scale, scale_in_force: 1.0, whole, apart, pending, moments })
+    }
+
+    fn k(&self) -> usize {
+        self.config.modalities as usize
+    }
+
+    /// Sets weights and the gradient scale, drops and moves buffers.
+    fn prepare(&mut self, round: &Round) -> Result<()> {
+        let k = self.k();
+        if round.sets_weights {
+            let weights: Vec<f64> = self.random.numbers(k).iter().map(|w| 2.0 * w).collect();
+            self.whole.blender.set_weights(&weights)?;
+            self.apart.blender.set_weights(&weights)?;
+        }
+        if let Some(value) = round.scale {
+            self.scale.set(value);
+            self.scale_in_force = value;
+            for side in [&mut self.whole, &mut self.apart] {
+                // SAFETY: `scale` outlives the blenders, and changes between calls only.
+                unsafe { side.blender.set_grad_scale(self.scale.address()) }?;
+            }
+        }
+        if round.drops {
+            let (index, buffer) = (self.random.below(3), self.random.below(1 + k));
+            self.whole.tensors.drop_buffers(index, buffer);
+            self.apart.tensors.drop_buffers(index, buffer);
+        }
+        if round.moves {
+            let random = &mut self.random;
+            each!(self.apart.tensors, tensors => for tensor in tensors {
+                *tensor = tensor.scattered(random);
+            });
+        }
+        Ok(())
+    }
+
+    /// Does a pass on both sides, and checks each operation against the oracle.
+    fn pass(&mut self, what: Pass, case: &str) -> Result<()> {
+        let step = what == Pass::DOT | Pass::BLEND | Pass::OBSERVE;
+        self.whole.run(|blender, plan| if step { blender.step(plan) } else { blender.pass(plan, what) })?;
+        let before = self.apart.tensors.clone();
+        let apart = &mut self.apart;
+        if what.contains(Pass::DOT) {
+            apart.run(TestBlender::dot)?;
+            each!(apart.tensors, tensors => tensors.iter().for_each(|tensor| self.pending.add(tensor)));
+        }
+        self.pending.check(&apart.blender.pending()?, case);
+        if what.contains(Pass::BLEND) {
+            let weights = apart.blender.weights()?;
+            let accumulates = what.contains(Pass::ACCUMULATE);
+            apart.run(if accumulates { TestBlender::accumulate } else { TestBlender::blend })?;
+            check_blends(&apart.tensors, &before, &weights, accumulates, case);
+        }
+        if what.contains(Pass::OBSERVE) {
+            self.moments.observe(&apart.blender.pending()?, self.scale_in_force);
+            apart.blender.observe()?;
+            self.pending = Sums::new(self.k());
+        }
+        Ok(())
+    }
+
+    fn reweight_and_reset(&mut self, round: &Round) -> Result<()> {
+        for side in [&mut self.whole, &mut self.apart] {
+            if round.reweights {
+                side.blender.reweight()?;
+            }
+            if round.resets {
+                let weights = side.blender.report()?.weights;
+                side.blender.reset()?;
+                assert_eq!(side.blender.report()?.weights, weights);
+            }
+        }
+        if round.resets {
+            (self.pending, self.moments) = (Sums::new(self.k()), Moments::new(self.k(), self.config.average));
+        }
+        Ok(())
+    }
+
+    /// Checks that both sides have the same state and the same blended gradients.
+    fn compare(&mut self, case: &str) -> Result<()> {
+        let (whole, apart) = (&mut self.whole, &mut self.apart);
+        self.moments.check(&apart.blender.report()?, &apart.blender.second_moments()?, case);
+        assert_eq!(whole.blender.save()?, apart.blender.save()?, "{case}");
+        each!(whole.tensors, apart.tensors, tensors, others => for (tensor, other) in tensors.iter().zip(others) {
+            assert_eq!(comparable(tensor.written()), comparable(other.written()), "{case}");
+        });
+        Ok(())
+    }
+
+    /// Replaces `apart` with a new blender that restores its state. The gradient scale is not part of a state.
+    fn restart(&mut self) -> Result<()> {
+        let saved = self.apart.blender.save()?;
+        let threads = 1 + self.random.below(2) as u32;
+        let mut blender = self.apart.face.blender_with(Config { threads, ..self.config })?;
+        blender.load(&saved)?;
+        let no_scale = self.scale_in_force == 1.0;
+        let scale = if no_scale { std::ptr::null() } else { self.scale.address().cast_const() };
+        // SAFETY: `scale` outlives the blender and is not written during an observation; NULL is a scale of 1.
+        unsafe { blender.set_grad_scale(scale) }?;
+        assert_eq!(blender.save()?, saved);
+        (self.apart.blender, self.apart.plan) = (blender, None);
+        Ok(())
+    }
+}
+
+fn random_runs(face: Face) -> Outcome {
+    property(if face.cuda { 40 } else { 200 }, runs(), |run| {
+        let scale = face.array(vec![1.0_f32]);
+        let mut pair = Pair::new(face, &run, &scale)?;
         for (i, round) in run.rounds.iter().enumerate() {
             let case = format!("round {i}");
-            if round.sets_weights {
-                let weights: Vec<f64> = random.numbers(k).iter().map(|w| 2.0 * w).collect();
-                whole.blender.set_weights(&weights)?;
-                apart.blender.set_weights(&weights)?;
-            }
-            if let Some(value) = round.scale {
-                scale.set(value);
-                scale_in_force = value;
-                for side in [&mut whole, &mut apart] {
-                    // SAFETY: `scale` outlives the blenders, and changes between calls only.
-                    unsafe { side.blender.set_grad_scale(scale.address()) }?;
-                }
-            }
-            if round.drops {
-                let (index, buffer) = (random.below(3), random.below(1 + k));
-                whole.tensors.drop_buffers(index, buffer);
-                apart.tensors.drop_buffers(index, buffer);
-            }
-            if round.moves {
-                each!(apart.tensors, tensors => tensors.iter_mut().for_each(|tensor| *tensor = tensor.scattered(&mut random)));
-            }
-            let what = Pass::from_bits_retain(round.what);
-            let step = what == Pass::DOT | Pass::BLEND | Pass::OBSERVE;
-            whole.run(|blender, plan| if step { blender.step(plan) } else { blender.pass(plan, what) })?;
-            let before = apart.tensors.clone();
-            if what.contains(Pass::DOT) {
-                apart.run(TestBlender::dot)?;
-                each!(apart.tensors, tensors => tensors.iter().for_each(|tensor| pending.add(tensor)));
-            }
-            pending.check(&apart.blender.pending()?, &case);
-            if what.contains(Pass::BLEND) {
-                let weights = apart.blender.weights()?;
-                let accumulates = what.contains(Pass::ACCUMULATE);
-                apart.run(if accumulates { TestBlender::accumulate } else { TestBlender::blend })?;
-                check_blends(&apart.tensors, &before, &weights, accumulates, &case);
-            }
-            if what.contains(Pass::OBSERVE) {
-                moments.observe(&apart.blender.pending()?, scale_in_force);
-                apart.blender.observe()?;
-                pending = Sums::new(k);
-            }
-            for side in [&mut whole, &mut apart] {
-                if round.reweights {
-                    side.blender.reweight()?;
-                }
-                if round.resets {
-                    let weights = side.blender.report()?.weights;
-                    side.blender.reset()?;
-                    assert_eq!(side.blender.report()?.weights, weights);
-                    (pending, moments) = (Sums::new(k), Moments::new(k, config.average));
-                }
-            }
-            moments.check(&apart.blender.report()?, &apart.blender.second_moments()?, &case);
-            assert_eq!(whole.blender.save()?, apart.blender.save()?, "{case}");
-            each!(whole.tensors, apart.tensors, tensors, others => for (tensor, other) in tensors.iter().zip(others) {
-                assert_eq!(comparable(tensor.written()), comparable(other.written()), "{case}");
-            });
+            pair.prepare(round)?;
+            pair.pass(Pass::from_bits_retain(round.what), &case)?;
+            pair.reweight_and_reset(round)?;
+            pair.compare(&case)?;
             if round.restarts {
-                // The scale is not part of the state.
-                let saved = apart.blender.save()?;
-                let threads = 1 + random.below(2) as u32;
-                let mut blender = face.blender_with(Config { threads, ..config })?;
-                blender.load(&saved)?;
-                // SAFETY: `scale` outlives the blender and is not written during an observation; NULL is a scale of 1.
-                unsafe {
-                    let none = scale_in_force == 1.0;
-                    blender.set_grad_scale(if none { std::ptr::null() } else { scale.address().cast_const() })?;
-                }
-                assert_eq!(blender.save()?, saved);
-                (apart.blender, apart.plan) = (blender, None);
+                pair.restart()?;
             }
         }
         Ok(())

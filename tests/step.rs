@@ -118,20 +118,20 @@ fn released_and_updated<T: Sample>(face: Face) -> Outcome {
     for round in 0..4 {
         let mut tensors: Vec<Tensor<T>> = (0..3).map(|i| Tensor::random(&mut random, 500 * i, 2, round, 2)).collect();
         let mut twins = tensors.clone();
-        let mut placed = face.place(&mut tensors);
+        let mut uploaded = face.upload(&mut tensors);
         let plan = match released.take() {
-            None => reused.plan(placed.inputs())?,
+            None => reused.plan(uploaded.inputs())?,
             Some(mut plan) => {
                 if !face.c {
                     rejected(reused.step(&plan), &gradblend::Error::ReleasedPlan, "update it");
                 }
-                plan.update(placed.inputs(), reused.stream)?;
+                plan.update(uploaded.inputs(), reused.stream)?;
                 plan
             }
         };
         reused.step(&plan)?;
         released = Some(plan.release());
-        placed.fetch();
+        uploaded.fetch();
         face.run(&mut fresh, &mut twins, TestBlender::step)?;
         for (tensor, twin) in tensors.iter().zip(&twins) {
             assert_eq!(bits(&tensor.blended), bits(&twin.blended));

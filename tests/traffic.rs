@@ -160,11 +160,11 @@ fn calls_launch_once_and_do_not_wait() -> Outcome {
         let mut random = Random(203);
         let mut tensors: Vec<Tensor<f32>> = (0..30).map(|i| Tensor::random(&mut random, 999 * i, 4, 0, 3)).collect();
         let mut others = tensors.clone();
-        let (mut placed, mut other_placed) = (FACE.place(&mut tensors), FACE.place(&mut others));
+        let (mut uploaded, mut other_uploaded) = (FACE.upload(&mut tensors), FACE.upload(&mut others));
         let own = OwnStream::default();
         let mut blender = FACE.blender(4)?;
         blender.stream = own.stream();
-        let (mut plan, empty) = (blender.plan(placed.inputs())?, blender.plan(Vec::new())?);
+        let (mut plan, empty) = (blender.plan(uploaded.inputs())?, blender.plan(Vec::new())?);
         let names = ["launches", "copies", "waits", "allocations", "frees"];
         let operations: [(&str, Operation); 9] = [
             ("dot", TestBlender::dot),
@@ -183,7 +183,7 @@ fn calls_launch_once_and_do_not_wait() -> Outcome {
                 assert_eq!(counts, [1, 0, 0, 0, 0], "{name}, {which}: {names:?}");
             }
         }
-        let inputs = other_placed.inputs();
+        let inputs = other_uploaded.inputs();
         let [launches, copies, waits, allocations, frees] =
             emulator.counted(names, || plan.update(inputs, own.stream()))?;
         assert_eq!([launches, waits, allocations, frees], [0; 4], "update");
@@ -237,8 +237,8 @@ fn nothing_leaks() -> Outcome {
             let mut blender = FACE.blender(3)?;
             blender.stream = own.stream();
             let mut tensors = [Tensor::<f32>::random(&mut Random(205), 5000, 3, 0, 0)];
-            let mut placed = FACE.place(&mut tensors);
-            let (plan, other) = (blender.plan(placed.inputs())?, blender.plan(Vec::new())?);
+            let mut uploaded = FACE.upload(&mut tensors);
+            let (plan, other) = (blender.plan(uploaded.inputs())?, blender.plan(Vec::new())?);
             blender.step(&plan)?;
             if plan_first {
                 drop((plan.release(), other, blender));
@@ -246,7 +246,7 @@ fn nothing_leaks() -> Outcome {
                 drop(blender);
                 drop((plan, other));
             }
-            drop(placed);
+            drop(uploaded);
             assert_eq!(names.map(|name| emulator.count(name)), before, "plan first: {plan_first}");
         }
         Ok(())
@@ -261,19 +261,19 @@ fn drops_wait_for_what_uses_them() -> Outcome {
         let (compute, copies) = (OwnStream::default(), OwnStream::default());
         let mut tensors = [Tensor::<f32>::random(&mut Random(206), 5000, 3, 0, 0)];
         let (mut others, mut updates) = (tensors.clone(), tensors.clone());
-        let (mut placed, mut other_placed, mut update_placed) =
-            (FACE.place(&mut tensors), FACE.place(&mut others), FACE.place(&mut updates));
+        let (mut uploaded, mut other_uploaded, mut update_uploaded) =
+            (FACE.upload(&mut tensors), FACE.upload(&mut others), FACE.upload(&mut updates));
         let mut blender = FACE.blender(3)?;
         blender.stream = compute.stream();
         let before = emulator.count("busy_frees");
-        let first = blender.plan(placed.inputs())?;
+        let first = blender.plan(uploaded.inputs())?;
         blender.step(&first)?;
-        let mut second = blender.plan(other_placed.inputs())?;
+        let mut second = blender.plan(other_uploaded.inputs())?;
         drop(first);
         assert_eq!(emulator.count("busy_frees"), before, "another plan was made meanwhile");
-        let third = blender.plan(placed.inputs())?;
+        let third = blender.plan(uploaded.inputs())?;
         blender.step(&third)?;
-        second.update(update_placed.inputs(), copies.stream())?;
+        second.update(update_uploaded.inputs(), copies.stream())?;
         copies.synchronize();
         drop(third);
         drop(second);

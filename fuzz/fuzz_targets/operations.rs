@@ -21,8 +21,8 @@ fn tensor<T: Sample>(u: &mut Unstructured<'_>, random: &mut Random, k: usize) ->
 }
 
 fn pass<T: Sample>(blender: &mut TestBlender, tensors: &mut [Tensor<T>], what: Pass) -> Called<()> {
-    let mut placed = Face::FFI.place(tensors);
-    let plan = blender.plan(placed.inputs())?;
+    let mut uploaded = Face::FFI.upload(tensors);
+    let plan = blender.plan(uploaded.inputs())?;
     blender.pass(&plan, what)
 }
 

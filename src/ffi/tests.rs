@@ -72,9 +72,10 @@ fn field_bytes<T: bytemuck::Zeroable>(bytes: impl Fn(&T) -> usize) -> usize {
     bytes(&T::zeroed())
 }
 
-/// Records and constants of the header have the layout and values of this source, in C and in C++.
-#[test]
-fn layout() -> std::result::Result<(), Box<dyn std::error::Error>> {
+type Checked<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Assertions about the layout of each record of the header.
+fn record_assertions() -> Checked<String> {
     let mut out = String::new();
     record!(
         out,
@@ -110,30 +111,36 @@ fn layout() -> std::result::Result<(), Box<dyn std::error::Error>> {
         }
     );
     record!(out, gradblend_dlpack { managed, versioned });
+    Ok(out)
+}
+
+/// Codes of DType, Pass and Config, which are those of the kernels.
+const OF_KERNELS: [&str; 16] = [
+    "F32",
+    "F16",
+    "BF16",
+    "MEAN",
+    "EMA",
+    "UNCORRELATED",
+    "CORRELATED",
+    "CLAMP",
+    "SIGNED",
+    "ON_REQUEST",
+    "EVERY_OBSERVATION",
+    "DOT",
+    "BLEND",
+    "ACCUMULATE",
+    "OBSERVE",
+    "MAX_MODALITIES",
+];
+
+/// The constants of the header, with their values in this source.
+fn constants() -> Checked<Vec<(String, i64)>> {
     let mut constants: Vec<(String, i64)> = Vec::new();
     for (code, name) in status::NAMES.iter().enumerate() {
         constants.push((name.to_str()?.into(), code as i64));
     }
-    // The codes of DType, Pass and Config are those of the kernels.
-    let of_kernels = [
-        "F32",
-        "F16",
-        "BF16",
-        "MEAN",
-        "EMA",
-        "UNCORRELATED",
-        "CORRELATED",
-        "CLAMP",
-        "SIGNED",
-        "ON_REQUEST",
-        "EVERY_OBSERVATION",
-        "DOT",
-        "BLEND",
-        "ACCUMULATE",
-        "OBSERVE",
-        "MAX_MODALITIES",
-    ];
-    for (name, value) in abi::CONSTANTS.iter().filter(|(name, _)| of_kernels.contains(name)) {
+    for (name, value) in abi::CONSTANTS.iter().filter(|(name, _)| OF_KERNELS.contains(name)) {
         constants.push((format!("GRADBLEND_{name}"), *value as i64));
     }
     for (name, value) in [
@@ -145,16 +152,24 @@ fn layout() -> std::result::Result<(), Box<dyn std::error::Error>> {
     ] {
         constants.push((format!("GRADBLEND_{name}"), value));
     }
-    assert_eq!(constants.len(), status::NAMES.len() + of_kernels.len() + 5);
+    assert_eq!(constants.len(), status::NAMES.len() + OF_KERNELS.len() + 5);
+    Ok(constants)
+}
+
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
+}
+
+/// Records of the header have the layout of this source, and constants its values, in C and in C++.
+#[test]
+fn layout() -> Checked<()> {
+    let (mut out, constants) = (record_assertions()?, constants()?);
     for (name, value) in &constants {
         writeln!(out, "static_assert({name} == {value}, \"{name}\");")?;
-        let bare = name.as_str();
-        let known = HEADER.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).any(|word| word == bare);
-        assert!(known, "{name} is not in the header");
+        assert!(words(HEADER).any(|word| word == name), "{name} is not in the header");
     }
     // No constant of the header is missing here.
-    let enumerators = comments_stripped(HEADER);
-    for word in enumerators.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')) {
+    for word in words(&comments_stripped(HEADER)) {
         let own = word.strip_prefix("GRADBLEND_").is_some_and(|word| word != "H" && !word.starts_with("VERSION_"));
         assert!(!own || constants.iter().any(|(name, _)| name == word), "{word} is checked nowhere");
     }
@@ -291,7 +306,7 @@ fn last() -> String {
 
 /// A panic does not cross the C ABI, and its blender is not used again.
 #[test]
-fn panics() -> std::result::Result<(), Box<dyn std::error::Error>> {
+fn panics() -> Checked<()> {
     let mut blender = std::ptr::null_mut();
     // SAFETY: the addresses are those of values of the right types.
     unsafe {

@@ -205,9 +205,9 @@ impl TestBlender {
     /// As for [`GradScale::from_raw`].
     pub unsafe fn set_grad_scale(&mut self, scale: *const f32) -> Result<()> {
         match &mut self.api {
-            // SAFETY: the caller's promise.
+            // SAFETY: as `from_raw` asks, `scale` is NULL or stays alive and unwritten while observations read it.
             Api::Rust(blender) => Ok(blender.set_grad_scale(unsafe { GradScale::from_raw(scale) })?),
-            // SAFETY: a handle, and the caller's promise.
+            // SAFETY: a live handle, and `scale` as for `from_raw`.
             Api::C(blender) => Failure::check(unsafe { ffi::gradblend_set_grad_scale(blender.0, scale) }),
         }
     }

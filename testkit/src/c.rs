@@ -76,7 +76,7 @@ pub(crate) unsafe fn from_dlpack(
         blended: unwritten.cast_mut(),
     };
     let (k, v, out) = (modalities.len() as u32, gradients.as_ptr(), addresses.as_mut_ptr());
-    // SAFETY: records of the right types and room for K addresses and one tensor; the rest is the caller's promise.
+    // SAFETY: records of the right types and room for K addresses and one tensor; the DLPack records are live, as this function asks.
     let status = unsafe { ffi::gradblend_tensor_from_dlpack(device, k, &train, &valid, v, &blended, out, &mut tensor) };
     if status != 0 {
         let same = (tensor.len, tensor.dtype, tensor.train, tensor.valid, tensor.blended);

@@ -30,7 +30,7 @@ pub fn on_cuda_through_c(body: impl FnOnce(Face) -> Outcome) -> Outcome {
 fn on_device(face: Face, body: impl FnOnce(Face) -> Outcome) -> Outcome {
     match Device::cuda(0) {
         Ok(_) => body(face),
-        Err(Error::NoDriver { .. } | Error::NoDevice { .. }) if !required() => {
+        Err(Error::NoDriver { .. } | Error::NoDevice { .. }) if !is_set("GRADBLEND_REQUIRE_CUDA") => {
             skip("no CUDA device");
             Ok(())
         }
@@ -38,8 +38,17 @@ fn on_device(face: Face, body: impl FnOnce(Face) -> Outcome) -> Outcome {
     }
 }
 
-fn required() -> bool {
-    std::env::var("GRADBLEND_REQUIRE_CUDA").is_ok_and(|value| value == "1")
+fn is_set(variable: &str) -> bool {
+    std::env::var(variable).is_ok_and(|value| value == "1")
+}
+
+/// Skips a test that needs a part of the emulator which is missing, or fails if `GRADBLEND_REQUIRE_EMULATOR` is 1.
+pub fn without_emulator(missing: &str) -> Outcome {
+    if is_set("GRADBLEND_REQUIRE_EMULATOR") {
+        return Err(format!("GRADBLEND_REQUIRE_EMULATOR is 1, but {missing}").into());
+    }
+    skip(missing);
+    Ok(())
 }
 
 /// Reports that a test is skipped, past the output capture of the test harness.
@@ -89,7 +98,7 @@ pub fn current_context() -> sys::CUcontext {
 pub(crate) unsafe fn read<N: Copy>(from: *const N, len: usize) -> Vec<N> {
     let mut numbers: Vec<N> = Vec::with_capacity(len);
     let (to, bytes) = (numbers.as_mut_ptr(), len * size_of::<N>());
-    // SAFETY: `numbers` has room for `bytes` bytes, and `from` has as many by the caller's promise.
+    // SAFETY: `numbers` has room for `bytes` bytes, and `from` has as many on the device.
     unsafe {
         with_context(|| check(sys::cuMemcpyDtoH_v2(to.cast(), from as u64, bytes)));
         numbers.set_len(len);
@@ -101,7 +110,7 @@ pub(crate) unsafe fn read<N: Copy>(from: *const N, len: usize) -> Vec<N> {
 /// `to` has room for the numbers in memory of the device, which only work on the default stream uses.
 pub(crate) unsafe fn write<N: Copy>(to: *mut N, numbers: &[N]) {
     let bytes = std::mem::size_of_val(numbers);
-    // SAFETY: `numbers` has `bytes` bytes, and `to` has room for as many by the caller's promise.
+    // SAFETY: `numbers` has `bytes` bytes, and `to` has room for as many on the device.
     with_context(|| unsafe {
         check(sys::cuMemcpyHtoD_v2(to as u64, numbers.as_ptr().cast(), bytes));
         // A copy from pageable memory may return before it ends, and other streams do not wait for the default one.
@@ -322,12 +331,12 @@ pub fn alone_on_cuda(body: impl FnOnce(Face) -> Outcome) -> Outcome {
     on_cuda(body)
 }
 
-/// Runs a body with the emulator, alone and with the settings that it starts with. It is skipped on any other driver.
+/// Runs a body with the emulator, alone and with the settings that it starts with. On any other driver the body is
+/// skipped, or fails if `GRADBLEND_REQUIRE_EMULATOR` is 1.
 pub fn on_emulator(body: impl FnOnce(Emulator) -> Outcome) -> Outcome {
     alone_on_cuda(|_| {
         let Some(emulator) = Emulator::find() else {
-            skip("the driver is not the emulator");
-            return Ok(());
+            return without_emulator("the driver is not the emulator");
         };
         emulator.reset();
         let outcome = body(emulator);

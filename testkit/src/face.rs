@@ -80,17 +80,17 @@ impl Face {
         blended: Option<Dlpack>,
     ) -> Result<Input<'static>> {
         if self.c {
-            // SAFETY: the caller's promises.
+            // SAFETY: as `TensorGrads::from_dlpack` asks, the records are live, and so is what they describe.
             return unsafe { c::from_dlpack(device, train, valid, modalities, blended) }.map(Input::Addresses);
         }
         let device = if device < 0 { Device::cpu() } else { Device::cuda(device)? };
-        // SAFETY: the caller's promises.
+        // SAFETY: as `TensorGrads::from_dlpack` asks, the records are live, and so is what they describe.
         Ok(Input::Slices(unsafe { TensorGrads::from_dlpack(&device, train, valid, modalities, blended) }?))
     }
 
-    /// Puts the buffers of tensors where the device can reach them.
-    pub fn place<T: Sample>(self, tensors: &mut [Tensor<T>]) -> Placed<'_, T> {
-        Placed {
+    /// Copies the buffers of tensors to the device; the CPU uses them where they are.
+    pub fn upload<T: Sample>(self, tensors: &mut [Tensor<T>]) -> Uploaded<'_, T> {
+        Uploaded {
             face: self,
             #[cfg(feature = "cuda")]
             device: self.cuda.then(|| tensors.iter().map(cuda::DeviceTensor::of).collect()),
@@ -105,11 +105,11 @@ impl Face {
         tensors: &mut [Tensor<T>],
         operation: impl FnOnce(&mut TestBlender, &TestPlan<'_>) -> Result<()>,
     ) -> Result<()> {
-        let mut placed = self.place(tensors);
-        let plan = blender.plan(placed.inputs())?;
+        let mut uploaded = self.upload(tensors);
+        let plan = blender.plan(uploaded.inputs())?;
         operation(blender, &plan)?;
         drop(plan);
-        placed.fetch();
+        uploaded.fetch();
         Ok(())
     }
 
@@ -129,10 +129,10 @@ impl Face {
     pub(crate) unsafe fn read<N: Copy>(self, from: *const N, len: usize) -> Vec<N> {
         #[cfg(feature = "cuda")]
         if self.cuda {
-            // SAFETY: the caller's promise.
+            // SAFETY: `from` has `len` numbers on the device, which only the default stream writes to.
             return unsafe { cuda::read(from, len) };
         }
-        // SAFETY: the caller's promise.
+        // SAFETY: `from` has `len` numbers in host memory, and the CPU has no work pending.
         unsafe { std::slice::from_raw_parts(from, len) }.to_vec()
     }
 
@@ -141,10 +141,10 @@ impl Face {
     pub(crate) unsafe fn write<N: Copy>(self, to: *mut N, numbers: &[N]) {
         #[cfg(feature = "cuda")]
         if self.cuda {
-            // SAFETY: the caller's promise.
+            // SAFETY: `to` has room for `numbers` on the device, which only the default stream uses.
             return unsafe { cuda::write(to, numbers) };
         }
-        // SAFETY: the caller's promise.
+        // SAFETY: `to` has room for `numbers` in host memory, and is not part of them.
         unsafe { to.copy_from_nonoverlapping(numbers.as_ptr(), numbers.len()) }
     }
 }
@@ -205,7 +205,7 @@ impl Addresses {
     /// As for [`TensorGrads::from_raw`].
     pub unsafe fn grads<'a>(&self) -> TensorGrads<'a> {
         let (train, valid) = (self.train, self.valid);
-        // SAFETY: the caller's promise.
+        // SAFETY: as `from_raw` asks, each address is NULL or has `len` elements of `dtype` for as long as `'a`.
         unsafe { TensorGrads::from_raw(self.len, self.dtype, train, valid, &self.modalities, self.blended) }
     }
 }
@@ -239,14 +239,14 @@ impl<T: Sample> Tensor<T> {
 
 /// Tensors whose buffers the device of a face can reach.
 #[derive(Debug)]
-pub struct Placed<'a, T> {
+pub struct Uploaded<'a, T> {
     face: Face,
     #[cfg(feature = "cuda")]
     device: Option<Vec<cuda::DeviceTensor>>,
     tensors: &'a mut [Tensor<T>],
 }
 
-impl<T: Sample> Placed<'_, T> {
+impl<T: Sample> Uploaded<'_, T> {
     /// What a plan takes.
     pub fn inputs(&mut self) -> Vec<Input<'_>> {
         #[cfg(feature = "cuda")]
@@ -302,9 +302,9 @@ impl<N: Copy> DeviceArray<N> {
     }
 }
 
-/// Stamps test bodies on every face: `cpu::name`, `ffi::name`, `cuda::name`. Those of `each_dtype` run on every dtype too,
-/// as `cpu::f16s::name`; through the C functions, which pass a dtype on as a number, on one. Bodies of `once` also run
-/// through the C functions on CUDA; those of `host`, which use addresses of the host, never run on CUDA.
+/// Stamps test bodies on every face: `cpu::name`, `ffi::name`, `cuda::name`. Those of `each_dtype` run on every dtype
+/// too, as `cpu::f16s::name`; through the C functions, which pass a dtype on as a number, on one. Bodies of `once` also
+/// run through the C functions on CUDA; those of `host`, which use addresses of the host, never run on CUDA.
 #[macro_export]
 macro_rules! tests {
     ($(each_dtype: $($typed:ident),+ $(,)?;)? $(once: $($once:ident),+ $(,)?;)? $(host: $($host:ident),+ $(,)?;)?) => {

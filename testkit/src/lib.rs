@@ -1,7 +1,7 @@
 //! Random gradients, the f64 oracle, dtype facts, and the faces of the library that tests run through.
 //!
-//! Shared by the tests, the benchmarks, the fuzz target and the integrations. The oracle is a set of naive loops in f64
-//! and uses nothing of the library but its types.
+//! Shared by the tests, the benchmarks and the fuzz targets. The oracle is a set of naive loops in f64 and uses nothing
+//! of the library but its types.
 
 mod blender;
 pub mod c;
@@ -18,7 +18,7 @@ mod tensor;
 pub use blender::{TestBlender, TestPlan};
 #[cfg(feature = "cuda")]
 pub use cuda::{on_cuda as cuda, on_cuda_through_c as ffi_cuda};
-pub use face::{Addresses, DeviceArray, Face, Input, Placed, cpu, ffi};
+pub use face::{Addresses, DeviceArray, Face, Input, Uploaded, cpu, ffi};
 pub use failure::{Failure, Result, name, rejected, rejected_as};
 pub use oracle::{Moments, Sums};
 pub use property::property;

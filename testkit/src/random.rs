@@ -33,9 +33,4 @@ impl Random {
     pub fn pick<N: Copy>(&mut self, choices: &[N]) -> N {
         choices[self.below(choices.len())]
     }
-
-    /// True once in `n` times.
-    pub fn once_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
 }

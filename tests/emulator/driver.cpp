@@ -84,7 +84,7 @@ T *on_host(T *address, size_t bytes) {
 }
 
 void copy_later(void *to, const void *from, size_t bytes, Stream &stream) {
-    submit(stream, {COPY_NODE, [=] { memcpy(to, from, bytes); }});
+    submit(stream, [=] { memcpy(to, from, bytes); });
     count("copies");
 }
 
@@ -308,7 +308,7 @@ EXPORT int cuLaunchKernel(Function *handle, unsigned blocks, unsigned blocks_y, 
             count("blocks", blocks);
             run(name, body, blocks, threads);
         };
-        submit(get_stream(stream), {KERNEL_NODE, launch});
+        submit(get_stream(stream), launch);
         count("launches");
     });
 }
@@ -316,7 +316,7 @@ EXPORT int cuLaunchKernel(Function *handle, unsigned blocks, unsigned blocks_y, 
 // Launches a copy of `*task` as a kernel, for cublas.cpp. Its code must stay loaded.
 EXPORT int emulator_launch(void *stream, const Task *task) {
     return call(__func__, CONTEXT, [&] {
-        submit(get_stream(stream), {KERNEL_NODE, *task});
+        submit(get_stream(stream), *task);
         count("launches");
     });
 }
@@ -347,7 +347,7 @@ EXPORT int cuMemcpyHtoDAsync_v2(void *to, const void *from, size_t bytes, void *
         // Pageable host memory is read during the call.
         const char *first = static_cast<const char *>(from);
         auto copy = [=, staged = std::vector<char>(first, first + bytes)] { memcpy(to, staged.data(), bytes); };
-        submit(stream, {COPY_NODE, std::move(copy)});
+        submit(stream, std::move(copy));
         count("copies");
     });
 }
@@ -369,8 +369,13 @@ API(cuMemcpyHtoD_v2, CONTEXT, (void *to, const void *from, size_t bytes),
        copy_now(on_device(to, bytes), on_host(from, bytes), bytes))
 API(cuMemcpyDtoH_v2, CONTEXT, (void *to, const void *from, size_t bytes),
        copy_now(on_host(to, bytes), on_device(from, bytes), bytes))
-API(cuMemsetD8Async, CONTEXT, (void *to, unsigned char value, size_t bytes, void *stream),
-       (on_device(to, bytes), submit(get_stream(stream), {MEMSET_NODE, [=] { memset(to, value, bytes); }})))
+EXPORT int cuMemsetD8Async(void *to, unsigned char value, size_t bytes, void *stream) {
+    return call(__func__, CONTEXT, [&] {
+        on_device(to, bytes);
+        submit(get_stream(stream), [=] { memset(to, value, bytes); });
+        count("copies");
+    });
+}
 
 EXPORT int cuPointerGetAttribute(void *data, int attribute, void *address) {
     return call(__func__, CONTEXT, [&] {

@@ -40,14 +40,6 @@ enum : int { RESULTS(X) };
 
 using Task = std::function<void()>;
 
-// CUgraphNodeType.
-enum : int { KERNEL_NODE = 0, COPY_NODE = 1, MEMSET_NODE = 2, WAIT_NODE = 6, RECORD_NODE = 7 };
-
-struct Node {
-    int type;
-    Task task;
-};
-
 // CUstreamCaptureMode.
 enum : int { GLOBAL = 0, THREAD_LOCAL = 1, RELAXED = 2 };
 
@@ -60,7 +52,7 @@ struct Capture {
     int mode;
     std::thread::id thread;
     bool invalid = false;
-    std::vector<Node> nodes;
+    std::vector<Task> nodes;
 };
 
 // Operations are numbered in the order of the calls, across all streams.
@@ -107,7 +99,7 @@ struct Function {
 
 struct Graph {
     Context *context;
-    std::vector<Node> nodes;
+    std::vector<Task> nodes;
 };
 
 struct Allocation {
@@ -228,7 +220,7 @@ const Kernel *find_kernel(const char *name);
 // Default streams are created at their first use.
 Stream &get_stream(void *handle);
 // Queues a task, or makes it a node of the graph that the stream captures.
-void submit(Stream &stream, Node node, uint64_t after = 0);
+void submit(Stream &stream, Task task, uint64_t after = 0);
 // Runs the queued operations up to number `last`.
 void drain(Stream &stream, uint64_t last);
 // Whether any stream of a context has operations left.

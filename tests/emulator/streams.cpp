@@ -122,15 +122,15 @@ void drain_all(const Context *context) {
     }
 }
 
-void submit(Stream &stream, Node node, uint64_t after) {
+void submit(Stream &stream, Task task, uint64_t after) {
     require(stream.context == current.back(), CUDA_ERROR_INVALID_HANDLE);
     reject_if_implied(stream);
     if (stream.capture == nullptr) {
-        stream.queue.push_back({++driver.issued, after, std::move(node.task)});
+        stream.queue.push_back({++driver.issued, after, std::move(task)});
         return;
     }
     require(!stream.capture->invalid, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
-    stream.capture->nodes.push_back(std::move(node));
+    stream.capture->nodes.push_back(std::move(task));
 }
 
 void reject_during_capture(const std::function<bool(const Stream &)> &during, int code) {
@@ -184,16 +184,6 @@ EXPORT int cuStreamSynchronize(void *handle) {
     });
 }
 
-EXPORT int cuStreamQuery(void *handle) {
-    return call(__func__, CONTEXT, [&] {
-        if (Stream *next = pending_for(get_stream_to_synchronize(handle))) {
-            // An operation finishes between two queries.
-            run_next(*next);
-            fail_with(CUDA_ERROR_NOT_READY);
-        }
-    });
-}
-
 EXPORT int cuEventCreate(Event **event, unsigned flags) {
     return call(__func__, CONTEXT, [&] {
         Event made;
@@ -211,7 +201,7 @@ EXPORT int cuEventRecord(Event *handle, void *stream_handle) {
         Stream &stream = get_stream(stream_handle);
         require(stream.context == event.context, CUDA_ERROR_INVALID_HANDLE);
         if (stream.capture == nullptr) {
-            submit(stream, {RECORD_NODE, [time = event.time] { *time = std::chrono::steady_clock::now(); }});
+            submit(stream, [time = event.time] { *time = std::chrono::steady_clock::now(); });
             event.number = driver.issued;
         } else {
             require(!stream.capture->invalid, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
@@ -232,7 +222,7 @@ EXPORT int cuStreamWaitEvent(void *stream_handle, Event *handle, unsigned) {
         reject_during_capture([&](const Stream &other) { return &other == &stream; },
                               CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
         require(event.capture == nullptr, CUDA_ERROR_NOT_SUPPORTED);
-        submit(stream, {WAIT_NODE, [] {}}, event.number);
+        submit(stream, [] {}, event.number);
     });
 }
 
@@ -300,37 +290,13 @@ EXPORT int cuStreamEndCapture(void *handle, Graph **graph) {
     });
 }
 
-EXPORT int cuGraphGetNodes(Graph *handle, void **nodes, size_t *number) {
-    return call(__func__, CONTEXT, [&] {
-        Graph &graph = get(driver.graphs, handle);
-        require(number != nullptr, CUDA_ERROR_INVALID_VALUE);
-        for (size_t i = 0; nodes != nullptr && i < *number; ++i) {
-            nodes[i] = i < graph.nodes.size() ? &graph.nodes[i] : nullptr;
-        }
-        *number = nodes == nullptr ? graph.nodes.size() : std::min(*number, graph.nodes.size());
-    });
-}
-
-EXPORT int cuGraphNodeGetType(const Node *handle, int *type) {
-    return call(__func__, CONTEXT, [&] {
-        for (const Graph &graph : driver.graphs) {
-            for (const Node &node : graph.nodes) {
-                if (&node == handle) {
-                    return set_out(type, node.type);
-                }
-            }
-        }
-        fail_with(CUDA_ERROR_INVALID_VALUE);
-    });
-}
-
 API(cuGraphInstantiateWithFlags, CONTEXT, (Graph **executable, Graph *graph, unsigned long long),
     return_new(executable, driver.executables, get(driver.graphs, graph)))
 
 EXPORT int cuGraphLaunch(Graph *executable, void *stream) {
     return call(__func__, CONTEXT, [&] {
-        for (const Node &node : get(driver.executables, executable).nodes) {
-            submit(get_stream(stream), node);
+        for (const Task &task : get(driver.executables, executable).nodes) {
+            submit(get_stream(stream), task);
         }
         count("graph_launches");
     });

@@ -1,8 +1,8 @@
 /*
  * Shared by the test programs: checks that print file, line and case; random numbers; memory on the device under test.
  * Every program accepts
- *     --device N   the device under test: a CUDA ordinal; the CPU (-1) by default
- *     --thin N     run 1/N of the rounds
+ *     --device N          the device under test: a CUDA ordinal; the CPU (-1) by default
+ *     --rounds-divisor N  run 1/N of the rounds
  */
 #ifndef CHECK_H
 #define CHECK_H
@@ -21,7 +21,7 @@
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
 static int32_t device = GRADBLEND_CPU;
-static unsigned thin = 1;
+static unsigned rounds_divisor = 1;
 /* The case under test, printed by a check that fails. */
 static _Thread_local char test_case[256];
 
@@ -146,8 +146,8 @@ static inline void start(int count, char **args) {
         long value = strtol(args[i + 1], NULL, 10);
         if (strcmp(args[i], "--device") == 0) {
             device = (int32_t)value;
-        } else if (strcmp(args[i], "--thin") == 0 && value > 0) {
-            thin = (unsigned)value;
+        } else if (strcmp(args[i], "--rounds-divisor") == 0 && value > 0) {
+            rounds_divisor = (unsigned)value;
         } else {
             fail(__FILE__, __LINE__, "unknown argument %s", args[i]);
         }
@@ -160,7 +160,7 @@ static inline void start(int count, char **args) {
 
 /* The number of rounds for this run. */
 static inline unsigned rounds(unsigned all) {
-    return (all + thin - 1) / thin;
+    return (all + rounds_divisor - 1) / rounds_divisor;
 }
 
 static inline gradblend_config config_new(uint32_t modalities, uint32_t threads) {

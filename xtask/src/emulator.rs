@@ -29,47 +29,71 @@ pub(crate) fn build(sanitize: bool, out: Option<PathBuf>) -> Result<PathBuf> {
     if fs::read_to_string(out.join("abi.cuh")).ok().as_deref() != Some(header::header().as_str()) {
         fs::write(out.join("abi.cuh"), header::header())?;
     }
-    let root = tools::root();
+    let (root, sources) = (tools::root(), Sources::find()?);
     let kernels = root.join("kernels");
-    let host = tools::files(&root.join(SOURCES), &["cpp"])?;
-    let device = tools::files(&kernels, &["cu"])?;
-    let sources = [host, device, vec![root.join(NAIVE)]].concat();
     let included = [tools::files(&root.join(SOURCES), &["hpp"])?, tools::files(&kernels, &["cuh"])?].concat();
     let library = out.join("libcuda.so.1");
-    if is_newest(&library, &[sources.clone(), included, vec![out.join("abi.cuh")]].concat())? {
+    let (cublas, incomplete) = (out.join("libcublas.so.13"), out.join("incomplete/libcuda.so.1"));
+    let all = [sources.all(), included, vec![out.join("abi.cuh")]].concat();
+    // All three: one that failed to link is missing or old.
+    if is_newest(&library, &all)? && is_newest(&cublas, &all)? && is_newest(&incomplete, &all)? {
         return Ok(out);
     }
     let flags: &[&str] = if sanitize { &SANITIZE } else { &[] };
-    compile(&sources, &[&kernels, &out], &out, flags)?;
-    let mut objects = tools::files(&out, &["o"])?;
-    let cublas = objects.iter().position(|object| object.ends_with("cublas.o")).context("no cublas.o")?;
-    let cublas = objects.remove(cublas);
-    link(&objects, &library, EXPORTS, flags)?;
-    link(&[cublas, library], &out.join("libcublas.so.13"), "{ global: cublas*; local: *; };", flags)?;
-    let incomplete = out.join("incomplete/driver.cpp");
-    fs::write(&incomplete, INCOMPLETE)?;
-    link(&[incomplete], &out.join("incomplete/libcuda.so.1"), EXPORTS, &["-fPIC"])?;
+    compile(&sources.all(), &[&kernels, &out], &out, flags)?;
+    link(&objects(&[sources.host, sources.kernels].concat(), &out), &library, EXPORTS, flags)?;
+    link(&[object(&sources.cublas, &out), library], &cublas, "{ global: cublas*; local: *; };", flags)?;
+    let source = out.join("incomplete/driver.cpp");
+    fs::write(&source, INCOMPLETE)?;
+    link(&[source], &incomplete, EXPORTS, &["-fPIC"])?;
     Ok(out)
 }
 
 /// Builds libcuda.so.1 of other kernels in `out`, with all else from the emulator in `base`.
 pub(crate) fn variant(kernels: &Path, base: &Path, out: &Path) -> Result<()> {
     // Such a library is built once and runs briefly.
-    compile(&tools::files(kernels, &["cu"])?, &[kernels, base], out, &["-O1", "-g0"])?;
-    let mut objects = tools::files(base, &["o"])?;
-    objects.retain(|object| !object.ends_with("cublas.o"));
-    for object in &mut objects {
-        let own = out.join(object.file_name().unwrap_or_default());
-        if own.exists() {
-            *object = own;
-        }
-    }
-    link(&objects, &out.join("libcuda.so.1"), EXPORTS, &[])
+    let own = tools::files(kernels, &["cu"])?;
+    compile(&own, &[kernels, base], out, &["-O1", "-g0"])?;
+    let inputs = [objects(&Sources::find()?.host, base), objects(&own, out)].concat();
+    link(&inputs, &out.join("libcuda.so.1"), EXPORTS, &[])
 }
 
-/// Lets a command find the emulator, and fail where it finds no device.
+/// The sources of the two libraries.
+struct Sources {
+    /// The driver, and the kernels of the laboratory.
+    host: Vec<PathBuf>,
+    kernels: Vec<PathBuf>,
+    cublas: PathBuf,
+}
+
+impl Sources {
+    fn find() -> Result<Self> {
+        let folder = tools::root().join(SOURCES);
+        let cublas = folder.join("cublas.cpp");
+        let mut host = tools::files(&folder, &["cpp"])?;
+        host.retain(|source| *source != cublas);
+        host.push(tools::root().join(NAIVE));
+        Ok(Self { host, kernels: tools::files(&tools::root().join("kernels"), &["cu"])?, cublas })
+    }
+
+    fn all(&self) -> Vec<PathBuf> {
+        [&self.host[..], &self.kernels, std::slice::from_ref(&self.cublas)].concat()
+    }
+}
+
+/// The object that `compile` makes of a source in `out`.
+fn object(source: &Path, out: &Path) -> PathBuf {
+    out.join(source.with_extension("o").file_name().unwrap_or_default())
+}
+
+fn objects(sources: &[PathBuf], out: &Path) -> Vec<PathBuf> {
+    sources.iter().map(|source| object(source, out)).collect()
+}
+
+/// Lets a command find the emulator. Tests that need a device or the emulator then fail where they do not find it.
 pub(crate) fn on<'sh>(out: &Path, command: Cmd<'sh>) -> Cmd<'sh> {
-    command.env("LD_LIBRARY_PATH", out).env("GRADBLEND_REQUIRE_CUDA", "1")
+    let command = command.env("LD_LIBRARY_PATH", out);
+    command.env("GRADBLEND_REQUIRE_CUDA", "1").env("GRADBLEND_REQUIRE_EMULATOR", "1")
 }
 
 /// Lets a test program run on an emulator with sanitizers. These must be loaded first, and with them the runtime of C++
@@ -94,7 +118,7 @@ fn compile(sources: &[PathBuf], include: &[&Path], out: &Path, flags: &[&str]) -
     let (cxx, cuda) = (tools::compiler("CXX", "g++"), tools::root().join("tests/emulator/cuda.hpp"));
     let compile = |source: &PathBuf| -> Result<()> {
         let sh = tools::shell()?;
-        let object = out.join(source.with_extension("o").file_name().unwrap_or_default());
+        let object = object(source, out);
         let mut command = cmd!(sh, "{cxx} -std=c++17 -O2 -g -fPIC -fvisibility=hidden -ffp-contract=off")
             .args(["-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
             .args(flags)

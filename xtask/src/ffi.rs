@@ -22,12 +22,16 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     let target = tools::target()?;
     let library = target.join("release");
     symbols(sh, &library)?;
-    for mode in [&[][..], &["--sanitize"], &["--valgrind"]] {
-        let out = target.join(format!("ffi{}", mode.concat()));
-        cmd!(sh, "tests/ffi/run {library} {mode...} --out {out}").run()?;
+    // nvcc compiles the headers once.
+    let nvcc = tools::nvcc(sh)?;
+    cmd!(sh, "tests/ffi/run {library}").arg("--out").arg(target.join("ffi")).env("NVCC", nvcc).run()?;
+    for mode in ["--sanitize", "--valgrind"] {
+        let out = target.join(format!("ffi{mode}"));
+        cmd!(sh, "tests/ffi/run {library} {mode} --out {out}").env_remove("NVCC").run()?;
     }
+    documented(sh)?;
 
-    // The README's commands, and its lines of C if it has any.
+    // The README's commands.
     let readme = fs::read_to_string(tools::root().join("README.md"))?;
     let script = Regex::new(r"(?s)\n## From C.*?\n```sh\n(.*?)\n```")?;
     let script = script.captures(&readme).context("README has no commands for C")?[1].to_owned();
@@ -58,6 +62,20 @@ fn symbols(sh: &Shell, library: &Path) -> Result<()> {
     let difference: Vec<_> = declared.symmetric_difference(&exported).collect();
     ensure!(difference.is_empty(), "either declared or exported, but not both: {difference:?}");
     Ok(())
+}
+
+/// Compiles the lines of C of the documentation, as the body of a function that has what they name.
+fn documented(sh: &Shell) -> Result<()> {
+    let text = fs::read_to_string(tools::root().join("docs/c-api.md"))?;
+    let block = Regex::new(r"(?s)\n```c\n(.*?)\n```")?;
+    let lines = block.captures(&text).context("docs/c-api.md has no lines of C")?[1].to_owned();
+    let parameters = "const float *audio, const float *fused, const float *t, const float *g, float *blended, \
+                      uint64_t len, void *stream";
+    let program =
+        format!("#include \"gradblend.h\"\nvoid lines({parameters});\nvoid lines({parameters}) {{\n{lines}\n}}\n");
+    let cc = tools::compiler("CC", "gcc");
+    let compile = cmd!(sh, "{cc} {C...} -x c -fsyntax-only -Iinclude -").stdin(program);
+    compile.run().context("the lines of C in docs/c-api.md")
 }
 
 /// Compiles and runs the examples in C and C++ on a device.

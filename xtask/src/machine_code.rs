@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use petgraph::Direction::Incoming;
-use petgraph::algo::dominators::simple_fast;
+use petgraph::algo::dominators::{Dominators, simple_fast};
 use petgraph::graph::{DiGraph, NodeIndex};
 use petgraph::visit::EdgeRef;
 use regex::Regex;
@@ -150,7 +150,8 @@ fn check_kernel(kernel: &str, listing: &[Instruction<'_>]) -> Result<()> {
         return Ok(());
     }
     let graph = control_flow(listing)?;
-    let main = main_loops(&graph)?;
+    let dominators = simple_fast(&graph, NodeIndex::new(0));
+    let main = main_loops(&graph, &dominators)?;
     ensure!(main.len() == MAIN_LOOPS, "{} loops around loads of 128 bits, expected {MAIN_LOOPS}", main.len());
     for body in main {
         // A loop has blocks for whole rounds and for its last one, each with all of its loads.
@@ -165,7 +166,7 @@ fn check_kernel(kernel: &str, listing: &[Instruction<'_>]) -> Result<()> {
     ensure!(blocks == usize::from(kernel.contains("dot")), "partial sums are loaded in {blocks} blocks, expected one");
 
     let ticket = only(listing, &["ATOMG", ".INC"])?;
-    ensure!(listing[..ticket].iter().any(|instruction| instruction.has(&["MEMBAR"])), "no fence before the ticket");
+    check_fence(&graph, &dominators, &listing[ticket])?;
     let claim = only(listing, &["ATOMG", ".ADD"])?;
     let claimed = REGISTER.captures(listing[claim].text).and_then(|found| found[1].parse().ok());
     let claimed: u32 = claimed.context("a claim without a register")?;
@@ -176,6 +177,17 @@ fn check_kernel(kernel: &str, listing: &[Instruction<'_>]) -> Result<()> {
             break;
         }
     }
+    Ok(())
+}
+
+/// The partial sums of a block are visible to the GPU before its ticket: every path to the ticket passes a fence.
+fn check_fence(graph: &Graph<'_>, dominators: &Dominators<NodeIndex>, ticket: &Instruction<'_>) -> Result<()> {
+    let holds_ticket = |block: &NodeIndex| graph[*block].iter().any(|one| one.address == ticket.address);
+    let block = graph.node_indices().find(holds_ticket).context("a ticket outside of all blocks")?;
+    let passed = dominators.dominators(block).context("a ticket that nothing reaches")?;
+    let mut before = passed.flat_map(|passed| graph[passed].iter().take_while(|one| one.address != ticket.address));
+    let fence = before.any(|one| !one.is_conditional() && one.has(&["MEMBAR", "GPU"]));
+    ensure!(fence, "a path to the ticket passes no fence of the GPU");
     Ok(())
 }
 
@@ -242,8 +254,7 @@ fn control_flow<'a>(listing: &'a [Instruction<'a>]) -> Result<Graph<'a>> {
 }
 
 /// The bodies of the innermost loops around loads of 128 bits.
-fn main_loops(graph: &Graph<'_>) -> Result<Vec<HashSet<NodeIndex>>> {
-    let dominators = simple_fast(graph, NodeIndex::new(0));
+fn main_loops(graph: &Graph<'_>, dominators: &Dominators<NodeIndex>) -> Result<Vec<HashSet<NodeIndex>>> {
     // A natural loop: what reaches a back edge without passing the loop's head.
     let mut loops = BTreeMap::<NodeIndex, HashSet<NodeIndex>>::new();
     for edge in graph.edge_references() {

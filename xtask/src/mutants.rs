@@ -41,15 +41,17 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
     let base = emulator::build(false, None)?;
     let built = cuda::tests()?;
     let programs = PROGRAMS.iter().map(|name| built.program(name)).collect::<Result<Vec<_>>>()?;
-    let failed = programs.par_iter().map(|program| first_failure(&base, &[program])).collect::<Result<Vec<_>>>()?;
-    let failed: Vec<_> = failed.into_iter().flatten().collect();
-    ensure!(failed.is_empty(), "{failed:?} fails on the kernels as they are");
+    check_unbroken(&base, &programs)?;
     let try_one = |mutant: &Mutant| -> Result<bool> {
-        let out = tools::target()?.join("mutants").join(mutant.name.replace(' ', "-"));
-        break_kernels(mutant, &base, &out).with_context(|| mutant.name.clone())?;
+        let out = folder(&mutant.name)?;
+        build(Some(mutant), &base, &out).with_context(|| mutant.name.clone())?;
         let noticed = first_failure(&out, &programs)?;
         fs::remove_dir_all(out)?;
-        println!("{} {}", noticed.map_or("MISSED".into(), |program| format!("noticed by {program}:")), mutant.name);
+        println!(
+            "{} {}",
+            noticed.as_ref().map_or("MISSED".into(), |noticed| format!("noticed: {noticed}:")),
+            mutant.name
+        );
         Ok(noticed.is_some())
     };
     let noticed = mutants.par_iter().map(try_one).collect::<Result<Vec<_>>>()?;
@@ -59,14 +61,29 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Builds the emulator of broken kernels in `out`.
-fn break_kernels(mutant: &Mutant, base: &Path, out: &Path) -> Result<()> {
+fn folder(name: &str) -> Result<PathBuf> {
+    Ok(tools::target()?.join("mutants").join(name.replace(' ', "-")))
+}
+
+/// Builds the unchanged kernels as mutants are built, and checks that every program passes on them. Without this, a
+/// library that does not load would count as noticed.
+fn check_unbroken(base: &Path, programs: &[&PathBuf]) -> Result<()> {
+    let out = folder("unbroken")?;
+    build(None, base, &out)?;
+    let failed = programs.par_iter().map(|program| first_failure(&out, &[program])).collect::<Result<Vec<_>>>()?;
+    let failed: Vec<_> = failed.into_iter().flatten().collect();
+    ensure!(failed.is_empty(), "on the kernels as they are: {}", failed.join(", "));
+    Ok(fs::remove_dir_all(out)?)
+}
+
+/// Builds the emulator in `out`, of kernels with a mistake or of unchanged ones.
+fn build(mutant: Option<&Mutant>, base: &Path, out: &Path) -> Result<()> {
     let kernels = out.join("kernels");
     fs::create_dir_all(&kernels)?;
     for file in tools::files(&tools::root().join("kernels"), &["cu", "cuh"])? {
         let name = file.file_name().unwrap_or_default();
         let mut text = fs::read_to_string(&file)?;
-        if name.to_str() == Some(&mutant.file) {
+        if let Some(mutant) = mutant.filter(|mutant| name.to_str() == Some(&mutant.file)) {
             let times = text.matches(&mutant.old).count();
             ensure!(times == 1, "{} has {:?} {times} times, expected once", mutant.file, mutant.old);
             text = text.replace(&mutant.old, &mutant.new);
@@ -76,15 +93,21 @@ fn break_kernels(mutant: &Mutant, base: &Path, out: &Path) -> Result<()> {
     emulator::variant(&kernels, base, out)
 }
 
-/// The first program that fails on an emulator, or runs for too long.
-fn first_failure<'a>(library: &Path, programs: &[&'a PathBuf]) -> Result<Option<&'a str>> {
+/// How `timeout` exits where it stopped the command.
+const TIMED_OUT: [i32; 2] = [124, 137];
+
+/// The first program that fails on an emulator or does not end, and which of the two.
+fn first_failure(library: &Path, programs: &[&PathBuf]) -> Result<Option<String>> {
     let sh = tools::shell()?;
     for seed in SEEDS {
         for program in programs {
             let command = cmd!(sh, "timeout --kill-after 5 300 {program} --skip cpu:: --skip ffi:: --test-threads 1");
             let command = emulator::on(library, command).env("GRADBLEND_EMULATOR_SEED", seed);
-            if command.quiet().ignore_stdout().ignore_stderr().run().is_err() {
-                return Ok(program.file_name().and_then(|name| name.to_str()));
+            let status = command.quiet().ignore_status().ignore_stdout().ignore_stderr().output()?.status;
+            if !status.success() {
+                let timed_out = status.code().is_some_and(|code| TIMED_OUT.contains(&code));
+                let name = program.file_name().unwrap_or_default().to_string_lossy();
+                return Ok(Some(format!("{name} {}", if timed_out { "timed out" } else { "failed" })));
             }
         }
     }

@@ -84,6 +84,9 @@ pub(crate) fn check() -> Result<()> {
             with_cfg.push(*name);
         }
         let module = name.split(['/', '.']).nth(1).unwrap_or_default();
+        if module != "lib" && layer(module).is_none() {
+            broken.push(format!("every module has a layer: {name}: LAYERS lacks {module}"));
+        }
         let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
         for used in code.flat_map(|line| import.captures_iter(line)).map(|found| found[1].to_owned()) {
             if let (Some(from), Some(to)) = (layer(module), layer(&used))
