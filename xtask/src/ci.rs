@@ -169,7 +169,7 @@ fn laboratory(sh: &Shell) -> Result<()> {
     cmd!(sh, "cargo {lab...} report {results}").run()?;
     // The committed tables and plots are those of the committed raw results.
     let committed = tools::files(&tools::root().join("benches/results"), &["jsonl"])?;
-    cmd!(sh, "cargo {lab...} report {committed...} --check").run()?;
+    cmd!(sh, "cargo {lab...} report {committed...} --write docs/performance.md --check").run()?;
     let python = tools::target()?.join("python");
     Ok(cmd!(sh, "python3 -m py_compile benches/lab/pytorch.py").env("PYTHONPYCACHEPREFIX", python).run()?)
 }
