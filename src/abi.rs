@@ -27,8 +27,8 @@ constants! {
 
     /// Most elements of a chunk, the unit of work. A chunk belongs to one tensor.
     ///
-    /// 128 products for each accumulator of a thread block, half of what the error bound allows. 64 Ki f32 elements of six
-    /// buffers are 1.5 MiB: enough to hide the cost of a chunk, few enough to share a model of 25 million elements evenly
+    /// 128 products for each accumulator of a thread block; twice as many would exceed the error bound. 64 Ki f32 elements of
+    /// six buffers are 1.5 MiB: enough to hide the cost of a chunk, few enough to share a model of 25 million elements evenly
     /// among threads. Not yet measured on a GPU.
     pub(crate) CHUNK: u64 = 1 << 16;
 
