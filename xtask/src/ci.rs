@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use xshell::{Shell, cmd};
+use xshell::{Cmd, Shell, cmd};
 
 use crate::{cuda, emulator, ffi, gpu_bundle, machine_code, mutants, rules, tools};
 
@@ -98,13 +98,14 @@ fn package(sh: &Shell) -> Result<()> {
 
 fn minimum_rust(sh: &Shell) -> Result<()> {
     let version = env!("CARGO_PKG_RUST_VERSION");
-    let installed = cmd!(sh, "rustup toolchain list").ignore_stderr().read().unwrap_or_default();
-    let toolchain = installed.split_whitespace().find(|name| name.starts_with(version));
-    match toolchain {
-        Some(name) => cmd!(sh, "rustup run {name} cargo check --locked --features capi").run()?,
-        None => not_checked(format!("Rust {version} is not installed")),
+    let runs = |command: Cmd<'_>| command.ignore_stdout().ignore_stderr().run().is_ok();
+    let installed = runs(cmd!(sh, "rustup run {version} cargo --version"))
+        || runs(cmd!(sh, "rustup toolchain install {version} --profile minimal --no-self-update"));
+    if !installed {
+        not_checked(format!("Rust {version} is not installed"));
+        return Ok(());
     }
-    Ok(())
+    Ok(cmd!(sh, "rustup run {version} cargo check --locked --features capi").run()?)
 }
 
 fn cuda(_: &Shell) -> Result<()> {
