@@ -60,8 +60,11 @@ pub(crate) fn build(debug: bool, out: Option<PathBuf>) -> Result<()> {
 
     let archive = out.with_extension("tar.xz");
     let (folder, name) = (out.parent().context("no parent folder")?, out.file_name().context("no name")?);
-    // The programs have the same machine code in them, which xz stores once: its window is larger than the folder.
-    cmd!(sh, "tar --create --xz --file {archive} --directory {folder} {name}").env("XZ_OPT", "-9 -T1").quiet().run()?;
+    // The programs have the same machine code in them, which xz stores once: its window is larger than a program.
+    cmd!(sh, "tar --create --xz --file {archive} --directory {folder} {name}")
+        .env("XZ_OPT", "--lzma2=preset=3,dict=64MiB")
+        .quiet()
+        .run()?;
     println!("{} and {} ({} MiB)", out.display(), archive.display(), fs::metadata(&archive)?.len() >> 20);
     Ok(())
 }
