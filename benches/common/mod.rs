@@ -3,7 +3,7 @@
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
 use gradblend::{Blender, Config, Device, Plan, Result, bf16, f16};
-use gradblend_testkit::{Random, Sample, Tensor};
+use gradblend_testkit::{Random, Sample, Tensor, resnet_50};
 
 /// Elements whose buffers fit into a second-level cache.
 const SMALL: usize = 1 << 14;
@@ -51,21 +51,4 @@ impl Group<'_> {
         self.criterion.throughput(Throughput::Bytes(bytes as u64));
         self.criterion.bench_function(id, |b| b.iter(|| (self.call)(&mut blender, &plan).expect("the operation")));
     }
-}
-
-/// Lengths of the 161 parameter tensors of ResNet-50 (He, Zhang, Ren, Sun, CVPR 2016), from the shapes of the laboratory.
-/// They are found in the text, as the crate has no JSON parser.
-fn resnet_50() -> Vec<usize> {
-    let (_, network) = include_str!("../lab/shapes.json").split_once(r#""name": "ResNet-50""#).expect("the network");
-    let (_, tensors) = network.split_once(r#""tensors": ["#).expect("its tensors");
-    let (tensors, _) = tensors.split_once('}').expect("the end of its only part");
-    let length = |shape: &str| -> usize {
-        let sizes = shape.split(|c: char| !c.is_ascii_digit()).filter(|size| !size.is_empty());
-        sizes.map(|size| size.parse::<usize>().expect("a size")).product()
-    };
-    // Shapes end with `]`, and so does their array.
-    let shapes = tensors.split(']').filter(|shape| shape.contains('['));
-    let lengths: Vec<usize> = shapes.map(length).collect();
-    assert_eq!((lengths.len(), lengths.iter().sum()), (161, 25_557_032), "tensors and parameters of ResNet-50");
-    lengths
 }
