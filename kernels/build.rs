@@ -48,20 +48,28 @@ fn compile() -> Result<(), String> {
     let nvcc = Nvcc::find()?;
     let flags: Vec<String> = FLAGS.map(String::from).into_iter().chain(nvcc.target_flags()).collect();
     let key = key(&nvcc.version_text, &flags, &header)?;
-    if !has_images(&out, &key) && !copy_images(&out, &key) {
+    if !has_images(&out, &key) {
+        // The key is written last, so that interrupted work does not count.
         write(&key_file, &[])?;
-        let threads = env::var("NUM_JOBS").unwrap_or_else(|_| "1".into());
-        for source in SOURCES {
-            let mut command = Command::new(&nvcc.path);
-            command.args(&flags).args(["--threads", &threads, "-Ikernels", "-I"]).arg(&out).arg(source);
-            let output = nvcc::run(command.arg("-o").arg(image(&out, source)))?;
-            for line in output.lines().filter(|line| line.contains("warning")) {
-                println!("cargo:warning={line}");
-            }
+        if !copy_images(&out, &key) {
+            compile_images(&nvcc, &flags, &out)?;
         }
         write(&key_file, key.as_bytes())?;
     }
     set_build_info(&nvcc.version, &nvcc.architectures);
+    Ok(())
+}
+
+fn compile_images(nvcc: &Nvcc, flags: &[String], out: &Path) -> Result<(), String> {
+    let threads = env::var("NUM_JOBS").unwrap_or_else(|_| "1".into());
+    for source in SOURCES {
+        let mut command = Command::new(&nvcc.path);
+        command.args(flags).args(["--threads", &threads, "-Ikernels", "-I"]).arg(out).arg(source);
+        let output = nvcc::run(command.arg("-o").arg(image(out, source)))?;
+        for line in output.lines().filter(|line| line.contains("warning")) {
+            println!("cargo:warning={line}");
+        }
+    }
     Ok(())
 }
 
@@ -95,13 +103,8 @@ fn copy_images(out: &Path, key: &str) -> bool {
     let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
     let Some(target) = out.ancestors().nth(4) else { return false };
     let builds = entries(target).flat_map(|profile| entries(&profile.join("build")).collect::<Vec<_>>());
-    let Some(other) = builds.map(|build| build.join("out")).find(|other| other != out && has_images(other, key)) else {
-        return false;
-    };
-    // The key last, so that an interrupted copy does not count.
-    fs::write(out.join(KEY), []).is_ok()
-        && SOURCES.iter().all(|source| fs::copy(image(&other, source), image(out, source)).is_ok())
-        && fs::write(out.join(KEY), key).is_ok()
+    let other = builds.map(|build| build.join("out")).find(|other| has_images(other, key));
+    other.is_some_and(|other| SOURCES.iter().all(|source| fs::copy(image(&other, source), image(out, source)).is_ok()))
 }
 
 /// The path of a source's image.
