@@ -274,9 +274,8 @@ impl Blender {
     /// Address of the 2K pending sums, c_0 .. c_K-1 then d_0 .. d_K-1, in memory of the device; it does not change
     /// for the blender's life.
     ///
-    /// A sharded trainer all-reduces them between `dot` and `observe`. On a CUDA device, access
-    /// them in work that is ordered after the blender's work, by its stream or by events; on the CPU, while no call on this
-    /// blender runs.
+    /// A sharded trainer all-reduces them between `dot` and `observe`. On a CUDA device, access them in work that is ordered
+    /// after the blender's work, by its stream or by events; on the CPU, while no call on this blender runs.
     pub fn pending_sums(&self) -> *mut f64 {
         self.backend.pending_sums()
     }

@@ -74,8 +74,8 @@ pub struct Solution {
 /// - Uncorrelated: a_k = m_k / (S_kk + damping * trace(S) / K), or m_k where S is zero. Clamped, a negative a_k
 ///   becomes 0.
 /// - Correlated: a = (S + damping * trace(S) / K * I)^-1 m. Clamped, modalities with a negative a_k are dropped and the
-///   rest is solved again, until none is negative: a heuristic, not always the minimum among weights of at least 0. A matrix that is not positive definite even with the damping is
-///   solved as uncorrelated.
+///   rest is solved again, until none is negative: a heuristic, not always the minimum among weights of at least 0. A
+///   matrix that is not positive definite even with the damping is solved as uncorrelated.
 /// - w_k = a_k / sum a, if that sum is positive and every w_k is finite; else `None`.
 ///
 /// Source: Wang, Tran, Feiszli, CVPR 2020 (arXiv 1905.12681), Proposition 1; Z as in `docs/method.md`.

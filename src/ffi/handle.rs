@@ -141,18 +141,18 @@ impl<T> Handles<T> {
     /// Removes the value of `handle`. In a forked process the parent's values stay: their drop would wait for threads that do
     /// not exist there.
     fn remove(&self, handle: usize) -> Option<Shared<T>> {
-        let (slot, generation) = self.slot(handle)?;
+        let (index, generation) = self.slot(handle)?;
         let mut guard = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         let slots = &mut *guard;
-        let entry = slots.slots.get_mut(slot).filter(|slot| slot.generation == generation)?;
-        if entry.entry.as_ref()?.forks != forks() {
+        let slot = slots.slots.get_mut(index).filter(|slot| slot.generation == generation)?;
+        if slot.entry.as_ref()?.forks != forks() {
             return None;
         }
-        let value = entry.entry.take()?.value;
+        let value = slot.entry.take()?.value;
         // A slot whose generations are used up is never used again.
-        if entry.generation + 1 < GENERATIONS {
-            entry.generation += 1;
-            slots.free.push(slot);
+        if slot.generation + 1 < GENERATIONS {
+            slot.generation += 1;
+            slots.free.push(index);
         }
         Some(value)
     }

@@ -3,9 +3,9 @@
 set -euo pipefail
 usage='usage: ./run.sh [--quick | --bench-only | --profile] [--budget SECONDS]
 
-  (none)            the machine, tests, examples, compute-sanitizer, then the laboratory and its PyTorch peers
+  (none)            the machine, tests, examples, compute-sanitizer, then the laboratory and its PyTorch baselines
   --quick           only the machine, the tests, and the results of the laboratory without times
-  --bench-only      only the machine, the laboratory and its peers, on all cases; raw results in results.jsonl
+  --bench-only      only the machine, the laboratory and its baselines, on all cases; raw results in results.jsonl
   --profile         only the machine, and what Nsight Compute counts in a launch of each operation
   --budget SECONDS  for everything together (default: 3600); what does not fit is skipped
 
