@@ -17,6 +17,8 @@
  *            blender or plan run one after the other. The library's CPU threads have the signal mask of the thread that
  *            created the blender. A forked process cannot use what its parent created: calls return an error, and
  *            _destroy does nothing. Fork while no call runs.
+ * Versions.  A program compiled with this header runs with any library of the same major and minor version, and the
+ *            reverse. Records with a `size` only grow, at the end: each side leaves alone what the other does not know.
  * NULL.      Every pointer may be NULL: an error where nothing else is stated, and no effect for _destroy. The library
  *            cannot check how much memory is behind a pointer; the caller guarantees it.
  * Handles.   A destroyed blender or plan is rejected as NULL is. A handle is a number and must not be dereferenced. The
@@ -46,7 +48,7 @@
 
 #define GRADBLEND_VERSION_MAJOR 0
 #define GRADBLEND_VERSION_MINOR 1
-#define GRADBLEND_VERSION_PATCH 0
+#define GRADBLEND_VERSION_PATCH 1
 /* The version of this header, encoded as gradblend_version() encodes the version of the library. */
 #define GRADBLEND_VERSION (GRADBLEND_VERSION_MAJOR << 16 | GRADBLEND_VERSION_MINOR << 8 | GRADBLEND_VERSION_PATCH)
 
@@ -78,21 +80,32 @@ enum { GRADBLEND_UNCORRELATED = 0, GRADBLEND_CORRELATED = 1 };     /* gradblend_
 enum { GRADBLEND_CLAMP = 0, GRADBLEND_SIGNED = 1 };                /* gradblend_config.negative */
 enum { GRADBLEND_ON_REQUEST = 0, GRADBLEND_EVERY_OBSERVATION = 1 }; /* gradblend_config.cadence */
 enum { GRADBLEND_DOT = 1, GRADBLEND_BLEND = 2, GRADBLEND_ACCUMULATE = 4, GRADBLEND_OBSERVE = 8 }; /* gradblend_pass */
-enum { GRADBLEND_FLAG_HELD = 1, GRADBLEND_FLAG_NONFINITE = 2, GRADBLEND_FLAG_CLAMPED = 4 }; /* gradblend_report.flags */
+enum { /* gradblend_report.flags, of the latest reweight, or of the latest observation where it says so */
+    GRADBLEND_FLAG_HELD = 1,      /* no observation yet, or no weights were found: those in force stay */
+    GRADBLEND_FLAG_NONFINITE = 2, /* of the latest observation: a product was not finite, and it was skipped */
+    GRADBLEND_FLAG_CLAMPED = 4,   /* a weight is 0 that would be negative without that bound. With HELD: a step on some
+                                     modality raises the validation loss */
+    GRADBLEND_FLAG_FLOORED = 8,   /* a weight is at its min_weight, above 0, and would be smaller without it */
+    GRADBLEND_FLAG_INEXACT = 16   /* the weights may not be the minimum: S is not positive semidefinite (no second moment
+                                     is), or the solver reached the bound of its steps */
+};
 #define GRADBLEND_MAX_MODALITIES 32
 
 /* How a blender averages, solves and runs. Fill it with gradblend_config_default, then change fields as needed. */
 typedef struct gradblend_config {
-    uint32_t size;       /* sizeof(gradblend_config), set by gradblend_config_default */
+    uint32_t size;       /* bytes of this record that the library reads, set by gradblend_config_default */
     uint32_t modalities; /* K, from 1 to 32, the fused loss included */
     int32_t average;     /* GRADBLEND_EMA, or GRADBLEND_MEAN: the plain mean since the last reset */
-    int32_t overfitting; /* GRADBLEND_UNCORRELATED: w_k ~ m_k / S_kk, or GRADBLEND_CORRELATED: w ~ S^-1 m */
-    int32_t negative;    /* GRADBLEND_CLAMP: no negative weights, or GRADBLEND_SIGNED */
+    int32_t overfitting; /* GRADBLEND_UNCORRELATED: only the diagonal of S counts, or GRADBLEND_CORRELATED */
+    int32_t negative;    /* GRADBLEND_CLAMP: w_k >= min_weight_k, or GRADBLEND_SIGNED: weights of any sign */
     int32_t cadence;     /* when to reweight: GRADBLEND_ON_REQUEST, or GRADBLEND_EVERY_OBSERVATION */
     uint32_t threads;    /* CPU threads, including the caller's, up to 4096; 0 is all. No result depends on it */
     uint32_t reserved;   /* 0 */
     double decay;        /* b of the EMA, in [0, 1); 0.99 by default. Unused with GRADBLEND_MEAN */
     double damping;      /* damping * trace(S) / K is added to the diagonal of S; finite, >= 0; 1e-12 by default */
+    /* Since 0.1.1. Least weight of each modality: >= 0, with a sum below 1, and 0 from K on; all 0 by default and with
+       GRADBLEND_SIGNED. It bounds what the solver returns, not weights that are held, set or loaded. */
+    double min_weight[GRADBLEND_MAX_MODALITIES];
 } gradblend_config;
 
 /*
@@ -109,13 +122,13 @@ typedef struct gradblend_tensor {
     void *blended;                 /* output: sum_k w_k v_k; NULL to write nothing */
 } gradblend_tensor;
 
-/* The state of a blender. Entries at index K and above are 0. This record never grows: new fields get a new record. */
+/* The state of a blender. Entries at index K and above are 0. */
 typedef struct gradblend_report {
-    uint32_t size;       /* set by the call to sizeof(gradblend_report) */
+    uint32_t size;       /* set by the caller to sizeof(gradblend_report), and by the call to the bytes that it wrote */
     uint32_t modalities; /* K */
     uint64_t observed;   /* n: observations in the moments since the last reset */
     uint64_t skipped;    /* observations skipped since the last reset, because a product was not finite */
-    uint32_t flags;      /* HELD and CLAMPED of the latest reweight, NONFINITE of the latest observation */
+    uint32_t flags;      /* GRADBLEND_FLAG_* */
     uint32_t nonfinite;  /* bit k: a product of modality k was not finite in the latest observation */
     double weights[GRADBLEND_MAX_MODALITIES];       /* w_k in force; initially 1/K */
     double mean[GRADBLEND_MAX_MODALITIES];          /* m_k; 0 before the first observation */
@@ -123,6 +136,13 @@ typedef struct gradblend_report {
     double ogr[GRADBLEND_MAX_MODALITIES];           /* sqrt(S_kk) / |m_k|; 0 / 0 is NaN */
     double ogr_blend;                               /* sqrt(w'Sw) / |w'm| with the weights in force */
     double ogr_uniform;                             /* the same with w_k = 1/K */
+    /* Since 0.1.1. */
+    uint32_t floored;   /* bit k: the latest reweight gave modality k its min_weight, and less would give a smaller OGR */
+    uint32_t reserved;  /* 0 */
+    double effective;   /* n_eff: observations of equal weight whose mean is as uncertain as m_k; n, or for an EMA less */
+    double standard_error[GRADBLEND_MAX_MODALITIES]; /* of m_k: sqrt((E[c_k^2] - m_k^2) / (n_eff - 1)); infinite where it
+                                                        is unknown, as before the second observation. w_k is noise
+                                                        unless |m_k| is well above it: docs/method.md */
 } gradblend_report;
 
 /* The moments and the weights, on one device. Destroyed by whoever created it. */
@@ -149,21 +169,39 @@ size_t gradblend_last_error(char *buffer, size_t bytes);
 
 /*
  * Fills `config` with the defaults for K = `modalities`: GRADBLEND_EMA of decay 0.99, GRADBLEND_UNCORRELATED,
- * GRADBLEND_CLAMP, GRADBLEND_ON_REQUEST, damping 1e-12, all threads. Any thread.
+ * GRADBLEND_CLAMP, GRADBLEND_ON_REQUEST, damping 1e-12, all threads, no least weights. Any thread.
  * Errors: INVALID_ARGUMENT for a K outside 1 to 32.
+ *
+ * The library's function cannot know with which header its caller was compiled: it fills the fields of version 0.1.0, up
+ * to `damping`. In C and C++ the inline function below takes its place and fills the others. A binding from another
+ * language does the same: it sets `min_weight`, and `size` to the size of its record. With a library of version 0.1.0,
+ * `size` stays smaller, and `min_weight` is not read.
  */
 gradblend_status gradblend_config_default(uint32_t modalities, gradblend_config *config);
 
+static inline gradblend_status gradblend_config_default_all(uint32_t modalities, gradblend_config *config) {
+    const gradblend_status status = gradblend_config_default(modalities, config);
+    if (status == GRADBLEND_OK && gradblend_version() >= (1u << 8 | 1u)) {
+        for (int k = 0; k < GRADBLEND_MAX_MODALITIES; k++) {
+            config->min_weight[k] = 0;
+        }
+        config->size = (uint32_t)sizeof(gradblend_config);
+    }
+    return status;
+}
+#define gradblend_config_default gradblend_config_default_all
+
 /*
- * Computes the K weights that minimise w'Sw / (w'm)^2 under sum w = 1, with `overfitting`, `negative` and `damping` of
- * `config`: the solver of gradblend_reweight, for given moments. From losses, the numerator is dG_k and the second
- * moment has dO_k^2 on its diagonal. `second_moment` is row-major; its symmetric part is used, and with UNCORRELATED
- * only its diagonal. With e = damping * trace(S) / K:
- *   UNCORRELATED  a_k = m_k / (S_kk + e), or a_k = m_k where the diagonal of S is zero; with CLAMP, a_k < 0 becomes 0;
- *   CORRELATED    a = (S + e I)^-1 m; with CLAMP, modalities of a_k < 0 are removed and the rest is solved again until
- *                 no a_k is negative. If S + e I is not positive definite, the problem is solved as UNCORRELATED.
- * Then w_k = a_k / sum a. If that sum is not positive, or a w_k is not finite, the weights are `in_force` (NULL: 1/K
- * each) and `flags` has HELD. `flags` has CLAMPED where a modality has weight 0 because its a_k was negative.
+ * Computes the K weights that minimise OGR^2 = w'Qw / (w'm)^2 under sum w = 1: the solver of gradblend_reweight, for given
+ * moments. Q = S + damping * trace(S) / K * I. From losses, the numerator is dG_k and the second moment has dO_k^2 on its
+ * diagonal. `second_moment` is row-major; its symmetric part is used, and with UNCORRELATED only its diagonal.
+ *   CLAMP   w_k >= min_weight_k. With f = min_weight and B = I + f 1' / (1 - sum f), w is proportional to B u, where u
+ *           minimises u'(B'QB)u / 2 - (B'm)'u under u >= 0. UNCORRELATED and without least weights that is
+ *           u_k = max(m_k, 0) / Q_kk; where S is zero, u_k = max(m_k, 0). There is no minimum if B'm has no positive entry.
+ *   SIGNED  w is proportional to Q^-1 m (UNCORRELATED if Q is not positive definite), or to m where S is zero. There is
+ *           no minimum if its sum is not positive.
+ * If there is no minimum, or a w_k is not finite as float, the weights are `in_force` (NULL: 1/K each), which need not
+ * respect min_weight, and `flags` has HELD. `flags` are GRADBLEND_FLAG_*, without NONFINITE.
  * The arrays may overlap. No stream, any thread.
  * Errors: INVALID_ARGUMENT, also for an entry that is not finite or a negative one on the diagonal.
  */
@@ -265,7 +303,12 @@ gradblend_status gradblend_set_weights(gradblend_blender *blender, const double 
  */
 gradblend_status gradblend_set_grad_scale(gradblend_blender *blender, const float *scale);
 
-/* Reads the state of the blender. Synchronizes `stream`. Errors: INVALID_ARGUMENT, CUDA. */
+/*
+ * Reads the state of the blender. `report->size` is set by the caller to the size of the record; nothing is written past
+ * it. A larger record than the library knows is filled as far as the library goes, and `report->size` then says how far. A
+ * program compiled with the header of 0.1.0 need not set it. Synchronizes `stream`.
+ * Errors: INVALID_ARGUMENT, also for a `size` below that of version 0.1.0 (1,072); CUDA.
+ */
 gradblend_status gradblend_get_report(gradblend_blender *blender, gradblend_report *report, void *stream);
 
 /* Reads S, row-major; zeros before the first observation. Synchronizes `stream`. Errors: INVALID_ARGUMENT, CUDA. */

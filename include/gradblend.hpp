@@ -174,7 +174,7 @@ struct Destroy {
     return detail::outcome(gradblend_config_default(modalities, &defaults), defaults);
 }
 
-// K weights, and the flags GRADBLEND_FLAG_HELD and GRADBLEND_FLAG_CLAMPED.
+// K weights, and GRADBLEND_FLAG_*.
 struct Solution {
     std::vector<double> weights;
     std::uint32_t flags;
@@ -400,6 +400,7 @@ public:
     // The state of the blender. Synchronizes `stream`.
     [[nodiscard]] Return<gradblend_report> report(void *stream = nullptr) {
         gradblend_report report{};
+        report.size = sizeof report;
         return detail::outcome(gradblend_get_report(handle_.get(), &report, stream), report);
     }
 

@@ -23,7 +23,7 @@ static_assert(THREADS_PER_BLOCK >= 2 * MAX_MODALITIES, "a thread for each pendin
 
 // What an observation reads: of arrays, a thread has its elements.
 struct LoadedState {
-    double pending, mean, second_moment[ELEMENTS];
+    double pending, mean, mean_square, second_moment[ELEMENTS];
     double normaliser;
     uint64_t observed, skipped;
     uint32_t flags;
@@ -37,6 +37,7 @@ __device__ __forceinline__ LoadedState load_state(const BlenderArgs &blender, co
     LoadedState loaded;
     loaded.pending = thread < 2 * modalities ? state->pending[thread] : 0.0;
     loaded.mean = thread < modalities ? state->mean[thread] : 0.0;
+    loaded.mean_square = thread < modalities ? state->mean_square[thread] : 0.0;
 #pragma unroll
     for (uint32_t element = 0; element < ELEMENTS; ++element) {
         const uint32_t i = thread + element * THREADS_PER_BLOCK;
@@ -108,7 +109,10 @@ __device__ __forceinline__ bool commit_observation(const BlenderArgs &blender, c
     if (storage.entered) {
         const double keep = storage.keep, add = storage.add;
         if (thread < modalities) {
-            state->mean[thread] = keep * loaded.mean + add * storage.c[thread];
+            const double c = storage.c[thread], mean_square = keep * loaded.mean_square + add * (c * c);
+            state->mean[thread] = keep * loaded.mean + add * c;
+            // 0 times infinity is NaN.
+            state->mean_square[thread] = mean_square == mean_square ? mean_square : INFINITY;
         }
 #pragma unroll
         for (uint32_t element = 0; element < ELEMENTS; ++element) {

@@ -1,211 +1,175 @@
-// From moments to weights, by one warp. The operations and their order are those of `solve_into` in src/solve.rs, which
-// documents them; lane i computes what belongs to modality or row i.
+// From moments to weights, by one warp. The operations and their order are those of `solve_into` in src/solve/mod.rs, which
+// documents them; lane i computes what belongs to modality i.
 #pragma once
 
-#include "common.cuh"
+#include "active_set.cuh"
 
-// Shared memory of the solver. Rows have one column more than is used: the lanes read columns, and a stride of 32 f64
-// would make them read one bank.
-struct SolveStorage {
-    double mean[MAX_MODALITIES];
-    double matrix[MAX_MODALITIES][MAX_MODALITIES + 1];
-    double factor[MAX_MODALITIES][MAX_MODALITIES + 1];
-    double x[MAX_MODALITIES], a[MAX_MODALITIES];
-    uint32_t active[MAX_MODALITIES];  // the modalities that are not dropped
+// Shared memory of the solver.
+typedef ActiveSet SolveStorage;
+
+// The policy, as far as it applies, and what of the problem is not in shared memory.
+struct Problem {
+    Shape shape;
+    bool correlated, overfits;
+};
+
+// What the solver finds.
+struct Solution {
+    double u;        // of this lane's modality
+    uint32_t bound;  // bit k: u_k would be negative without its bound
+    bool exact;
 };
 
 // For infinity and NaN, x - x is NaN.
 __device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
 
-__device__ __forceinline__ double magnitude(double x) { return x < 0.0 ? -x : x; }
-
 __device__ __forceinline__ double larger(double a, double b) { return b > a || a != a ? b : a; }
 
-// The lower Cholesky factor of S + damping I on the active modalities; returns whether there is one.
-__device__ __forceinline__ bool factorize(SolveStorage &s, uint32_t count, double damping) {
-    const uint32_t lane = threadIdx.x % WARP;
-    for (uint32_t j = 0; j < count; ++j) {
-        double rest = 0.0;
-        if (lane >= j && lane < count) {
-            rest = s.matrix[s.active[lane]][s.active[j]] + (lane == j ? damping : 0.0);
-            for (uint32_t l = 0; l < j; ++l) {
-                rest -= s.factor[lane][l] * s.factor[j][l];
-            }
-        }
-        const bool bad = lane == j && !(rest > 0.0 && is_finite(rest));
-        if (__any_sync(0xffffffffu, bad)) {
-            return false;
-        }
-        if (lane == j) {
-            s.factor[j][j] = sqrt(rest);
-        }
-        __syncwarp();
-        if (lane > j && lane < count) {
-            s.factor[lane][j] = rest / s.factor[j][j];
-        }
-        __syncwarp();
-    }
-    return true;
-}
-
-// x = (L L')^-1 m on the active modalities: forward, then backward substitution.
-__device__ __forceinline__ void substitute(SolveStorage &s, uint32_t count) {
-    const uint32_t lane = threadIdx.x % WARP;
-    // A sum starts at -0, as in Rust.
-    double known = -0.0;
-    for (uint32_t i = 0; i < count; ++i) {
-        if (lane == i) {
-            s.x[i] = (s.mean[s.active[i]] - known) / s.factor[i][i];
-        }
-        __syncwarp();
-        if (lane > i && lane < count) {
-            known += s.factor[lane][i] * s.x[i];
-        }
-    }
-    known = -0.0;
-    for (uint32_t i = count; i-- > 0;) {
-        if (lane == i) {
-            s.x[i] = (s.x[i] - known) / s.factor[i][i];
-        }
-        __syncwarp();
-        if (lane < i) {
-            known += s.factor[i][lane] * s.x[i];
-        }
-    }
-}
-
-// a = (S + damping I)^-1 m; with CLAMP, modalities whose a is negative are dropped and the rest is solved again.
-// Returns whether all matrices had Cholesky factors, and in `dropped` whether a modality was dropped.
-__device__ __forceinline__ bool solve_correlated(SolveStorage &s, uint32_t modalities, double damping,
-                                                 uint32_t negative, bool &dropped) {
-    const uint32_t lane = threadIdx.x % WARP;
-    uint32_t count = modalities;
-    s.active[lane] = lane;
-    for (;;) {
-        __syncwarp();
-        if (!factorize(s, count, damping)) {
-            return false;
-        }
-        substitute(s, count);
-        s.a[lane] = 0.0;
-        __syncwarp();
-        if (lane < count) {
-            s.a[s.active[lane]] = s.x[lane];
-        }
-        dropped = count < modalities;
-        const uint32_t modality = s.active[lane];
-        // A NaN in x is kept: it makes the sum of the a_k NaN too, and the weights are held.
-        const bool keep = lane < count && !(s.x[lane] < 0.0);
-        const uint32_t kept = __ballot_sync(0xffffffffu, keep);
-        const uint32_t all = count == 32 ? 0xffffffffu : (1u << count) - 1;
-        if (negative == SIGNED || kept == all) {
-            return true;
-        }
-        // All lanes have read `active` before it changes.
-        __syncwarp();
-        if (keep) {
-            s.active[__popc(kept & ((1u << lane) - 1))] = modality;
-        }
-        count = __popc(kept);
-    }
-}
-
-// a_k = m_k / (S_kk + damping); returns whether a negative a_k was clamped to 0.
-__device__ __forceinline__ bool solve_uncorrelated(SolveStorage &s, uint32_t modalities, double m, double damping,
-                                                   uint32_t negative) {
-    const uint32_t lane = threadIdx.x % WARP;
-    bool clamped = false;
-    double a = 0.0;
-    if (lane < modalities) {
-        a = m / (s.matrix[lane][lane] + damping);
-        // 0 / 0: a modality that neither generalises nor overfits gets no weight.
-        if (m == 0.0 || (negative == CLAMP && a < 0.0)) {
-            clamped = a < 0.0;
-            a = 0.0;
-        }
-    }
-    __syncwarp();
-    s.a[lane] = a;
-    return __any_sync(0xffffffffu, clamped);
-}
-
-// Loads m and S into `s`, scaled to about 1 and S made symmetric. Weights do not change when m or S is scaled; scaling
-// keeps the trace, products and quotients from overflow and underflow. Returns this lane's m and the damping to add.
-__device__ __forceinline__ double load_moments(const BlenderArgs &blender, SolveStorage &s, double &damping) {
+// Loads m and S into `s.m` and `s.rows`, and returns the largest |m_k| and S_kk.
+__device__ __forceinline__ double2 load_moments(const BlenderArgs &blender, SolveStorage &s) {
     const uint32_t modalities = blender.modalities, lane = threadIdx.x % WARP;
     const State *state = at<const State>(blender.state);
     const bool empty = state->observed == 0;
     const double normaliser = state->normaliser;
-    double m = 0.0;
-    if (lane < modalities) {
-        m = empty ? 0.0 : state->mean[lane] / normaliser;
-    }
-    s.mean[lane] = m;
+    s.m[lane] = empty || lane >= modalities ? 0.0 : state->mean[lane] / normaliser;
     for (uint32_t i = lane; i < modalities * modalities; i += WARP) {
-        s.factor[i / modalities][i % modalities] = empty ? 0.0 : state->second_moment[i] / normaliser;
+        s.rows[i / modalities][i % modalities] = empty ? 0.0 : state->second_moment[i] / normaliser;
     }
     __syncwarp();
     double m_scale = 0.0, s_scale = 0.0;
     for (uint32_t k = 0; k < modalities; ++k) {
-        m_scale = larger(m_scale, magnitude(s.mean[k]));
-        s_scale = larger(s_scale, s.factor[k][k]);
+        m_scale = larger(m_scale, magnitude(s.m[k]));
+        s_scale = larger(s_scale, s.rows[k][k]);
     }
-    __syncwarp();
-    m = m_scale > 0.0 ? m / m_scale : 0.0;
-    s.mean[lane] = m;
-    for (uint32_t i = lane; i < modalities * modalities; i += WARP) {
-        const uint32_t j = i / modalities, k = i % modalities;
-        s.matrix[j][k] =
-            s_scale > 0.0 ? 0.5 * (s.factor[j][k] / s_scale) + 0.5 * (s.factor[k][j] / s_scale) : (j == k ? 1.0 : 0.0);
-    }
-    __syncwarp();
-    damping = 0.0;
-    if (s_scale > 0.0) {
-        double trace = -0.0;
-        for (uint32_t k = 0; k < modalities; ++k) {
-            trace += s.matrix[k][k];
-        }
-        damping = blender.damping * (trace / static_cast<double>(modalities));
-    }
-    return m;
+    return make_double2(m_scale, s_scale);
 }
 
-// Normalises a to weights and stores them; holds the previous weights if these are not usable.
-__device__ __forceinline__ void store_weights(const BlenderArgs &blender, const SolveStorage &s, bool clamped) {
+// Computes the scaled m and Q.
+__device__ __forceinline__ Problem load_matrix(const BlenderArgs &blender, SolveStorage &s) {
+    const uint32_t modalities = blender.modalities, lane = threadIdx.x % WARP;
+    const double2 scale = load_moments(blender, s);
+    Problem problem = {};
+    // S of fewer than K observations is singular.
+    problem.correlated = blender.overfitting == CORRELATED && at<const State>(blender.state)->observed >= modalities;
+    problem.overfits = scale.y > 0.0;
+    for (uint32_t i = lane; i < modalities * modalities; i += WARP) {
+        const uint32_t j = i / modalities, k = i % modalities;
+        const bool counts = problem.overfits && (problem.correlated || j == k);
+        s.q[j][k] = counts ? 0.5 * (s.rows[j][k] / scale.y) + 0.5 * (s.rows[k][j] / scale.y) : 0.0;
+    }
+    // All lanes have read m.
+    __syncwarp();
+    s.m[lane] = scale.x > 0.0 ? s.m[lane] / scale.x : 0.0;
+    double trace = -0.0;
+    for (uint32_t k = 0; k < modalities; ++k) {
+        trace += s.q[k][k];
+    }
+    __syncwarp();
+    if (lane < modalities) {
+        s.q[lane][lane] += blender.damping * (trace / static_cast<double>(modalities));
+    }
+    __syncwarp();
+    return problem;
+}
+
+// Computes the problem from the moments.
+__device__ __forceinline__ Problem load_problem(const BlenderArgs &blender, SolveStorage &s) {
+    const uint32_t modalities = blender.modalities, lane = threadIdx.x % WARP;
+    Problem problem = load_matrix(blender, s);
+    double all = 0.0, qf = 0.0;
+    for (uint32_t k = 0; k < modalities; ++k) {
+        all += blender.min_weight[k];
+        qf += lane < modalities ? s.q[lane][k] * blender.min_weight[k] : 0.0;
+    }
+    s.floors[lane] = blender.min_weight[lane];
+    s.qf[lane] = qf;
+    __syncwarp();
+    double fqf = 0.0, fm = 0.0;
+    for (uint32_t k = 0; k < modalities; ++k) {
+        fqf += s.floors[k] * s.qf[k];
+        fm += s.floors[k] * s.m[k];
+    }
+    const double left = 1.0 - all, diagonal = lane < modalities ? s.q[lane][lane] : 0.0;
+    s.gain[lane] = lane < modalities ? left * s.m[lane] + fm : 0.0;
+    s.variance[lane] = left * (left * diagonal + (qf + qf)) + fqf;
+    __syncwarp();
+    problem.shape = {modalities, all > 0.0, left};
+    return problem;
+}
+
+// The minimum under u >= 0.
+__device__ __forceinline__ Solution solve_clamped(SolveStorage &s, const Problem &problem) {
+    const uint32_t lane = threadIdx.x % WARP;
+    const double gain = s.gain[lane], m = s.m[lane], variance = s.variance[lane];
+    const bool free = gain > 0.0 && variance <= 0.0;
+    const bool gains = __any_sync(0xffffffffu, gain > 0.0), any_free = __any_sync(0xffffffffu, free);
+    const bool closed = !problem.correlated && !problem.shape.has_floors;
+    Solution solution = {0.0, 0, true};
+    if (gains && problem.overfits && !any_free && !closed) {
+        solution.u = minimize(s, problem.shape, solution.bound, solution.exact);
+        return solution;
+    }
+    const double sign = gains && (!problem.overfits || !any_free) ? m : gain;
+    if (gains && sign > 0.0) {
+        solution.u = !problem.overfits ? m : any_free ? (free ? gain : 0.0) : m / s.q[lane][lane];
+    }
+    solution.bound = __ballot_sync(0xffffffffu, sign < 0.0);
+    return solution;
+}
+
+// Q^-1 m, of any sign.
+__device__ __forceinline__ Solution solve_signed(SolveStorage &s, const Problem &problem) {
+    const uint32_t lane = threadIdx.x % WARP, modalities = problem.shape.modalities;
+    Solution solution = {0.0, 0, true};
+    if (problem.overfits && problem.correlated) {
+        uint32_t count = 0;
+        while (count < modalities && append(s, problem.shape, count, count, LEAST_PIVOT)) {
+        }
+        if (count == modalities) {
+            solution.u = solve_set(s, problem.shape, count);
+            return solution;
+        }
+    }
+    if (lane < modalities) {
+        const double m = s.m[lane];
+        // 0 / 0: no overfitting and no generalisation, hence no weight.
+        solution.u = m == 0.0 || !problem.overfits ? m : m / s.q[lane][lane];
+    }
+    return solution;
+}
+
+// Normalises u to weights and stores them; holds the previous weights if these are not usable.
+__device__ __forceinline__ void store_weights(const BlenderArgs &blender, SolveStorage &s, const Problem &problem,
+                                              const Solution &solution) {
     const uint32_t modalities = blender.modalities, lane = threadIdx.x % WARP;
     State *state = at<State>(blender.state);
+    __syncwarp();
+    s.x[lane] = solution.u;
+    __syncwarp();
     double sum = -0.0;
     for (uint32_t k = 0; k < modalities; ++k) {
-        sum += s.a[k];
+        sum += s.x[k];
     }
-    const double weight = s.a[lane] / sum;
+    const double share = solution.u / sum, floor = s.floors[lane];
     // `blend` multiplies by the f32 weights, so these must be finite.
-    const float rounded = static_cast<float>(weight);
-    const bool bad = lane < modalities && !is_finite(rounded);
+    const bool bad = lane < modalities && !is_finite(static_cast<float>(share));
     const bool held = __any_sync(0xffffffffu, bad) || sum <= 0.0 || !is_finite(sum);
+    const uint32_t floors = __ballot_sync(0xffffffffu, floor > 0.0), floored = held ? 0 : solution.bound & floors;
     if (!held && lane < modalities) {
+        const double weight = floor + problem.shape.left * share;
         state->weights[lane] = weight;
-        state->weights_f32[lane] = rounded;
+        state->weights_f32[lane] = static_cast<float>(weight);
     }
     if (lane == 0) {
-        state->flags = (state->flags & NONFINITE) | (held ? HELD : 0) | (clamped ? CLAMPED : 0);
+        state->flags = (state->flags & NONFINITE) | (held ? HELD : 0) | ((solution.bound & ~floored) != 0 ? CLAMPED : 0) |
+                       (floored != 0 ? FLOORED : 0) | (solution.exact ? 0 : INEXACT);
+        state->floored = floored;
     }
 }
 
 // Computes the weights from the moments. For one warp.
 __device__ __forceinline__ void update_weights(const BlenderArgs &blender, SolveStorage &s) {
-    double damping;
-    const double m = load_moments(blender, s, damping);
-    bool clamped = false, solved = false;
-    // S of fewer than K observations is singular.
-    if (blender.overfitting == CORRELATED && at<const State>(blender.state)->observed >= blender.modalities) {
-        bool dropped = false;
-        solved = solve_correlated(s, blender.modalities, damping, blender.negative, dropped);
-        clamped = solved && dropped;
-    }
-    if (!solved) {
-        clamped = solve_uncorrelated(s, blender.modalities, m, damping, blender.negative);
-    }
-    __syncwarp();
-    store_weights(blender, s, clamped);
+    const Problem problem = load_problem(blender, s);
+    const Solution solution = blender.negative == CLAMP ? solve_clamped(s, problem) : solve_signed(s, problem);
+    store_weights(blender, s, problem, solution);
 }

@@ -28,6 +28,7 @@ extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, 1) reset(const _
     }
     if (threadIdx.x < MAX_MODALITIES) {
         state->mean[threadIdx.x] = 0.0;
+        state->mean_square[threadIdx.x] = 0.0;
     }
     if (threadIdx.x == 0) {
         state->normaliser = 0.0;
@@ -35,6 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS_PER_BLOCK, 1) reset(const _
         state->skipped = 0;
         state->flags = 0;
         state->nonfinite = 0;
+        state->floored = 0;
     }
 }
 

@@ -77,6 +77,8 @@ constants! {
     pub(crate) HELD: u32 = 1;
     pub(crate) NONFINITE: u32 = 2;
     pub(crate) CLAMPED: u32 = 4;
+    pub(crate) FLOORED: u32 = 8;
+    pub(crate) INEXACT: u32 = 16;
 
     /// Codes of `Average`.
     pub(crate) MEAN: u32 = 0;
@@ -178,6 +180,9 @@ records! {
         weights: [f64; MAX_MODALITIES],
         /// Running mean of c_k, before division by `normaliser`.
         mean: [f64; MAX_MODALITIES],
+        /// Running mean of c_k^2, before division by `normaliser`. Infinite where it is unknown: after a c_k whose square
+        /// overflows, and after a saved state of version 1.
+        mean_square: [f64; MAX_MODALITIES],
         /// Running mean of d_j d_k, row-major with K columns, before division by `normaliser`.
         second_moment: [f64; MAX_MODALITIES * MAX_MODALITIES],
         /// Total weight of the observations: 1 - b^n for an EMA of decay b, 1 for a mean, 0 before the first.
@@ -190,6 +195,10 @@ records! {
         flags: u32,
         /// Bit k: modality k made the latest observation not finite.
         nonfinite: u32,
+        /// Bit k: the latest reweight gave modality k its least weight, which is above 0.
+        floored: u32,
+        /// Padding.
+        reserved: u32,
     }
 
     /// Kernel parameter: the table of a plan. All addresses are of device memory.
@@ -234,6 +243,8 @@ records! {
         cadence: u32,
         /// Padding.
         reserved: u32,
+        /// Least weights.
+        min_weight: [f64; MAX_MODALITIES],
     }
 
     /// Kernel parameter: the gradient scale of an observation.

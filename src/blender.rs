@@ -100,7 +100,8 @@ impl Blender {
     /// A blender with uniform weights 1 / K and no observation.
     ///
     /// # Errors
-    /// [`Error::Modalities`], [`Error::Decay`] or [`Error::Damping`] for a configuration out of range;
+    /// [`Error::Modalities`], [`Error::Decay`], [`Error::Damping`], [`Error::MinWeight`] or [`Error::MinWeightSum`] for a
+    /// configuration out of range;
     /// [`Error::Threads`]; [`Error::OutOfMemory`]; those of [`Device::cuda`].
     pub fn new(device: &Device, config: Config) -> Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -249,7 +250,7 @@ impl Blender {
     /// # Errors
     /// [`Error::Capturing`], [`Error::Cuda`].
     pub fn report(&mut self, stream: Stream) -> Result<Report> {
-        Ok(Report::new(&self.backend.read(stream)?, self.config().k()))
+        Ok(Report::new(&self.backend.read(stream)?, self.config()))
     }
 
     /// Reads S, the running means of d_j d_k: K x K, row-major; zeros before the first observation. Synchronizes `stream`.

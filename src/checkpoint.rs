@@ -1,4 +1,6 @@
 //! Saved state: a header, the numbers, and a CRC-32 of both. All in little-endian order.
+//!
+//! Version 1 lacks the running means of c_k^2 and `floored`. It is still read.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -8,9 +10,9 @@ use crate::error::{Error, Result};
 use crate::state::Flags;
 
 const MAGIC: [u8; 8] = *b"gradblnd";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
-/// What precedes the numbers. Packed, because format version 1 has the 64-bit fields at an offset of 28 bytes.
+/// What precedes the numbers. Packed, because the format has the 64-bit fields at an offset of 28 bytes.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, packed)]
 struct Header {
@@ -27,9 +29,15 @@ struct Header {
     skipped: u64,
 }
 
-/// Length in bytes of a saved state of K modalities: header; pending sums, weights, means and second moments; CRC.
+/// Length in bytes of a saved state of K modalities.
 pub(crate) fn bytes(modalities: usize) -> usize {
-    size_of::<Header>() + (2 * modalities + modalities + modalities + modalities * modalities) * 8 + 4
+    bytes_of_version(VERSION, modalities)
+}
+
+/// Header; pending sums, weights, means and second moments; from version 2 on means of squares and `floored`; CRC.
+fn bytes_of_version(version: u32, modalities: usize) -> usize {
+    let added = if version > 1 { 8 * modalities + 4 } else { 0 };
+    size_of::<Header>() + (2 * modalities + modalities + modalities + modalities * modalities) * 8 + added + 4
 }
 
 /// The saved form of a state.
@@ -50,10 +58,11 @@ pub(crate) fn write(state: &State, config: &Config) -> Vec<u8> {
     };
     let mut out = Vec::with_capacity(bytes(k));
     out.extend(bytemuck::bytes_of(&header));
-    let numbers = [&state.pending[..2 * k], &state.weights[..k], &state.mean[..k], &state.second_moment[..k * k]];
-    for number in numbers.into_iter().flatten() {
+    let moments = [&state.mean[..k], &state.second_moment[..k * k], &state.mean_square[..k]];
+    for number in [&state.pending[..2 * k], &state.weights[..k]].into_iter().chain(moments).flatten() {
         out.extend(number.to_le_bytes());
     }
+    out.extend(state.floored.to_le_bytes());
     out.extend(crc32fast::hash(&out).to_le_bytes());
     out
 }
@@ -77,14 +86,25 @@ pub(crate) fn read(saved: &[u8], config: &Config) -> Result<State> {
     let mut numbers = saved[size_of::<Header>()..].chunks_exact(8).map(bytemuck::pod_read_unaligned);
     let targets =
         [&mut state.pending[..2 * k], &mut state.weights[..k], &mut state.mean[..k], &mut state.second_moment[..k * k]];
-    for (to, bits) in targets.into_iter().flatten().zip(&mut numbers) {
-        *to = f64::from_bits(u64::from_le(bits));
+    let mut fill = |targets: &mut [f64]| {
+        for (to, bits) in targets.iter_mut().zip(&mut numbers) {
+            *to = f64::from_bits(u64::from_le(bits));
+        }
+    };
+    targets.into_iter().for_each(&mut fill);
+    if u32::from_le(header.version) > 1 {
+        fill(&mut state.mean_square[..k]);
+        let floored = saved[saved.len() - 8..].first_chunk().copied().unwrap_or_default();
+        state.floored = u32::from_le_bytes(floored);
+    } else if state.observed > 0 {
+        state.mean_square[..k].fill(f64::INFINITY);
     }
     for (rounded, weight) in state.weights_f32.iter_mut().zip(&state.weights[..k]) {
         *rounded = *weight as f32;
     }
     check(&state, k)?;
-    if average > EMA || Flags::from_bits(state.flags).is_none() || u64::from(state.nonfinite) >> k != 0 {
+    let unknown = u64::from(state.nonfinite | state.floored) >> k != 0;
+    if average > EMA || Flags::from_bits(state.flags).is_none() || unknown {
         return Err(corrupt("an unknown average, flag or modality"));
     }
     let mismatch = |what, expected: String, got: String| Err(Error::StateMismatch { what, expected, got });
@@ -111,13 +131,13 @@ fn header(saved: &[u8]) -> Result<Header> {
         return Err(corrupt("does not start with the magic number of a gradblend state"));
     }
     let (version, modalities) = (u32::from_le(header.version), u32::from_le(header.modalities));
-    if version != VERSION {
-        return Err(corrupt(format!("version {version}, expected {VERSION}")));
+    if version == 0 || version > VERSION {
+        return Err(corrupt(format!("version {version}, expected 1 to {VERSION}")));
     }
     if modalities == 0 || modalities as usize > MAX_MODALITIES {
         return Err(corrupt(format!("{modalities} modalities")));
     }
-    let expected = bytes(modalities as usize);
+    let expected = bytes_of_version(version, modalities as usize);
     if saved.len() != expected {
         return Err(corrupt(format!("{} bytes, expected {expected}", saved.len())));
     }
@@ -145,6 +165,11 @@ fn check(state: &State, k: usize) -> Result<()> {
     }
     if (0..k).any(|i| state.second_moment[i * k + i] < 0.0) {
         return Err(corrupt("a second moment is negative"));
+    }
+    // Infinite where it is unknown.
+    let possible = |square: &f64| *square >= 0.0 && (state.observed > 0 || *square == 0.0);
+    if !state.mean_square.iter().all(possible) {
+        return Err(corrupt("a mean of squares is negative, not finite, or present without an observation"));
     }
     Ok(())
 }

@@ -52,7 +52,7 @@ impl Config {
     }
 
     /// # Errors
-    /// [`Error::Modalities`], [`Error::Decay`], [`Error::Damping`].
+    /// [`Error::Modalities`], [`Error::Decay`], [`Error::Damping`], [`Error::MinWeight`], [`Error::MinWeightSum`].
     pub(crate) fn check(&self) -> Result<()> {
         if self.modalities == 0 || self.k() > MAX_MODALITIES {
             return Err(Error::Modalities { got: u64::from(self.modalities) });
@@ -61,7 +61,7 @@ impl Config {
             Average::Ema { decay } if !(0.0..1.0).contains(&decay) => return Err(Error::Decay { got: decay }),
             _ => {}
         }
-        self.policy.check()
+        self.policy.check(self.k())
     }
 }
 

@@ -56,6 +56,22 @@ pub enum Error {
         /// The damping given.
         got: f64,
     },
+    /// A least weight of a policy is out of range, or not 0 where it must be.
+    #[error("min_weight of modality {modality} is {got}, expected {expected}")]
+    MinWeight {
+        /// The modality.
+        modality: usize,
+        /// What is expected of it.
+        expected: &'static str,
+        /// The least weight given.
+        got: f64,
+    },
+    /// The least weights of a policy leave nothing to choose.
+    #[error("min_weight sums to {got}, expected less than 1")]
+    MinWeightSum {
+        /// The sum.
+        got: f64,
+    },
     /// The CPU threads could not be started.
     #[error("could not start {threads} CPU threads: {reason}")]
     Threads {

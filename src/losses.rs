@@ -57,7 +57,8 @@ pub struct Estimate {
 ///
 /// # Errors
 /// [`Error::Modalities`] for no or more than 32 modalities, [`Error::Count`] unless both lists have one entry for each,
-/// [`Error::Loss`] for a loss, or a difference of losses, that is not finite, [`Error::Damping`].
+/// [`Error::Loss`] for a loss, or a difference of losses, that is not finite, [`Error::Damping`],
+/// [`Error::MinWeight`], [`Error::MinWeightSum`].
 ///
 /// ```
 /// use gradblend::{Losses, Policy, ogr};
@@ -77,7 +78,7 @@ pub fn ogr(before: &[Losses], after: &[Losses], policy: &Policy) -> Result<Estim
     if after.len() != modalities {
         return Err(Error::Count { what: "the losses after training", expected: modalities, got: after.len() });
     }
-    policy.check()?;
+    policy.check(modalities)?;
     for (when, losses) in [("at the checkpoint", before), ("after training", after)] {
         for (modality, loss) in losses.iter().enumerate() {
             for (which, got) in [("training", loss.train), ("validation", loss.valid)] {
@@ -157,7 +158,7 @@ pub fn gb_estimate<T: Trainee>(
     if modalities == 0 || modalities > MAX_MODALITIES {
         return Err(Error::Modalities { got: modalities as u64 }.into());
     }
-    policy.check()?;
+    policy.check(modalities)?;
     let checkpoint = trainee.save()?;
     let before = (0..modalities).map(|k| trainee.losses(k)).collect::<std::result::Result<Vec<_>, _>>();
     // Measuring can change a trainee too (its random state, say), and each modality must start from the same state.

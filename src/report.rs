@@ -1,6 +1,7 @@
 //! Report of a blender.
 
 use crate::abi::State;
+use crate::config::Config;
 use crate::state::{self, Flags};
 
 /// Weights, moments, counters and ratios of a blender, read at one moment.
@@ -14,10 +15,22 @@ pub struct Report {
     pub flags: Flags,
     /// Bit k: modality k made the latest observation not finite.
     pub nonfinite: u32,
+    /// Bit k: the latest reweight gave modality k its least weight ([`Policy::min_weight`](crate::Policy::min_weight)), and
+    /// without it the weight would be smaller.
+    pub floored: u32,
     /// w_k in force, K values.
     pub weights: Vec<f64>,
     /// m_k, K values; 0 before the first observation.
     pub mean: Vec<f64>,
+    /// Standard error of m_k, K values, from the running variance of c_k: sqrt((E\[c_k^2\] - m_k^2) / (n_eff - 1)), where n_eff
+    /// is [`effective`](Self::effective). Infinite where it is unknown: before the second observation, and
+    /// until a reset after a c_k whose square overflows and after a state that version 0.1.0 saved.
+    ///
+    /// Where it is not well below |m_k|, the sign of m_k is uncertain, and w_k is noise; see `docs/method.md`.
+    pub standard_error: Vec<f64>,
+    /// n_eff, the number of equally weighted observations whose mean is as uncertain as m_k: n for a mean; for an EMA it
+    /// approaches (1 + b) / (1 - b).
+    pub effective: f64,
     /// sigma^2_k = S_kk, K values; 0 before the first observation.
     pub second_moment: Vec<f64>,
     /// OGR of each modality alone, sqrt(S_kk) / |m_k|, K values; 0 / 0 is NaN.
@@ -29,7 +42,8 @@ pub struct Report {
 }
 
 impl Report {
-    pub(crate) fn new(state: &State, modalities: usize) -> Self {
+    pub(crate) fn new(state: &State, config: &Config) -> Self {
+        let modalities = config.k();
         let mut mean = vec![0.0; modalities];
         let mut moments = vec![0.0; modalities * modalities];
         state::moments(state, modalities, &mut mean, &mut moments);
@@ -46,11 +60,23 @@ impl Report {
             // S is positive semidefinite up to rounding.
             f64::max(variance, 0.0).sqrt() / f64::abs(gain)
         };
+        let effective = config.average.effective(state.observed, state.normaliser);
+        let error = |k: usize| {
+            let square = state.mean_square[k] / state.normaliser;
+            if state.observed < 2 || effective <= 1.0 || square.is_infinite() {
+                return f64::INFINITY;
+            }
+            // A variance of 0 can be negative by a rounding.
+            (f64::max(square - mean[k] * mean[k], 0.0) / (effective - 1.0)).sqrt()
+        };
         Report {
+            standard_error: (0..modalities).map(error).collect(),
+            effective,
             observed: state.observed,
             skipped: state.skipped,
             flags: Flags::from_bits_retain(state.flags),
             nonfinite: state.nonfinite,
+            floored: state.floored,
             ogr: second_moment.iter().zip(&mean).map(|(s, m)| s.sqrt() / m.abs()).collect(),
             ogr_blend: ratio(&weights),
             ogr_uniform: ratio(&vec![1.0 / modalities as f64; modalities]),

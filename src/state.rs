@@ -12,9 +12,15 @@ bitflags::bitflags! {
         const HELD = abi::HELD;
         /// Of the latest observation: a product was not finite, and the observation was skipped.
         const NONFINITE = abi::NONFINITE;
-        /// Of the latest reweight: a weight would have been negative and was set to zero. With HELD: all were, or
-        /// the rest gave no weights.
+        /// Of the latest reweight: a weight is 0 that would be negative without that bound. With HELD: a step on some
+        /// modality raises the validation loss.
         const CLAMPED = abi::CLAMPED;
+        /// Of the latest reweight: a weight is at its [`min_weight`](crate::Policy::min_weight) and would be smaller without
+        /// it.
+        const FLOORED = abi::FLOORED;
+        /// Of the latest reweight: the solver cannot say that the weights are the minimum, because S is not positive
+        /// semidefinite (no second moment is) or the bound of its steps was reached.
+        const INEXACT = abi::INEXACT;
     }
 }
 
@@ -37,6 +43,15 @@ impl Average {
             Average::Mean => (abi::MEAN, 0.0),
             // Adding 0 makes 0 of -0, so that both are the same decay.
             Average::Ema { decay } => (abi::EMA, decay + 0.0),
+        }
+    }
+
+    /// Effective number of observations, (sum of their weights)^2 / sum of squared weights, where `normaliser` is the sum.
+    pub(crate) fn effective(self, observed: u64, normaliser: f64) -> f64 {
+        match self {
+            Average::Mean => observed as f64,
+            // Weights (1 - b) b^i, i < n, have the sum z = 1 - b^n and the squared sum (1 - b) / (1 + b) * z (2 - z).
+            Average::Ema { decay } => (1.0 + decay) / (1.0 - decay) * (normaliser / (2.0 - normaliser)),
         }
     }
 
@@ -87,6 +102,9 @@ pub(crate) fn observe(state: &mut State, modalities: usize, average: Average, sc
     };
     for j in 0..modalities {
         state.mean[j] = keep * state.mean[j] + add * c[j];
+        let mean_square = keep * state.mean_square[j] + add * (c[j] * c[j]);
+        // 0 times infinity.
+        state.mean_square[j] = if mean_square.is_nan() { f64::INFINITY } else { mean_square };
         for k in 0..modalities {
             let moment = &mut state.second_moment[j * modalities + k];
             *moment = keep * *moment + add * (d[j] * d[k]);

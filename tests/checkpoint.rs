@@ -9,6 +9,7 @@ gradblend_testkit::tests! {
         restored_states_continue,
         every_altered_byte_is_noticed,
         impossible_states_are_rejected,
+        states_of_version_1_are_read,
         other_configurations_are_rejected,
         random_states;
 }
@@ -101,15 +102,18 @@ fn impossible_states_are_rejected(face: Face) -> Outcome {
     corrupt(blender.load(&altered), "checksum");
     assert_eq!(forged(&saved, &[]), saved);
     // For K = 2 the version is at 8, K at 12, average, flags and non-finite bits at 16, 20 and 24, the decay at 28, the
-    // normaliser at 36, n at 44, the weights at 92, the means at 108, S at 124.
-    for (at, byte) in [(8, 2), (8, 0), (11, 1), (12, 0), (12, 33), (15, 1), (16, 2), (20, 8), (24, 4)] {
+    // normaliser at 36, n at 44, the weights at 92, the means at 108, S at 124, the means of squares at 156, `floored` at 172.
+    let changes = [(8, 3), (8, 0), (11, 1), (12, 0), (12, 33), (15, 1), (16, 2), (20, 32), (24, 4), (172, 4)];
+    for (at, byte) in changes {
         corrupt(blender.load(&forged(&saved, &[(at, &[byte])])), "");
     }
-    for at in (92..saved.len() - 4).step_by(8) {
+    for at in (92..172).step_by(8) {
         let nan = forged(&saved, &[(at, &f64::NAN.to_le_bytes())]);
         corrupt(blender.load(&nan), "not finite");
     }
-    corrupt(blender.load(&forged(&saved, &[(124, &(-1.0_f64).to_le_bytes())])), "negative");
+    for at in [124, 156] {
+        corrupt(blender.load(&forged(&saved, &[(at, &(-1.0_f64).to_le_bytes())])), "negative");
+    }
     assert_eq!(blender.save()?, saved);
     // From here on a state without an observation.
     let empty = face.blender(2)?.save()?;
@@ -117,12 +121,13 @@ fn impossible_states_are_rejected(face: Face) -> Outcome {
     let (weight, moment) = ("weight", "moment");
     // Numbers to put at some positions, whether there is an observation, and what the message names.
     type Case<'a> = (&'a [(usize, f64)], bool, &'a str);
-    let cases: [Case<'_>; 6] = [
+    let cases: [Case<'_>; 7] = [
         (&[], true, weight),
         (&[(36, 0.5)], false, weight),
         (&[(36, 2.0)], true, weight),
         (&[(36, -1.0)], true, weight),
         (&[(108, 1.0)], false, moment),
+        (&[(156, 1.0)], false, "without an observation"),
         (&[(36, 1e-300), (108, 1e300)], true, moment),
     ];
     for (numbers, has_observation, reason) in cases {
@@ -135,10 +140,40 @@ fn impossible_states_are_rejected(face: Face) -> Outcome {
     Ok(())
 }
 
+/// Version 1 has neither the means of squares nor `floored`: the standard errors are then unknown until a reset.
+fn states_of_version_1_are_read(face: Face) -> Outcome {
+    let (mut blender, saved) = observed(face)?;
+    let mut first = [&saved[..saved.len() - 24], &[0; 4]].concat();
+    first = forged(&first, &[(8, &[1])]);
+    let before = blender.report()?;
+    let mut other = face.blender(2)?;
+    other.load(&first)?;
+    let report = other.report()?;
+    assert_eq!((&report.weights, &report.mean, report.observed), (&before.weights, &before.mean, before.observed));
+    assert_eq!(report.standard_error, [f64::INFINITY; 2]);
+    other.observe_sums(&[1.0; 2], &[1.0; 2])?;
+    assert_eq!(other.report()?.standard_error, [f64::INFINITY; 2]);
+    let second = other.save()?;
+    blender.load(&second)?;
+    assert_eq!(blender.save()?, second);
+    other.reset()?;
+    for c in [1.0, 2.0] {
+        other.observe_sums(&[c; 2], &[1.0; 2])?;
+    }
+    assert!(other.report()?.standard_error.iter().all(|error| error.is_finite() && *error > 0.0));
+    corrupt(blender.load(&first[..first.len() - 1]), "bytes");
+    Ok(())
+}
+
 /// A state fits a blender of the same K, average and decay; the policy and the cadence may differ.
 fn other_configurations_are_rejected(face: Face) -> Outcome {
     let (mut blender, saved) = observed(face)?;
-    let policy = Policy { overfitting: Overfitting::Correlated, negative: Negative::Signed, damping: 0.5 };
+    let policy = Policy {
+        overfitting: Overfitting::Correlated,
+        negative: Negative::Signed,
+        damping: 0.5,
+        ..Policy::default()
+    };
     let base = Config { policy, cadence: Cadence::EveryObservation, threads: 1, ..Config::new(2) };
     let decay = |decay| Config { average: Average::Ema { decay }, ..base };
     let close = f64::from_bits(0.99_f64.to_bits() - 1);

@@ -28,11 +28,16 @@ fn observe_and_reweight_have_the_bits_of_the_cpu() -> Outcome {
         let (mut held, mut skipped, mut clamped, mut many) = (0, 0, 0, 0);
         for case in 0..400 {
             let k = 1 + random.below(if case % 2 == 0 { 5 } else { 32 });
-            let policy = Policy {
+            let mut policy = Policy {
                 overfitting: random.pick(&[Overfitting::Uncorrelated, Overfitting::Correlated]),
                 negative: random.pick(&[Negative::Clamp, Negative::Signed]),
                 damping: random.pick(&[0.0, 1e-12, 1.0]),
+                ..Policy::default()
             };
+            if policy.negative == Negative::Clamp && random.below(2) == 0 {
+                let least = random.pick(&[0.3, 0.9, 0.999_999]) / k as f64;
+                policy.min_weight[..k].fill_with(|| random.pick(&[0.0, least]));
+            }
             let average = random.pick(&[Average::Mean, Average::Ema { decay: 0.9 }, Average::Ema { decay: 0.0 }]);
             let cadence = random.pick(&[Cadence::OnRequest, Cadence::EveryObservation]);
             let config = Config { average, policy, cadence, threads: 1, ..Config::new(k as u32) };

@@ -63,6 +63,17 @@ fn not_finite_changes_a_counter_and_a_flag(face: Face) -> Outcome {
         assert_eq!((&report.weights, &report.mean, report.observed), (&before.weights, &before.mean, before.observed));
         assert_eq!(blender.pending()?, [0.0; 6], "a skipped observation zeroes the pending sums too");
     }
+    // Only d_k is squared. Where the square of a c_k overflows, the standard error is unknown.
+    for decay in [0.99, 0.0] {
+        let mut other = face.blender_with(Config { average: Average::Ema { decay }, ..Config::new(1) })?;
+        for c in [1e300, 1.0, 2.0] {
+            other.observe_sums(&[c], &[1.0])?;
+        }
+        let report = other.report()?;
+        assert_eq!((report.observed, report.skipped, &*report.standard_error), (3, 0, &[f64::INFINITY][..]));
+        let saved = other.save()?;
+        other.load(&saved)?;
+    }
     blender.set_weights(&[3.0, 2.0, 1.0])?;
     blender.set_pending(&[f64::NAN; 3], &[1.0; 3])?;
     blender.observe()?;

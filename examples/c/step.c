@@ -78,7 +78,7 @@ int main(int argc, char **argv) {
     gradblend_plan *plan;
     check(gradblend_plan_create(blender, tensors, TENSORS, &plan));
 
-    gradblend_report report;
+    gradblend_report report = {.size = sizeof report};
     double error = 0;
     check(gradblend_get_report(blender, &report, NULL));
     for (int step = 0; step < STEPS; step++) {

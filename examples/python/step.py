@@ -20,6 +20,7 @@ class Config(c.Structure):
     _fields_ = [(name, c.c_uint32) for name in ("size", "modalities")]
     _fields_ += [(name, c.c_int32) for name in ("average", "overfitting", "negative", "cadence")]
     _fields_ += [("threads", c.c_uint32), ("reserved", c.c_uint32), ("decay", c.c_double), ("damping", c.c_double)]
+    _fields_ += [("min_weight", c.c_double * 32)]
 
 
 class Tensor(c.Structure):
@@ -31,7 +32,8 @@ class Report(c.Structure):
     _fields_ = [("size", c.c_uint32), ("modalities", c.c_uint32), ("observed", c.c_uint64), ("skipped", c.c_uint64)]
     _fields_ += [("flags", c.c_uint32), ("nonfinite", c.c_uint32)]
     _fields_ += [(name, c.c_double * 32) for name in ("weights", "mean", "second_moment", "ogr")]
-    _fields_ += [("ogr_blend", c.c_double), ("ogr_uniform", c.c_double)]
+    _fields_ += [("ogr_blend", c.c_double), ("ogr_uniform", c.c_double), ("floored", c.c_uint32)]
+    _fields_ += [("reserved", c.c_uint32), ("effective", c.c_double), ("standard_error", c.c_double * 32)]
 
 
 class Dlpack(c.Structure):
@@ -121,6 +123,8 @@ def main():
     gradblend = Gradblend(options.library)
     config, blender, plan, report = Config(), c.c_void_p(), c.c_void_p(), Report()
     gradblend.config_default(K, c.byref(config))
+    # The library fills the fields of version 0.1.0; the others are zeros already.
+    config.size, report.size = c.sizeof(Config), c.sizeof(Report)
     gradblend.blender_create(options.device, c.byref(config), c.byref(blender))
 
     # Gradients of one parameter: t, g, and v_k of two losses, in the shape of the framework.

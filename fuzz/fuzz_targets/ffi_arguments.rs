@@ -2,11 +2,13 @@
 
 #![no_main]
 
+use std::mem::offset_of;
 use std::ptr::{null_mut, without_provenance_mut};
 
 use gradblend::dlpack::{DLDataType, DLDevice, DLManagedTensor, DLTensor, Dlpack};
 use gradblend::ffi::*;
-use gradblend_fuzz::{expect, number, run};
+use gradblend::{Negative, Policy};
+use gradblend_fuzz::{expect, is_valid, number, run};
 use gradblend_testkit::{Face, Failure, Input};
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 
@@ -23,9 +25,16 @@ fn code(u: &mut Unstructured<'_>) -> Result<i32> {
 
 /// A blender is made exactly if the configuration is valid.
 fn configuration(u: &mut Unstructured<'_>) -> Result<()> {
-    let expected = size_of::<gradblend_config>() as u32;
+    let (first, whole) = (offset_of!(gradblend_config, min_weight) as u32, size_of::<gradblend_config>() as u32);
+    let mut min_weight = [0.0; 32];
+    min_weight[u.int_in_range(0..=3)?] = if u.ratio(1, 4)? { number(u)? } else { 0.0 };
     let config = gradblend_config {
-        size: if u.ratio(1, 8)? { u.int_in_range(expected - 8..=expected + 8)? } else { expected },
+        size: match u.int_in_range(0..=8)? {
+            0 => u.int_in_range(whole - 8..=whole + 8)?,
+            1 => u.int_in_range(first - 8..=first + 8)?,
+            2 => first,
+            _ => whole,
+        },
         modalities: u.int_in_range(0..=33)?,
         average: code(u)?,
         overfitting: code(u)?,
@@ -35,12 +44,15 @@ fn configuration(u: &mut Unstructured<'_>) -> Result<()> {
         reserved: if u.ratio(1, 16)? { u.arbitrary()? } else { 0 },
         decay: number(u)?,
         damping: number(u)?,
+        min_weight,
     };
     let codes = [config.average, config.overfitting, config.negative, config.cadence];
-    let fields = config.size == expected && config.reserved == 0 && (1..=32).contains(&config.modalities);
+    let fields = [first, whole].contains(&config.size) && config.reserved == 0 && (1..=32).contains(&config.modalities);
     let decay = config.average == 0 || (0.0..1.0).contains(&config.decay);
     let damping = config.damping >= 0.0 && config.damping.is_finite();
-    let valid = fields && decay && damping && codes.iter().all(|code| [0, 1].contains(code));
+    let policy = Policy { min_weight, negative: if config.negative == 1 { Negative::Signed } else { Negative::Clamp }, ..Policy::default() };
+    let floors = config.size == first || is_valid(&policy, config.modalities as usize);
+    let valid = fields && decay && damping && floors && codes.iter().all(|code| [0, 1].contains(code));
     let mut blender = null_mut();
     // SAFETY: `config` is a whole record and `blender` an out-pointer, both valid for this call.
     let created = expect(Failure::check(unsafe { gradblend_blender_create(-1, &config, &mut blender) }), valid);

@@ -2,7 +2,7 @@
 
 use std::ffi::c_char;
 
-use gradblend::{Average, Cadence, Config, Flags, Negative, Overfitting, Policy};
+use gradblend::{Average, Cadence, Config, Flags, MAX_MODALITIES, Negative, Overfitting, Policy};
 use gradblend_testkit::{Face, Result as Called, TestBlender};
 use libfuzzer_sys::arbitrary::{Arbitrary, Result, Unstructured};
 
@@ -28,11 +28,17 @@ pub fn numbers(u: &mut Unstructured<'_>, count: usize) -> Result<Vec<f64>> {
     (0..count).map(|_| number(u)).collect()
 }
 
-/// A policy, whose damping may be invalid.
+/// A policy, whose damping and least weights may be invalid.
 pub fn policy(u: &mut Unstructured<'_>) -> Result<Policy> {
     let damping = if u.arbitrary()? { 1e-12 } else { number(u)? };
     let overfitting = *u.choose(&[Overfitting::Uncorrelated, Overfitting::Correlated])?;
-    Ok(Policy { overfitting, negative: *u.choose(&[Negative::Clamp, Negative::Signed])?, damping })
+    let mut min_weight = [0.0; MAX_MODALITIES];
+    if u.arbitrary()? {
+        for least in &mut min_weight[..u.int_in_range(0..=3)?] {
+            *least = if u.ratio(1, 8)? { number(u)? } else { f64::from(u.int_in_range(0..=99_u8)?) / 256.0 };
+        }
+    }
+    Ok(Policy { overfitting, negative: *u.choose(&[Negative::Clamp, Negative::Signed])?, damping, min_weight })
 }
 
 /// A blender through the C functions, of 1 to 5 modalities or rarely 32. It is an error exactly if a number is invalid.
@@ -46,12 +52,16 @@ pub fn blender(u: &mut Unstructured<'_>) -> Result<Option<TestBlender>> {
         threads: u.int_in_range(1..=2)?,
     };
     let valid = config.average == Average::Mean || (0.0..1.0).contains(&decay);
-    Ok(expect(Face::FFI.blender_with(config), valid && is_valid(&config.policy)))
+    Ok(expect(Face::FFI.blender_with(config), valid && is_valid(&config.policy, config.modalities as usize)))
 }
 
-/// Whether the header allows this policy.
-pub fn is_valid(policy: &Policy) -> bool {
-    policy.damping >= 0.0 && policy.damping.is_finite()
+/// Whether the header allows this policy for K modalities.
+pub fn is_valid(policy: &Policy, k: usize) -> bool {
+    let least = &policy.min_weight;
+    let damping = policy.damping >= 0.0 && policy.damping.is_finite();
+    let none = least.iter().all(|least| *least == 0.0);
+    let some = least.iter().all(|least| *least >= 0.0) && least.iter().sum::<f64>() < 1.0 && least[k..].iter().all(|least| *least == 0.0);
+    damping && (none || some && policy.negative == Negative::Clamp)
 }
 
 /// The result of a call that succeeds exactly if its arguments are `valid`; else it is INVALID_ARGUMENT, with a message.

@@ -3,9 +3,9 @@
 use std::ffi::c_void;
 use std::ptr::without_provenance_mut;
 
-use super::argument::{array, check, read};
+use super::argument::{array, check};
 use super::handle::Handles;
-use super::record::{self, gradblend_config, gradblend_report};
+use super::record::{self, FIRST_CONFIG, FIRST_REPORT, gradblend_config, gradblend_report};
 use super::status::{Fault, Outcome, Status, call};
 use crate::blender::Blender;
 use crate::error::Error;
@@ -16,16 +16,24 @@ use crate::tensor::{GradScale, Stream};
 #[derive(Debug)]
 pub struct gradblend_blender([u8; 0]);
 
-static BLENDERS: Handles<Blender> = Handles::new(0xb, "blender");
+/// A blender, and how the program that created it was compiled.
+#[derive(Debug)]
+struct Owned {
+    blender: Blender,
+    /// Whether with the header of version 0.1.0, in which `gradblend_report.size` was not for the caller to set.
+    first_version: bool,
+}
+
+static BLENDERS: Handles<Owned> = Handles::new(0xb, "blender");
 
 /// Calls `body` with exclusive access to the blender of a handle.
 pub(super) fn with(blender: *mut gradblend_blender, body: impl FnOnce(&mut Blender) -> Outcome) -> Status {
-    call(|| BLENDERS.write(blender.addr(), body))
+    call(|| BLENDERS.write(blender.addr(), |owned| body(&mut owned.blender)))
 }
 
 /// Calls `body` with shared access to the blender of a handle.
 pub(super) fn with_shared(blender: *const gradblend_blender, body: impl FnOnce(&Blender) -> Outcome) -> Status {
-    call(|| BLENDERS.read(blender.addr(), body))
+    call(|| BLENDERS.read(blender.addr(), |owned| body(&owned.blender)))
 }
 
 #[unsafe(no_mangle)]
@@ -36,9 +44,10 @@ pub unsafe extern "C" fn gradblend_blender_create(
 ) -> Status {
     call(|| {
         check("where to put the blender", blender)?;
-        // SAFETY: the header requires `config` to be NULL or valid for reads of its type.
-        let config = unsafe { read("config", config) }?.config()?;
-        let handle = BLENDERS.insert(Blender::new(&record::device(device)?, config)?)?;
+        // SAFETY: the header requires `config` to be NULL or a record of the size that it states.
+        let (config, size) = unsafe { gradblend_config::read(config) }?;
+        let blender_of_config = Blender::new(&record::device(device)?, config)?;
+        let handle = BLENDERS.insert(Owned { blender: blender_of_config, first_version: size == FIRST_CONFIG })?;
         // SAFETY: `check` has seen that `blender` is not NULL and aligned; the header requires an out-pointer.
         unsafe { blender.write(without_provenance_mut(handle)) };
         Ok(())
@@ -104,13 +113,17 @@ pub unsafe extern "C" fn gradblend_get_report(
     report: *mut gradblend_report,
     stream: *mut c_void,
 ) -> Status {
-    with(blender, |blender| {
+    let body = |owned: &mut Owned| {
         check("report", report)?;
-        // SAFETY: `check` has seen that `report` is not NULL and aligned; the header requires memory for a report there,
-        // and a live stream of the blender's device, or NULL.
-        unsafe { report.write(gradblend_report::of(&blender.report(Stream::from_raw(stream))?)) };
+        // SAFETY: `check` has seen that `report` is not NULL and aligned. The header requires as much memory there as the
+        // report's `size` says (as a report has, in version 0.1.0), and a live stream of the blender's device, or NULL.
+        unsafe {
+            let bytes = if owned.first_version { FIRST_REPORT } else { gradblend_report::room(report)? };
+            gradblend_report::of(&owned.blender.report(Stream::from_raw(stream))?).write(report, bytes);
+        }
         Ok(())
-    })
+    };
+    call(|| BLENDERS.write(blender.addr(), body))
 }
 
 #[unsafe(no_mangle)]

@@ -2,8 +2,8 @@
 
 use std::ffi::c_char;
 
-use super::argument::{array, check, read};
-use super::record::gradblend_config;
+use super::argument::{array, check};
+use super::record::{FIRST_CONFIG, gradblend_config};
 use super::status::{self, Fault, Status, call};
 use crate::abi::MAX_MODALITIES;
 use crate::config::Config;
@@ -44,8 +44,12 @@ pub unsafe extern "C" fn gradblend_config_default(modalities: u32, config: *mut 
         check("config", config)?;
         let default = Config::new(modalities);
         default.check()?;
+        let record = gradblend_config { size: FIRST_CONFIG as u32, ..gradblend_config::of(&default) };
+        // The symbol cannot know with which header its caller was compiled, so it fills what all records have. The header's
+        // inline function of the same name fills the rest.
+        //
         // SAFETY: `check` has seen that `config` is not NULL and aligned; the header requires an out-pointer.
-        unsafe { config.write(gradblend_config::of(&default)) };
+        unsafe { (&raw const record).cast::<u8>().copy_to_nonoverlapping(config.cast(), FIRST_CONFIG) };
         Ok(())
     })
 }
@@ -60,8 +64,8 @@ pub unsafe extern "C" fn gradblend_solve(
     flags: *mut u32,
 ) -> Status {
     call(|| {
-        // SAFETY: the header requires `config` to be NULL or valid for reads of its type.
-        let config = unsafe { read("config", config) }?.config()?;
+        // SAFETY: the header requires `config` to be NULL or a record of the size that it states.
+        let (config, _) = unsafe { gradblend_config::read(config) }?;
         let modalities = config.k();
         check("weights", weights)?;
         check("flags", flags)?;

@@ -1,8 +1,11 @@
 //! Records of the header, with its names, and their conversion to Rust types.
+//!
+//! Records with a `size` grow at the end. Programs compiled with an earlier header pass smaller ones.
 
 use std::ffi::c_void;
+use std::mem::offset_of;
 
-use super::argument::array;
+use super::argument::{array, check};
 use super::status::{Fault, Outcome};
 use crate::abi::MAX_MODALITIES;
 use crate::config::{Cadence, Config};
@@ -30,7 +33,13 @@ pub struct gradblend_config {
     pub reserved: u32,
     pub decay: f64,
     pub damping: f64,
+    // Since 0.1.1.
+    pub min_weight: [f64; MAX_MODALITIES],
 }
+
+/// Bytes of the records of version 0.1.0.
+pub(super) const FIRST_CONFIG: usize = offset_of!(gradblend_config, min_weight);
+pub(super) const FIRST_REPORT: usize = offset_of!(gradblend_report, floored);
 
 #[derive(Clone, Copy, Debug, bytemuck::Zeroable)]
 #[repr(C)]
@@ -58,6 +67,11 @@ pub struct gradblend_report {
     pub ogr: [f64; MAX_MODALITIES],
     pub ogr_blend: f64,
     pub ogr_uniform: f64,
+    // Since 0.1.1.
+    pub floored: u32,
+    pub reserved: u32,
+    pub effective: f64,
+    pub standard_error: [f64; MAX_MODALITIES],
 }
 
 #[derive(Clone, Copy, Debug, bytemuck::Zeroable)]
@@ -87,16 +101,31 @@ impl gradblend_config {
             reserved: 0,
             decay,
             damping: config.policy.damping,
+            min_weight: config.policy.min_weight,
         }
     }
 
-    /// Checks sizes and codes; `Config::check` checks numbers.
-    pub(super) fn config(&self) -> Outcome<Config> {
-        if self.size as usize != size_of::<Self>() {
-            let (got, expected) = (self.size, size_of::<Self>());
-            let hint = "fill it with gradblend_config_default, and use the header of this library";
-            return Err(Fault::Argument(format!("config: size is {got}, expected {expected}: {hint}")));
+    /// The configuration at `address`, in which fields that the record lacks have their defaults, and the record's size.
+    ///
+    /// # Safety
+    /// `address` is NULL or valid for reads of a `u32`, and of as many bytes as this number says.
+    pub(super) unsafe fn read(address: *const Self) -> Outcome<(Config, usize)> {
+        check("config", address)?;
+        // SAFETY: `check` has seen that the address is not NULL and aligned; the caller guarantees a number there.
+        let size = unsafe { address.cast::<u32>().read() } as usize;
+        if ![FIRST_CONFIG, size_of::<Self>()].contains(&size) {
+            let expected = format!("expected {FIRST_CONFIG} or {}", size_of::<Self>());
+            let hint = "fill it with gradblend_config_default, and use the header of this library or an earlier one";
+            return Err(Fault::Argument(format!("config: size is {size}, {expected}: {hint}")));
         }
+        let mut record = Self::of(&Config::new(1));
+        // SAFETY: `size` is at most the size of the record; the caller guarantees as many readable bytes.
+        unsafe { address.cast::<u8>().copy_to_nonoverlapping((&raw mut record).cast(), size) };
+        Ok((record.config()?, size))
+    }
+
+    /// Checks codes; `Config::check` checks numbers.
+    fn config(&self) -> Outcome<Config> {
         if self.reserved != 0 {
             return Err(Fault::Argument(format!("config: reserved is {}, expected 0", self.reserved)));
         }
@@ -111,6 +140,7 @@ impl gradblend_config {
                 )?,
                 negative: either("negative", self.negative, [Negative::Clamp, Negative::Signed])?,
                 damping: self.damping,
+                min_weight: self.min_weight,
             },
             cadence: either("cadence", self.cadence, [Cadence::OnRequest, Cadence::EveryObservation])?,
             threads: self.threads,
@@ -178,7 +208,36 @@ impl gradblend_report {
             ogr: padded(&report.ogr),
             ogr_blend: report.ogr_blend,
             ogr_uniform: report.ogr_uniform,
+            floored: report.floored,
+            reserved: 0,
+            effective: report.effective,
+            standard_error: padded(&report.standard_error),
         }
+    }
+
+    /// Bytes of the report that a program reads from `address`: what its `size` says, as far as this version goes.
+    ///
+    /// # Safety
+    /// `address` is not NULL, aligned, and valid for reads of a `u32`.
+    pub(super) unsafe fn room(address: *const Self) -> Outcome<usize> {
+        // SAFETY: the caller guarantees a number at `address`.
+        let size = unsafe { address.cast::<u32>().read() } as usize;
+        if size < FIRST_REPORT {
+            let hint = "set it to sizeof(gradblend_report) before the call";
+            return Err(Fault::Argument(format!("report: size is {size}, expected at least {FIRST_REPORT}: {hint}")));
+        }
+        // No field of 8 bytes is cut.
+        Ok(size.min(size_of::<Self>()) / 8 * 8)
+    }
+
+    /// Writes the first `bytes` of the report, and their number as its `size`.
+    ///
+    /// # Safety
+    /// `to` is valid for writes of `bytes`, which is at most the size of a report.
+    pub(super) unsafe fn write(mut self, to: *mut Self, bytes: usize) {
+        self.size = bytes as u32;
+        // SAFETY: the caller guarantees `bytes` writable bytes; a report has no padding.
+        unsafe { (&raw const self).cast::<u8>().copy_to_nonoverlapping(to.cast(), bytes) };
     }
 }
 

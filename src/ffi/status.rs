@@ -61,6 +61,8 @@ fn status(error: &Error) -> Status {
         | Error::Modalities { .. }
         | Error::Decay { .. }
         | Error::Damping { .. }
+        | Error::MinWeight { .. }
+        | Error::MinWeightSum { .. }
         | Error::UnknownMemory { .. }
         | Error::Dlpack { .. }
         | Error::NoArray

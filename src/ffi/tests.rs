@@ -89,7 +89,8 @@ fn record_assertions() -> Checked<String> {
             threads,
             reserved,
             decay,
-            damping
+            damping,
+            min_weight
         }
     );
     record!(out, gradblend_tensor { len, dtype, train, valid, modalities, blended });
@@ -107,7 +108,11 @@ fn record_assertions() -> Checked<String> {
             second_moment,
             ogr,
             ogr_blend,
-            ogr_uniform
+            ogr_uniform,
+            floored,
+            reserved,
+            effective,
+            standard_error
         }
     );
     record!(out, gradblend_dlpack { managed, versioned });
@@ -148,11 +153,13 @@ fn constants() -> Checked<Vec<(String, i64)>> {
         ("FLAG_HELD", i64::from(abi::HELD)),
         ("FLAG_NONFINITE", i64::from(abi::NONFINITE)),
         ("FLAG_CLAMPED", i64::from(abi::CLAMPED)),
+        ("FLAG_FLOORED", i64::from(abi::FLOORED)),
+        ("FLAG_INEXACT", i64::from(abi::INEXACT)),
         ("VERSION", i64::from(gradblend_version())),
     ] {
         constants.push((format!("GRADBLEND_{name}"), value));
     }
-    assert_eq!(constants.len(), status::NAMES.len() + OF_KERNELS.len() + 5);
+    assert_eq!(constants.len(), status::NAMES.len() + OF_KERNELS.len() + 7);
     Ok(constants)
 }
 
@@ -209,6 +216,9 @@ fn header_signatures() -> Signatures {
         .map(|line| line.trim().to_owned() + " ")
         .collect();
     let mut all = Signatures::new();
+    // Inline functions are no part of the ABI.
+    let (inline, lines) = lines.split_once("static inline").unwrap_or((&lines, ""));
+    let lines = format!("{inline}{}", lines.split_once("return status; }").map_or("", |(_, rest)| rest));
     for statement in lines.split([';', '{', '}']) {
         let Some((head, parameters)) = statement.trim().split_once('(') else { continue };
         let at = head.rfind(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).map_or(0, |at| at + 1);

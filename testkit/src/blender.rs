@@ -250,6 +250,9 @@ impl TestBlender {
             ogr: values(report.ogr),
             ogr_blend: report.ogr_blend,
             ogr_uniform: report.ogr_uniform,
+            floored: report.floored,
+            effective: report.effective,
+            standard_error: values(report.standard_error),
         })
     }
 

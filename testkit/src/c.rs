@@ -12,8 +12,8 @@ use crate::{Addresses, Input};
 
 /// The C record of a configuration.
 pub fn config(config: &Config) -> Result<ffi::gradblend_config> {
-    let mut record = MaybeUninit::uninit();
-    // SAFETY: room for one record, which the call fills if it succeeds.
+    let mut record = MaybeUninit::zeroed();
+    // SAFETY: room for one record, of numbers alone; the call fills the fields of the first version.
     let mut record = unsafe {
         Failure::check(ffi::gradblend_config_default(config.modalities, record.as_mut_ptr()))?;
         record.assume_init()
@@ -25,6 +25,8 @@ pub fn config(config: &Config) -> Result<ffi::gradblend_config> {
     record.overfitting = i32::from(config.policy.overfitting == Overfitting::Correlated);
     record.negative = i32::from(config.policy.negative == Negative::Signed);
     record.damping = config.policy.damping;
+    record.min_weight = config.policy.min_weight;
+    record.size = size_of::<ffi::gradblend_config>() as u32;
     record.cadence = i32::from(config.cadence == Cadence::EveryObservation);
     record.threads = config.threads;
     Ok(record)

@@ -153,9 +153,30 @@ impl Moments {
             let same = (report.ogr[i] - ogr).abs() <= 4.0 * f64::EPSILON * ogr;
             assert!(same || report.ogr[i] == ogr || (ogr.is_nan() && report.ogr[i].is_nan()), "{case}: OGR {i}");
         }
+        self.check_errors(report, eps, case);
         let uniform = vec![1.0 / k as f64; k];
         check_ratio(report.ogr_blend, &report.weights, &report.mean, s, case);
         check_ratio(report.ogr_uniform, &uniform, &report.mean, s, case);
+    }
+
+    /// Checks the standard errors, whose squares round by `eps` of the mean of c^2.
+    #[track_caller]
+    fn check_errors(&self, report: &Report, eps: f64, case: &str) {
+        let decay = if let Average::Ema { decay } = self.average { decay } else { 1.0 };
+        let shares = (0..self.products.len()).map(|i| decay.powi(i as i32));
+        let (sum, squares) = shares.fold((0.0, 0.0), |(sum, squares), share| (sum + share, squares + share * share));
+        let effective = if sum > 0.0 { sum * sum / squares } else { 0.0 };
+        let near = (report.effective - effective).abs() <= eps * effective / (1.0 - decay).max(eps);
+        assert!(near, "{case}: effective observations: {}, expected {effective}", report.effective);
+        for (i, error) in report.standard_error.iter().enumerate() {
+            let (mean, (square, _)) = (self.mean(|products| products[i]).0, self.mean(|products| products[i].powi(2)));
+            let (variance, _) = self.mean(|products| (products[i] - mean).powi(2));
+            let (got, want) = (error * error * (report.effective - 1.0), variance);
+            let known = self.products.len() > 1 && report.effective > 1.0;
+            let near = (got - want).abs() <= 4.0 * eps * square;
+            let right = if known { near } else { *error == f64::INFINITY };
+            assert!(right, "{case}: standard error {i} is {error}, squared {got}, expected {want}");
+        }
     }
 }
 

@@ -131,6 +131,10 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int other, CALLER) {
     return emulator::shuffle("__shfl_xor_sync", location, mask, value, emulator::lane() ^ static_cast<unsigned>(other));
 }
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, CALLER) {
+    return emulator::shuffle("__shfl_sync", location, mask, value, static_cast<unsigned>(from));
+}
 inline unsigned __ballot_sync(unsigned mask, int value, CALLER) {
     const uint64_t *values = emulator::sync_warp("__ballot_sync", location, mask, value != 0);
     unsigned ballot = 0;

@@ -63,6 +63,7 @@ static void compute(void (*set_environment)(void), results *out) {
     double *sums;
     uint32_t count;
     OK(gradblend_pending_sums(blender, &sums, &count));
+    out->report.size = sizeof out->report;
     fenv_t caller;
     CHECK(fegetenv(&caller) == 0);
     set_environment();

@@ -103,7 +103,7 @@ static void *misuse(void *argument) {
     gradblend_config config = config_new(K, 1);
     cuda_enter_thread();
     for (unsigned i = 0; i < rounds(5000); i++) {
-        gradblend_report report;
+        gradblend_report report = {.size = sizeof report};
         gradblend_status status = GRADBLEND_OK;
         unsigned char buffer[1024];
         size_t bytes = sizeof buffer;

@@ -25,7 +25,7 @@ int main(void)
     gradblend_config config;
     gradblend_blender *blender;
     gradblend_plan *plan;
-    gradblend_report report;
+    gradblend_report report = {.size = sizeof report};
 
     if (gradblend_version() != GRADBLEND_VERSION) {
         fprintf(stderr, "header and library are of different versions\n");

@@ -187,11 +187,12 @@ impl Backend for Cpu {
         let weights = &mut weights[..k];
         state::moments(state, k, mean, second_moment);
         let found = solve_into(mean, second_moment, &policy, weights);
-        if !found.contains(Flags::HELD) {
+        if !found.flags.contains(Flags::HELD) {
             state::set_weights(state, weights);
         }
         let kept = Flags::from_bits_retain(state.flags) & Flags::NONFINITE;
-        state.flags = (kept | found).bits();
+        state.flags = (kept | found.flags).bits();
+        state.floored = found.floored;
         Ok(())
     }
 

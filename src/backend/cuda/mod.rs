@@ -61,6 +61,7 @@ impl Cuda {
             negative: config.policy.negative as u32,
             cadence: config.cadence as u32,
             reserved: 0,
+            min_weight: config.policy.min_weight,
         };
         Ok(Cuda { config, args, scale: observation(Scale::default()), buffer })
     }
