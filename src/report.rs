@@ -42,6 +42,14 @@ pub struct Report {
 }
 
 impl Report {
+    /// m_k over its standard error, K values: the signal-to-noise ratio. 0 where the standard error is unknown; NaN where both
+    /// are 0.
+    ///
+    /// Below 2 in magnitude the sign of m_k is in doubt, and the weights are noise; `docs/method.md` has measurements.
+    pub fn signal_to_noise(&self) -> Vec<f64> {
+        self.mean.iter().zip(&self.standard_error).map(|(m, error)| m / error).collect()
+    }
+
     pub(crate) fn new(state: &State, config: &Config) -> Self {
         let modalities = config.k();
         let mut mean = vec![0.0; modalities];

@@ -6,6 +6,7 @@ use gradblend_testkit::{Face, Moments, Outcome, Random, Tensor, TestBlender};
 gradblend_testkit::tests! {
     once:
         averages_match_their_definition,
+        standard_errors_are_the_spread_of_the_means,
         nothing_pending_is_an_observation_of_zeros,
         not_finite_changes_a_counter_and_a_flag,
         gradients_that_are_not_finite_never_enter,
@@ -29,6 +30,29 @@ fn averages_match_their_definition(face: Face) -> Outcome {
             assert_eq!(report.flags, Flags::empty());
             moments.check(&report, &blender.second_moments()?, &format!("{average:?}, observation {n}"));
         }
+    }
+    Ok(())
+}
+
+/// Over many series of independent products, the means spread as their standard errors say.
+fn standard_errors_are_the_spread_of_the_means(face: Face) -> Outcome {
+    for (average, observations) in [(Average::Mean, 30), (Average::Ema { decay: 0.9 }, 100), (Average::Ema { decay: 0.97 }, 20)] {
+        let (mut squares, mut errors) = (0.0, 0.0);
+        let mut random = Random(33);
+        for _ in 0..60 {
+            let mut blender = face.blender_with(Config { average, threads: 1, ..Config::new(32) })?;
+            for _ in 0..observations {
+                let c: Vec<f64> = random.numbers(32).iter().map(|c| c + 3.0).collect();
+                blender.observe_sums(&c, &[1.0; 32])?;
+            }
+            let report = blender.report()?;
+            squares += report.mean.iter().map(|m| (m - 3.0).powi(2)).sum::<f64>();
+            errors += report.standard_error.iter().map(|error| error.powi(2)).sum::<f64>();
+            let signal = report.signal_to_noise();
+            assert!((signal[0] - report.mean[0] / report.standard_error[0]).abs() < 1e-9 * signal[0]);
+        }
+        // Of 1,920 series: a spread of 3 %.
+        assert!((squares / errors - 1.0).abs() < 0.12, "{average:?}: {}", squares / errors);
     }
     Ok(())
 }

@@ -321,7 +321,16 @@ static arguments invalid;
 #define ARGUMENT(call, field, words, value)                                                                            \
     {{&call, NULL}, &invalid, offsetof(arguments, field), sizeof invalid.field, #field, words, value}
 
+/* The bits of a double. */
+#define FLOOR(k, words, bits)                                                                                          \
+    {{&solve, &blender_create}, &in.config, offsetof(gradblend_config, min_weight) + 8 * (k), 8, "min_weight", words, bits}
+#define HALF UINT64_C(0x3fe0000000000000)
+
 static const integer INTEGERS[] = {
+    FLOOR(0, "min_weight of modality 0|at least 0 and below 1", UINT64_C(0x3ff0000000000000)),
+    FLOOR(1, "min_weight of modality 1|at least 0 and below 1", UINT64_C(1) << 63 | 1),
+    FLOOR(1, "min_weight of modality 1|at least 0 and below 1", UINT64_C(0x7ff8000000000000)),
+    FLOOR(2, "min_weight of modality 2|does not exist", HALF), FLOOR(31, "min_weight of modality 31|does not exist", HALF),
     CONFIG(size, 0), CONFIG(size, sizeof(gradblend_config) - 1), CONFIG(size, UINT32_MAX), CONFIG(modalities, 0),
     CONFIG(modalities, 33), CONFIG(modalities, UINT32_MAX), CONFIG(average, 2), CONFIG(average, UINT32_MAX),
     CONFIG(overfitting, 2), CONFIG(overfitting, UINT32_MAX), CONFIG(negative, 2), CONFIG(negative, 1u << 31),
@@ -350,6 +359,15 @@ static void rejects_integers(void) {
         }
         in = in_before;
     }
+    begin_case("least weights of signed weights");
+    in.config.negative = GRADBLEND_SIGNED;
+    in.config.min_weight[1] = 0.25;
+    reject(&blender_create, &valid, "min_weight of modality 1|negative");
+    in = in_before;
+    begin_case("least weights with a sum of 1");
+    in.config.min_weight[0] = in.config.min_weight[1] = 0.5;
+    reject(&blender_create, &valid, "min_weight sums to 1");
+    in = in_before;
     if (device == GRADBLEND_CPU) {
         begin_case("4097 threads");
         in.config.threads = 4097;

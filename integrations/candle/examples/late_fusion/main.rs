@@ -11,6 +11,7 @@
 //! | `online-gradient-epoch` | estimated from gradients at the end of each super-epoch |
 //! | `online-gradient-step` | estimated from gradients at each step |
 //! | `online-gradient-cheap` | the same at every r-th step, plain steps on the weighted loss between |
+//! | `...:correlated`, `...:min-fused` | with `--correlated` and `--min-fused`: another policy of the solver |
 //!
 //! `train.rs` has the training loop.
 
@@ -58,8 +59,9 @@ use crate::train::{Method, Run, SUPER_EPOCH, WARM_UP};
 /// are of one run, mean over seeds, while other runs use the other threads. "held" counts the solves that had no loss to
 /// prefer and held the weights. "OGR" is the overfitting-to-generalisation ratio of the weights in force at the end, and of
 /// uniform ones, median over seeds: compare the two in a row, not rows with each other. It is a magnitude and does not
-/// distinguish a loss that helps from one that harms; the weights do. A fused loss without weight leaves the fused head, and
-/// thus the accuracy, unchanged.
+/// distinguish a loss that helps from one that harms; the weights do. "m / its error" is the mean generalisation product of
+/// each loss over its standard error, in the order of the weights, median over seeds: below 2, whether the loss gets a weight
+/// is chance. A fused loss without weight leaves the fused head, and thus the accuracy, unchanged.
 #[derive(Parser)]
 #[command(name = "late_fusion")]
 struct Args {

@@ -32,6 +32,10 @@ impl Outcome<'_> {
             losses: (0..losses).map(|k| over_seeds(&|ratios| ratios.losses[k])).collect(),
             blend: over_seeds(&|ratios| ratios.blend),
             uniform: over_seeds(&|ratios| ratios.uniform),
+            signal: of[0].signal.as_ref().map(|_| {
+                let signal = |k: usize| over_seeds(&|ratios| ratios.signal.as_ref().map_or(f64::NAN, |all| all[k]));
+                (0..losses).map(signal).collect()
+            }),
         })
     }
 
@@ -142,6 +146,7 @@ impl Summary {
             "minus uniform\nmean ± se",
             &weights,
             "OGR: blend\n(uniform)",
+            "m / its error",
             "held /\nsolved",
             "t from\nbatch",
             "blending s\n(gradblend ms)",
@@ -159,6 +164,8 @@ impl Summary {
             if row.train_batch.is_some() {
                 blending += &format!(" ({:.0})", row.library_seconds * 1e3);
             }
+            let signal = row.ogr.iter().filter_map(|ogr| ogr.signal.as_ref()).flatten();
+            let signal: Vec<String> = signal.map(|signal| format!("{signal:.1}")).collect();
             let batch = row.train_batch.and_then(|batch| batch.to_possible_value());
             let cells = [
                 row.name.clone(),
@@ -167,6 +174,7 @@ impl Summary {
                 row.minus(uniform),
                 weights.join(" / "),
                 row.ogr.as_ref().map_or(String::new(), |ogr| format!("{:.2} ({:.2})", ogr.blend, ogr.uniform)),
+                signal.join(" / "),
                 solved,
                 batch.map_or(String::new(), |batch| batch.get_name().to_owned()),
                 blending,

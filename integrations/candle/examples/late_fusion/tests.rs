@@ -22,6 +22,9 @@ fn check(summary: &Summary, seeds: usize, names: &[&str]) {
         assert!((row.weights.iter().sum::<f64>() - 1.0).abs() < 1e-6, "{name}: {:?}", row.weights);
         assert!(row.train_seconds > 0.0 && row.blend_seconds >= 0.0, "{name}");
         assert_eq!(row.ogr.is_some(), row.solved > 0, "{name}");
+        let signal = row.ogr.as_ref().and_then(|ogr| ogr.signal.as_ref());
+        let signals = if name.starts_with("online-gradient") { summary.modalities.len() } else { 0 };
+        assert!(signal.map_or(0, Vec::len) == signals && signal.into_iter().flatten().all(|s| s.is_finite()), "{name}");
         assert!(row.held <= row.solved, "{name}");
     }
 }
@@ -29,7 +32,8 @@ fn check(summary: &Summary, seeds: usize, names: &[&str]) {
 #[test]
 fn every_method_trains_on_the_bundled_digits() {
     let json = std::env::temp_dir().join(format!("gradblend-late-fusion-{}.json", std::process::id()));
-    let words = ["--seeds", "2", "--nuisance", "shortcut", "--train-batch", "independent", "--json"];
+    let words =
+        ["--seeds", "2", "--nuisance", "shortcut", "--train-batch", "independent", "--min-fused", "0.5", "--json"];
     let (summary, out) = run(&[&words[..], &[json.to_str().unwrap()]].concat());
     let names = [
         "alone:top",
@@ -44,12 +48,15 @@ fn every_method_trains_on_the_bundled_digits() {
         "online-gradient-cheap",
         "online-gradient-epoch:correlated",
         "online-gradient-step:correlated",
+        "online-gradient-step:min-fused",
     ];
     check(&summary, 2, &names);
     assert_eq!(summary.modalities, ["top", "bottom", "shortcut", "fused"]);
     // Super-epochs: one solve before training, one per super-epoch, one per step (2 batches per epoch), every 10th step.
     let solved: Vec<u64> = summary.methods.iter().map(|row| row.solved).collect();
-    assert_eq!(solved, [0, 0, 0, 0, 0, 2, 4, 2, 44, 6, 2, 44]);
+    assert_eq!(solved, [0, 0, 0, 0, 0, 2, 4, 2, 44, 6, 2, 44, 44]);
+    // The mean of weights that are at least a half.
+    assert!(summary.methods[12].weights[3] >= 0.5, "{:?}", summary.methods[12].weights);
 
     let written: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
     assert_eq!(written["data"], summary.data);

@@ -46,8 +46,7 @@ impl Method {
         let gradients = |average, cadence, overfitting, every| {
             let policy = Policy { overfitting, ..Policy::default() };
             // One thread: the seeds run in parallel.
-            let config = Config { average, cadence, policy, threads: 1, ..Config::new(fused as u32 + 1) };
-            Weights::FromGradients { config, every }
+            (Config { average, cadence, policy, threads: 1, ..Config::new(fused as u32 + 1) }, every)
         };
         // All observations of a super-epoch count alike: the moments are reset at its end.
         let per_super_epoch = |overfitting| gradients(Average::Mean, Cadence::OnRequest, overfitting, 1);
@@ -60,12 +59,18 @@ impl Method {
         add("uniform", Weights::Fixed(vec![1.0 / (fused + 1) as f64; fused + 1]));
         add("offline-loss", Weights::FromLosses(Schedule::offline()));
         add("online-loss", Weights::FromLosses(Schedule::online(WARM_UP, SUPER_EPOCH)?));
+        let mut add = |name: &str, (config, every)| add(name, Weights::FromGradients { config, every });
         add("online-gradient-epoch", per_super_epoch(Overfitting::Uncorrelated));
         add("online-gradient-step", per_step(Overfitting::Uncorrelated, 1));
         add("online-gradient-cheap", per_step(Overfitting::Uncorrelated, settings.every));
         if correlated {
             add("online-gradient-epoch:correlated", per_super_epoch(Overfitting::Correlated));
             add("online-gradient-step:correlated", per_step(Overfitting::Correlated, 1));
+        }
+        if let Some(least) = settings.min_fused {
+            let (mut config, every) = per_step(Overfitting::Uncorrelated, 1);
+            config.policy.min_weight[fused] = least;
+            add("online-gradient-step:min-fused", (config, every));
         }
         Ok(methods)
     }
@@ -102,6 +107,9 @@ pub(crate) struct Settings {
     /// online-gradient-cheap observes at every so many steps
     #[arg(long, value_name = "STEPS", default_value = "10", value_parser = count())]
     pub(crate) every: usize,
+    /// Also runs online-gradient-step with this least weight of the fused loss
+    #[arg(long, value_name = "WEIGHT")]
+    pub(crate) min_fused: Option<f64>,
     /// Where the train gradient t of the fused loss comes from
     #[arg(long, default_value = "same")]
     pub(crate) train_batch: TrainBatch,
@@ -116,11 +124,14 @@ pub(crate) struct Ratios {
     pub(crate) blend: f64,
     /// Of uniform weights.
     pub(crate) uniform: f64,
+    /// m_k over its standard error, of each loss; from losses there is none.
+    pub(crate) signal: Option<Vec<f64>>,
 }
 
 impl Ratios {
     fn of_gradients(report: &Report) -> Self {
-        Ratios { losses: report.ogr.clone(), blend: report.ogr_blend, uniform: report.ogr_uniform }
+        let (losses, signal) = (report.ogr.clone(), Some(report.signal_to_noise()));
+        Ratios { losses, blend: report.ogr_blend, uniform: report.ogr_uniform, signal }
     }
 
     /// As the blender reports them: sqrt(sum w^2 dO^2) / |sum w dG|, overfitting taken as uncorrelated.
@@ -131,7 +142,7 @@ impl Ratios {
             overfitting.sqrt() / generalisation.abs()
         };
         let uniform = vec![1.0 / weights.len() as f64; weights.len()];
-        Ratios { losses: estimate.ogr.clone(), blend: ratio(weights), uniform: ratio(&uniform) }
+        Ratios { losses: estimate.ogr.clone(), blend: ratio(weights), uniform: ratio(&uniform), signal: None }
     }
 }
 
