@@ -247,7 +247,8 @@ void gradblend_plan_destroy(gradblend_plan *plan);
 /*
  * One pass over memory and one launch. `what` is any combination of
  *   GRADBLEND_DOT         adds <g, v_k> and <t - g, v_k>, summed over the tensors, to the pending sums;
- *   GRADBLEND_BLEND       writes sum_k w_k v_k, with the weights in force at entry, to each `blended`;
+ *   GRADBLEND_BLEND       writes sum_k w_k v_k, with the weights in force at entry, to each `blended`; a v_k whose
+ *                         weight as float is 0 counts as absent: infinities and NaN in it do not reach `blended`;
  *   GRADBLEND_ACCUMULATE  (with BLEND) adds to `blended` instead of replacing it, in place too;
  *   GRADBLEND_OBSERVE     then does what gradblend_observe does.
  * Does not allocate or synchronize.
@@ -275,7 +276,10 @@ gradblend_status gradblend_observe(gradblend_blender *blender, void *stream);
  */
 gradblend_status gradblend_reweight(gradblend_blender *blender, void *stream);
 
-/* gradblend_pass with BLEND. Sums in f32 and rounds once; writes zeros where no modality is present. */
+/*
+ * gradblend_pass with BLEND. Sums in f32 and rounds once; writes zeros where no modality is present. Does not read
+ * gradients of weight 0.
+ */
 gradblend_status gradblend_blend(gradblend_blender *blender, const gradblend_plan *plan, void *stream);
 
 /* gradblend_pass with DOT, BLEND and OBSERVE: bit for bit equal to the three in this order, in one pass over memory. */
@@ -316,9 +320,10 @@ gradblend_status gradblend_get_second_moments(gradblend_blender *blender, double
                                               void *stream);
 
 /*
- * Returns the device address of the K weights in force, as float, for a backward pass on the weighted loss. The memory
- * is the blender's, and the address is the same for its life. On a CUDA device, read it in work that is ordered after the
- * blender's work, by its stream or by events; on the CPU, while no call on the blender runs.
+ * Returns the device address of the K weights in force, as float, for a backward pass on the weighted loss. Leave out
+ * losses of weight 0, because 0 times an infinity is NaN. The memory is the blender's, and the address is the same for
+ * its life. On a CUDA device, read it in work that is ordered after the blender's work, by its stream or by events; on
+ * the CPU, while no call on the blender runs.
  * Errors: INVALID_ARGUMENT.
  */
 gradblend_status gradblend_device_weights(const gradblend_blender *blender, const float **weights);

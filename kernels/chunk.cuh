@@ -18,23 +18,24 @@ struct ChunkDescriptor {
     volatile uint64_t modality_addresses;     // table: buffers of the tensor's modalities, the present ones first
     volatile uint64_t modality_indices;       // table: which modalities these are
     volatile uint64_t byte_offset;            // of the chunk in each buffer of the tensor
-    volatile uint32_t len, alignment, present;
+    volatile uint32_t rest;                   // bit n: the blend adds entry n of the table after the first group
+    volatile uint32_t len, alignment;
+    volatile uint32_t present;  // modalities that are read: for products all present ones, else those of weight not 0
     volatile uint32_t threads;  // that share the chunk
     volatile uint32_t what;     // DOT, BLEND and ACCUMULATE, as far as they apply to the tensor
 };
 
-// Puts a modality at `position` of the group.
+// Puts a modality at `position` of the group. An absent one gets the weight 0, with which a blend adds nothing.
 template <bool BLENDS>
 __device__ __forceinline__ void set_modality(ChunkDescriptor &chunk, uint32_t position, bool present, uint64_t buffer,
                                              uint32_t modality, const float *weights) {
     chunk.buffers[MODALITY + position] = buffer;
     if (BLENDS) {
-        // -0 times the zeros that are loaded for an absent modality is -0, which changes no sum.
-        chunk.weights[position] = present ? weights[modality] : -0.0f;
+        chunk.weights[position] = present ? weights[modality] : 0.0f;
     }
 }
 
-// Loads the group of modalities that starts at `first` into the descriptor.
+// Loads the group of modalities that starts at `first` into the descriptor, for products.
 template <bool BLENDS>
 __device__ __forceinline__ void load_group(ChunkDescriptor &chunk, const float *weights, uint32_t first) {
     const uint32_t lane = threadIdx.x % WARP;
@@ -63,9 +64,15 @@ __device__ __forceinline__ bool load_chunk(const TableArgs &table, uint32_t moda
     const uint32_t modality = at<const uint32_t>(table.indices)[slot];
     const TensorRecord tensor = at<const TensorRecord>(table.tensors)[chunk.tensor];
     const uint64_t offset = chunk.start * (tensor.dtype == F32 ? 4 : 2);
+    const bool present = lane < tensor.present, weighted = BLENDS && present && weights[modality] != 0.0f;
     const bool adds = what & ACCUMULATE;
     const bool dots = DOTS && tensor.train != 0 && tensor.present != 0;
-    const bool blends = BLENDS && tensor.blended != 0 && (tensor.present != 0 || !adds);
+    const bool blends = BLENDS && tensor.blended != 0 && (__any_sync(0xffffffffu, weighted) || !adds);
+    // The modalities that are read come first, in their order.
+    const uint32_t read = __ballot_sync(0xffffffffu, dots ? present : weighted), before = (1u << lane) - 1;
+    const bool is_read = read >> lane & 1;
+    const uint32_t position = is_read ? __popc(read & before) : __popc(read) + __popc(~read & before);
+    const uint32_t rest = __ballot_sync(0xffffffffu, weighted && position >= TILE_MODALITIES);
     if (lane == 0) {
         descriptor.buffers[TRAIN] = tensor.train + offset;
         descriptor.buffers[VALID] = tensor.valid + offset;
@@ -73,14 +80,15 @@ __device__ __forceinline__ bool load_chunk(const TableArgs &table, uint32_t moda
         descriptor.modality_addresses = table.addresses + slots * sizeof(uint64_t);
         descriptor.modality_indices = table.indices + slots * sizeof(uint32_t);
         descriptor.byte_offset = offset;
+        descriptor.rest = rest;
         descriptor.len = chunk.len;
         descriptor.alignment = tensor.alignment;
-        descriptor.present = tensor.present;
+        descriptor.present = __popc(read);
         descriptor.threads = threads;
         descriptor.what = (dots ? DOT : 0) | (blends ? BLEND : 0) | (adds ? ACCUMULATE : 0);
     }
-    if (lane < TILE_MODALITIES) {
-        set_modality<BLENDS>(descriptor, lane, lane < tensor.present, buffer + offset, modality, weights);
+    if (position < TILE_MODALITIES) {
+        set_modality<BLENDS>(descriptor, position, is_read, buffer + offset, modality, weights);
     }
     dtype = tensor.dtype;
     __syncwarp();

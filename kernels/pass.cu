@@ -41,7 +41,7 @@ __device__ __forceinline__ void process_group(WarpStorage &warp, const float *we
     const bool blends = BLENDS && (!DOTS || (chunk.what & BLEND)) && (!GUARD || first == 0);
     const bool adds = blends && (chunk.what & ACCUMULATE);
     const int left = static_cast<int>(chunk.present - first), count = GUARD && left < N ? left : N;
-    if (GUARD && chunk.present > TILE_MODALITIES) {
+    if (GUARD && dots && chunk.present > TILE_MODALITIES) {
         load_group<BLENDS>(chunk, weights, first);
     }
     const TileLoads loads = {dots, adds, count};

@@ -136,7 +136,8 @@ template <class T>
 __device__ __forceinline__ void blend_rest(const ChunkDescriptor &chunk, const float *weights, uint32_t offset,
                                            uint32_t count, float (&sum)[T::PER_WORD]) {
 #pragma unroll 1
-    for (uint32_t n = TILE_MODALITIES; n < chunk.present; ++n) {
+    for (uint32_t rest = chunk.rest; rest != 0; rest &= rest - 1) {
+        const uint32_t n = __popc(~rest & (rest - 1));  // the lowest bit
         const uint64_t address = at<const uint64_t>(chunk.modality_addresses)[n] + chunk.byte_offset + offset;
         const float weight = weights[at<const uint32_t>(chunk.modality_indices)[n]];
         uint4 unit;
@@ -178,7 +179,8 @@ __device__ __forceinline__ void accumulate_unit(const ChunkDescriptor &chunk, co
                     c = fmaf(valid[e], x[e], c);
                     d = fmaf(train[e] - valid[e], x[e], d);
                 }
-                if (BLENDS) {
+                // A weight of 0 adds nothing, whereas 0 times an infinity is NaN.
+                if (BLENDS && weight != 0.0f) {
                     sum[e] = fmaf(weight, x[e], sum[e]);
                 }
             }

@@ -134,7 +134,7 @@ impl Blender {
     }
 
     /// One pass over memory with any of the parts DOT, BLEND (with ACCUMULATE: blended += instead of =) and OBSERVE.
-    /// BLEND uses the weights in force at entry.
+    /// BLEND uses the weights in force at entry, and leaves out modalities of weight 0.
     ///
     /// On a CUDA device the work is submitted to `stream`. The call synchronizes only for a plan of slices, which works on
     /// devices that can access pageable host memory and cannot be captured.
@@ -170,6 +170,9 @@ impl Blender {
     /// Writes sum_k w_k v_k with the weights in force to the blended gradient of each tensor that has one; zeros where no
     /// modality is present. Accumulates in f32 and rounds once.
     ///
+    /// A modality whose weight as f32 is 0 counts as absent: its gradient is not read, and an infinity or a NaN in it does
+    /// not reach the blend.
+    ///
     /// # Errors
     /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`], [`Error::Capturing`], [`Error::Cuda`].
     pub fn blend(&mut self, plan: &Plan<'_>, stream: Stream) -> Result<()> {
@@ -177,7 +180,7 @@ impl Blender {
     }
 
     /// [`dot`](Self::dot), [`blend`](Self::blend), [`observe`](Self::observe) in this order, bit for bit, in one pass over
-    /// memory.
+    /// memory. Gradients of weight 0 are read for the products alone.
     ///
     /// # Errors
     /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`], [`Error::Capturing`], [`Error::Cuda`].
@@ -266,7 +269,8 @@ impl Blender {
 
     /// Address of the K weights in force as f32, in memory of the device; it does not change for the blender's life.
     ///
-    /// A trainer can weight its losses by them and run one backward pass. On a CUDA device, read them in work that is
+    /// A trainer can weight its losses by them and run one backward pass. It leaves out a loss of weight 0, because 0 times
+    /// an infinity is NaN. On a CUDA device, read them in work that is
     /// ordered after the blender's work, by its stream or by events; on the CPU, while no call on this blender runs.
     pub fn device_weights(&self) -> *const f32 {
         self.backend.device_weights()

@@ -14,6 +14,8 @@ gradblend_testkit::tests! {
         absent_is_zero,
         in_place,
         in_place_over_any_of_many,
+        weight_zero_is_absent,
+        weight_zero_in_place,
         large_and_non_temporal;
     once:
         modality_by_modality,
@@ -169,6 +171,101 @@ fn in_place_of<T: Sample>(face: Face, random: &mut Random, len: usize, k: usize,
     face.run(&mut blender, &mut same, TestBlender::step)?;
     assert_eq!(bits(same[0].written()), bits(&apart[0].blended), "K = {k}, over modality {target}");
     assert_eq!(bits64(&blender.report()?.mean), want);
+    Ok(())
+}
+
+const BLENDS: [Pass; 4] = [
+    Pass::BLEND,
+    Pass::BLEND.union(Pass::ACCUMULATE),
+    Pass::DOT.union(Pass::BLEND),
+    Pass::DOT.union(Pass::BLEND).union(Pass::ACCUMULATE),
+];
+
+/// Random weights, of which those of the modalities `zeros` are 0 as f32: of both signs, or too small for an f32.
+fn weights_with(zeros: &[usize], k: usize, random: &mut Random) -> Vec<f64> {
+    let mut weights = random.numbers(k);
+    zeros.iter().zip([0.0, -0.0, 1e-50].into_iter().cycle()).for_each(|(n, zero)| weights[*n] = zero);
+    weights
+}
+
+/// Puts infinities and NaN into the gradients of the modalities `which`; returns the tensor that lacks these.
+fn spoil<T: Sample>(tensor: &mut Tensor<T>, which: &[usize]) -> Tensor<T> {
+    let mut without = tensor.clone();
+    for n in which {
+        without.modalities[*n] = None;
+        let bad = [f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 1.0].map(T::round).into_iter().cycle();
+        tensor.modalities[*n].iter_mut().flat_map(|v| v.iter_mut()).zip(bad).for_each(|(v, bad)| *v = bad);
+    }
+    without
+}
+
+/// What is not finite in a modality of weight 0 enters the products, and the blend has the bits that it has without it.
+fn weight_zero_is_absent<T: Sample>(face: Face) -> Outcome {
+    let mut random = Random(114);
+    let cases: [(usize, &[usize]); 14] = [
+        (1, &[0]),
+        (2, &[1]),
+        (3, &[0, 2]),
+        (4, &[2]),
+        (4, &[0, 1, 2, 3]),
+        (5, &[4]),
+        (6, &[0, 2, 4]),
+        (8, &[7]),
+        (9, &[0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (12, &[2, 7, 8, 11]),
+        (12, &[0, 1, 2, 3, 4, 5, 6, 7]),
+        (12, &[8, 9, 10, 11]),
+        (12, &[9]),
+        (32, &[0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 15, 16, 17, 18, 20, 22, 30, 31]),
+    ];
+    for (i, (k, zeros)) in cases.into_iter().enumerate() {
+        let mut blender = face.blender(k)?;
+        blender.set_weights(&weights_with(zeros, k, &mut random))?;
+        // Aligned to an element and up to 16 bytes, then each buffer at its own alignment.
+        let mut tensors = [8200, 37, 37].map(|len| Tensor::<T>::random(&mut random, len, k, [0, 1, 2, 4][i % 4], 0));
+        tensors[1] = tensors[1].scattered(&mut random);
+        tensors[2].has_products = false;
+        let without = tensors.each_mut().map(|tensor| spoil(tensor, zeros));
+        for what in BLENDS {
+            let case = format!("K = {k}, weight 0 of {zeros:?}, {what:?}");
+            let mut run = |mut tensors: [Tensor<T>; 3]| {
+                blender.reset()?;
+                face.run(&mut blender, &mut tensors, |blender, plan| blender.pass(plan, what))?;
+                Result::Ok((tensors.map(|tensor| bits(&tensor.blended.memory)), blender.pending()?))
+            };
+            let ((got, sums), (want, others)) = (run(tensors.clone())?, run(without.clone())?);
+            assert_eq!(got, want, "{case}");
+            for (n, (sum, other)) in sums.iter().zip(&others).enumerate() {
+                let spoilt = what.contains(Pass::DOT) && zeros.contains(&(n % k));
+                assert!(if spoilt { !sum.is_finite() } else { sum == other }, "{case}: sum {n} is {sum}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The blend may replace a gradient of weight 0.
+fn weight_zero_in_place<T: Sample>(face: Face) -> Outcome {
+    let mut random = Random(115);
+    for (k, zeros) in [(1, vec![0]), (3, vec![0, 1]), (6, vec![1, 5]), (12, vec![0, 7, 8, 11])] {
+        let mut blender = face.blender(k)?;
+        blender.set_weights(&weights_with(&zeros, k, &mut random))?;
+        let mut tensor = Tensor::<T>::random(&mut random, 9001, k, 0, 0);
+        let mut without = spoil(&mut tensor, &zeros);
+        for target in zeros {
+            tensor.output = Output::InPlace(target);
+            without.blended = tensor.written().clone();
+            for what in BLENDS {
+                let mut got = [tensor.clone()];
+                let mut want = [without.clone()];
+                for tensors in [&mut got, &mut want] {
+                    face.run(&mut blender, tensors, |blender, plan| blender.pass(plan, what))?;
+                }
+                let case = format!("K = {k}, over modality {target}, {what:?}");
+                assert_eq!(bits(got[0].written()), bits(&want[0].blended), "{case}");
+            }
+        }
+    }
     Ok(())
 }
 

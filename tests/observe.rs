@@ -121,7 +121,7 @@ fn gradients_that_are_not_finite_never_enter(face: Face) -> Outcome {
             face.run(&mut blender, &mut tensors, TestBlender::step)?;
             let report = blender.report()?;
             assert_eq!((report.observed, report.skipped, report.nonfinite), (0, 1, 0b10), "{bad} at {at}");
-            assert!(!tensors[0].blended[at].is_finite(), "blend propagates it");
+            assert!(!tensors[0].blended[at].is_finite(), "blend propagates it, as its weight is not 0");
         }
     }
     Ok(())

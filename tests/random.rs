@@ -274,7 +274,9 @@ impl<'a> Pair<'a> {
     fn prepare(&mut self, round: &Round) -> Result<()> {
         let k = self.k();
         if round.sets_weights {
-            let weights: Vec<f64> = self.random.numbers(k).iter().map(|w| 2.0 * w).collect();
+            let random = &mut self.random;
+            let weights: Vec<f64> =
+                (0..k).map(|_| if random.below(4) == 0 { 0.0 } else { 2.0 * random.number() }).collect();
             self.whole.blender.set_weights(&weights)?;
             self.apart.blender.set_weights(&weights)?;
         }

@@ -62,7 +62,8 @@ impl Sums {
 
 impl<T: Sample> Tensor<T> {
     /// Checks the blended gradient of this tensor against `before`, the tensor before the blend: 2K roundings in f32, then
-    /// one to the dtype. `accumulate` says whether the blend was added to what the buffer held.
+    /// one to the dtype. A modality of weight 0 is absent, whatever it holds. `accumulate` says whether the blend was added
+    /// to what the buffer held.
     #[track_caller]
     pub fn check_blend(&self, before: &Self, weights: &[f32], accumulate: bool, case: &str) {
         let old = before.written();
@@ -70,7 +71,7 @@ impl<T: Sample> Tensor<T> {
             let start = if accumulate { old[i].exact() } else { 0.0 };
             let (mut want, mut magnitude) = (start, start.abs());
             for (w, v) in weights.iter().zip(&before.modalities) {
-                let term = v.as_ref().map_or(0.0, |v| f64::from(*w) * v[i].exact());
+                let term = v.as_ref().filter(|_| *w != 0.0).map_or(0.0, |v| f64::from(*w) * v[i].exact());
                 want += term;
                 magnitude += term.abs();
             }

@@ -1,6 +1,7 @@
 //! The CPU backend.
 
 mod convert;
+mod modalities;
 mod pass;
 mod pool;
 #[cfg(test)]

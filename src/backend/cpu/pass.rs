@@ -11,6 +11,7 @@ use crate::abi::{Chunk, MAX_MODALITIES, TensorRecord};
 use crate::tensor::DType;
 
 use super::convert::{LINE, narrow, narrow_non_temporal, widen};
+use super::modalities::{Modalities, Sorted};
 use super::vector::{Isa, LANES, NON_TEMPORAL_ALIGNMENT, Portable, VectorElement};
 
 /// Elements of a block: 4 KiB of each f32 buffer, so that a block stays in the first-level cache.
@@ -115,13 +116,22 @@ unsafe fn run<I: Isa>(pass: &SpanPass<'_>, chunks: &[Chunk], sums: &mut Sums) {
 /// As [`run`], for this chunk.
 #[inline(always)]
 unsafe fn elements<I: Isa, T: VectorElement>(pass: &SpanPass<'_>, chunk: &Chunk, sums: &mut Sums) {
-    let record = &pass.tensors[chunk.tensor as usize];
+    let tensor = chunk.tensor as usize;
+    let record = &pass.tensors[tensor];
+    let slots = tensor * pass.modalities..tensor * pass.modalities + record.present as usize;
+    let present = Modalities { addresses: &pass.addresses[slots.clone()], indices: &pass.indices[slots] };
+    let (dot, blend) = record.parts(pass.dot, pass.blend, pass.accumulate);
+    let mut sorted = Sorted::default();
+    let (unweighted, weighted) =
+        if blend { present.split(pass.weights, &mut sorted) } else { (present, Modalities::default()) };
+    // Nothing is added to the blended gradient.
+    let blend = blend && !(pass.accumulate && weighted.is_empty());
     // SAFETY: the caller fulfils the contract of `Kernel`.
     unsafe {
-        match record.parts(pass.dot, pass.blend, pass.accumulate) {
-            (true, true) => blocks::<I, T, true, true>(pass, chunk, sums),
-            (true, false) => blocks::<I, T, true, false>(pass, chunk, sums),
-            (false, true) => blocks::<I, T, false, true>(pass, chunk, sums),
+        match (dot, blend) {
+            (true, true) => blocks::<I, T, true, true>(pass, chunk, unweighted, weighted, sums),
+            (true, false) => blocks::<I, T, true, false>(pass, chunk, unweighted, weighted, sums),
+            (false, true) => blocks::<I, T, false, true>(pass, chunk, unweighted, weighted, sums),
             (false, false) => {}
         }
     }
@@ -133,7 +143,7 @@ fn at<T>(address: u64, offset: usize) -> *mut T {
     std::ptr::with_exposed_provenance_mut::<T>(address as usize).wrapping_add(offset)
 }
 
-/// Processes a chunk in blocks.
+/// Processes a chunk in blocks: the products of all modalities, and the blend of `weighted`.
 ///
 /// # Safety
 /// As [`elements`]. With DOT, t and g are present; with BLEND, the blended gradient.
@@ -141,24 +151,22 @@ fn at<T>(address: u64, offset: usize) -> *mut T {
 unsafe fn blocks<I: Isa, T: VectorElement, const DOT: bool, const BLEND: bool>(
     pass: &SpanPass<'_>,
     chunk: &Chunk,
+    unweighted: Modalities<'_>,
+    weighted: Modalities<'_>,
     sums: &mut Sums,
 ) {
-    let tensor = chunk.tensor as usize;
-    let record = &pass.tensors[tensor];
-    let present = record.present as usize;
-    let slots = tensor * pass.modalities..tensor * pass.modalities + present;
-    let addresses = &pass.addresses[slots.clone()];
-    let indices = &pass.indices[slots];
+    let record = &pass.tensors[chunk.tensor as usize];
     let mut blend = [0.0_f32; BLOCK];
     // A gradient that is blended in place was just read, so its lines are in the cache already. A short chunk is mostly
     // partial lines.
+    let in_place = [unweighted, weighted].iter().any(|list| list.addresses.contains(&record.blended));
     let long = chunk.len as usize * size_of::<T>() >= MIN_NON_TEMPORAL_BYTES;
-    let non_temporal = pass.non_temporal && long && !pass.accumulate && !addresses.contains(&record.blended);
-    // DIRECT: all modalities fit in one tile, so a blended vector is complete in its register and is stored from there.
-    // Non-temporal stores, which need alignment, then alternate with arithmetic: an EPYC with 2 cores runs a step at 0.95
-    // of plain reading; when a block is stored at once, at 0.70.
+    let non_temporal = pass.non_temporal && long && !pass.accumulate && !in_place;
+    // DIRECT: all modalities that are blended fit in one tile, so a blended vector is complete in its register and is
+    // stored from there. Non-temporal stores, which need alignment, then alternate with arithmetic: an EPYC with 2 cores
+    // runs a step at 0.95 of plain reading; when a block is stored at once, at 0.70.
     let aligned = record.blended.is_multiple_of(NON_TEMPORAL_ALIGNMENT);
-    let direct = BLEND && (1..=TILE).contains(&present) && !pass.accumulate && (aligned || !non_temporal);
+    let direct = BLEND && (1..=TILE).contains(&weighted.len()) && !pass.accumulate && (aligned || !non_temporal);
     let (start, len) = (chunk.start as usize, chunk.len as usize);
     let mut done = 0;
     while done < len {
@@ -176,23 +184,15 @@ unsafe fn blocks<I: Isa, T: VectorElement, const DOT: bool, const BLEND: bool>(
             }
             let (t, g) = (at::<T>(record.train, offset), at::<T>(record.valid, offset));
             let to = at(record.blended, offset);
-            let mut first = 0;
-            while first < present {
-                let addresses = &addresses[first..];
-                let indices = &indices[first..];
-                let (left, weights) = (len - done, pass.weights);
-                let block = Block { t, g, to, non_temporal, offset, count, left, addresses, indices, weights };
-                match (present - first, direct) {
-                    (1, true) => tile::<I, T, 1, DOT, BLEND, BLEND>(&block, &mut blend, sums),
-                    (2, true) => tile::<I, T, 2, DOT, BLEND, BLEND>(&block, &mut blend, sums),
-                    (3, true) => tile::<I, T, 3, DOT, BLEND, BLEND>(&block, &mut blend, sums),
-                    (_, true) => tile::<I, T, TILE, DOT, BLEND, BLEND>(&block, &mut blend, sums),
-                    (1, false) => tile::<I, T, 1, DOT, BLEND, false>(&block, &mut blend, sums),
-                    (2, false) => tile::<I, T, 2, DOT, BLEND, false>(&block, &mut blend, sums),
-                    (3, false) => tile::<I, T, 3, DOT, BLEND, false>(&block, &mut blend, sums),
-                    (_, false) => tile::<I, T, TILE, DOT, BLEND, false>(&block, &mut blend, sums),
-                }
-                first += TILE;
+            let block = Block { t, g, to, non_temporal, offset, count, left: len - done, weights: pass.weights };
+            // Before the blend, which may be stored over one of these gradients.
+            if DOT {
+                tiles::<I, T, DOT, false, false>(&block, unweighted, &mut blend, sums);
+            }
+            if direct {
+                tiles::<I, T, DOT, BLEND, BLEND>(&block, weighted, &mut blend, sums);
+            } else if BLEND {
+                tiles::<I, T, DOT, BLEND, false>(&block, weighted, &mut blend, sums);
             }
             if BLEND && !direct {
                 if non_temporal {
@@ -206,7 +206,7 @@ unsafe fn blocks<I: Isa, T: VectorElement, const DOT: bool, const BLEND: bool>(
     }
 }
 
-/// A block, and its modalities from the current tile on.
+/// A block of a chunk.
 struct Block<'a, T> {
     t: *const T,
     g: *const T,
@@ -217,28 +217,54 @@ struct Block<'a, T> {
     count: usize,
     /// Elements from `offset` to the end of the chunk.
     left: usize,
-    addresses: &'a [u64],
-    indices: &'a [u32],
     weights: &'a [f32; MAX_MODALITIES],
 }
 
-/// Processes the next N modalities of a block: adds to their sums if DOT, to `blend` if BLEND. DIRECT: these are all
-/// modalities, and the blended elements are stored to the block's destination.
+/// Processes modalities of a block, one tile after the other.
+///
+/// # Safety
+/// As [`tile`], but for any number of modalities; with DIRECT, of one tile.
+#[inline(always)]
+unsafe fn tiles<I: Isa, T: VectorElement, const DOT: bool, const BLEND: bool, const DIRECT: bool>(
+    block: &Block<'_, T>,
+    modalities: Modalities<'_>,
+    blend: &mut [f32; BLOCK],
+    sums: &mut Sums,
+) {
+    let mut rest = modalities;
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at(TILE.min(rest.len()));
+        // SAFETY: the caller fulfils the contract of `tile` for all modalities.
+        unsafe {
+            match now.len() {
+                1 => tile::<I, T, 1, DOT, BLEND, DIRECT>(block, now, blend, sums),
+                2 => tile::<I, T, 2, DOT, BLEND, DIRECT>(block, now, blend, sums),
+                3 => tile::<I, T, 3, DOT, BLEND, DIRECT>(block, now, blend, sums),
+                _ => tile::<I, T, TILE, DOT, BLEND, DIRECT>(block, now, blend, sums),
+            }
+        }
+        rest = later;
+    }
+}
+
+/// Processes N modalities of a block: adds to their sums if DOT, to `blend` if BLEND. DIRECT: these are all modalities of
+/// the blend, and the blended elements are stored to the block's destination.
 ///
 /// # Safety
 /// - the processor has the instruction set `I`;
-/// - `addresses` and `indices` of the block have at least N entries;
+/// - there are at least N modalities;
 /// - `count` elements are readable at each of these addresses, and with DOT at `t` and `g`;
 /// - with DIRECT, `count` elements are writable at `to`, which has the alignment of non-temporal stores if `non_temporal`.
 #[inline(always)]
 unsafe fn tile<I: Isa, T: VectorElement, const N: usize, const DOT: bool, const BLEND: bool, const DIRECT: bool>(
     block: &Block<'_, T>,
+    modalities: Modalities<'_>,
     blend: &mut [f32; BLOCK],
     sums: &mut Sums,
 ) {
     let count = block.count;
-    let index: [usize; N] = std::array::from_fn(|n| block.indices[n] as usize);
-    let v: [*const T; N] = std::array::from_fn(|n| at::<T>(block.addresses[n], block.offset).cast_const());
+    let index: [usize; N] = std::array::from_fn(|n| modalities.indices[n] as usize);
+    let v: [*const T; N] = std::array::from_fn(|n| at::<T>(modalities.addresses[n], block.offset).cast_const());
     let blend = blend.as_mut_ptr();
     // SAFETY: the caller fulfils the contract of `tile`; `blend` has BLOCK elements, and `count` is at most BLOCK.
     unsafe {
