@@ -58,8 +58,9 @@ struct Location {
 void run(const char *kernel, const std::function<void()> &body, unsigned blocks, unsigned threads);
 // Waits for the block.
 void sync_block(const char *operation, Location location);
-// Waits for the warp; returns the values of its lanes, valid until this thread's next barrier.
-const uint64_t *sync_warp(const char *operation, Location location, unsigned mask, uint64_t value);
+// Waits for the warp; returns the values of its lanes, valid until this thread's next barrier. `orders`: whether it
+// orders memory accesses.
+const uint64_t *sync_warp(const char *operation, Location location, unsigned mask, uint64_t value, bool orders);
 // Ends the process with a message that names the kernel, the block and the thread.
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char *format, ...);
 // Seeds the generator of all random choices.
@@ -68,6 +69,25 @@ void seed(uint64_t value);
 uint32_t below(uint32_t end);
 // Fills memory with garbage.
 void scramble(void *memory, size_t bytes);
+
+// ---- races.cpp ----
+
+// The time, which barriers advance, and the last barriers that ordered memory accesses: of the block and of each warp.
+struct Times {
+    uint32_t now, block, warps[32];
+};
+inline Times times;
+// The stack of the fiber that runs: no other thread's memory.
+inline uintptr_t stack;
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t STACK = 256 << 10;
+#else
+constexpr size_t STACK = 64 << 10;
+#endif
+// Checks an access by an atomic operation.
+void atomic_access(const void *memory, size_t bytes);
+// Frees memory. For use between blocks: their accesses are not compared.
+void forget_accesses();
 
 // ---- Traffic ----
 
@@ -113,7 +133,7 @@ template <class T>
 T shuffle(const char *operation, Location location, unsigned mask, T value, unsigned from) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one or two registers");
     using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-    const uint64_t *values = sync_warp(operation, location, mask, same_bits<Bits>(value));
+    const uint64_t *values = sync_warp(operation, location, mask, same_bits<Bits>(value), false);
     const unsigned thread = threadIdx.x - lane() + from;
     return from < warpSize && thread < blockDim.x ? same_bits<T>(static_cast<Bits>(values[from])) : value;
 }
@@ -123,7 +143,9 @@ T shuffle(const char *operation, Location location, unsigned mask, T value, unsi
 // ---- Barriers and warp operations ----
 
 inline void __syncthreads(CALLER) { emulator::sync_block("__syncthreads", location); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, CALLER) { emulator::sync_warp("__syncwarp", location, mask, 0); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, CALLER) {
+    emulator::sync_warp("__syncwarp", location, mask, 0, true);
+}
 // Blocks run one after the other, so there is nothing to order.
 inline void __threadfence() {}
 
@@ -136,7 +158,7 @@ T __shfl_sync(unsigned mask, T value, int from, CALLER) {
     return emulator::shuffle("__shfl_sync", location, mask, value, static_cast<unsigned>(from));
 }
 inline unsigned __ballot_sync(unsigned mask, int value, CALLER) {
-    const uint64_t *values = emulator::sync_warp("__ballot_sync", location, mask, value != 0);
+    const uint64_t *values = emulator::sync_warp("__ballot_sync", location, mask, value != 0, false);
     unsigned ballot = 0;
     for (unsigned lane = 0; lane < warpSize; ++lane) {
         ballot |= static_cast<unsigned>(values[lane]) << lane;
@@ -160,13 +182,17 @@ template <class T>
 void __stcs(T *to, const std::common_type_t<T> &value) {
     emulator::store("__stcs", to, value, emulator::stored);
 }
-inline double atomicAdd(double *at, double value) {
+// Not inlined: the compiler instruments an instruction by the attributes of the function that it is in.
+#define NOT_INSTRUMENTED __attribute__((noinline, no_sanitize("thread")))
+NOT_INSTRUMENTED inline double atomicAdd(double *at, double value) {
+    emulator::atomic_access(at, sizeof *at);
     const double old = *at;
     *at = old + value;
     return old;
 }
 // Counts up to `last`, then wraps to 0.
-inline unsigned atomicInc(unsigned *at, unsigned last) {
+NOT_INSTRUMENTED inline unsigned atomicInc(unsigned *at, unsigned last) {
+    emulator::atomic_access(at, sizeof *at);
     const unsigned old = *at;
     *at = old >= last ? 0 : old + 1;
     return old;

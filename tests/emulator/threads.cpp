@@ -95,11 +95,6 @@ namespace emulator {
 namespace {
 
 constexpr unsigned MAX_THREADS = 1024;
-#ifdef __SANITIZE_ADDRESS__
-constexpr size_t STACK = 256 << 10;
-#else
-constexpr size_t STACK = 64 << 10;
-#endif
 
 struct Fiber {
     void *pointer = nullptr;          // of its stack, while it does not run
@@ -117,6 +112,7 @@ struct Barrier {
     unsigned first = 0, size = 0, arrived = 0, round = 0;
     const char *operation = nullptr;  // of the first that arrived
     Location location = {};
+    uint32_t *ordered = nullptr;  // when it last ordered memory accesses
     // Of this round and the previous one: a thread may arrive again before another has read its value.
     uint64_t values[2][warpSize] = {};
 };
@@ -212,6 +208,7 @@ void run_next() {
     warp.ready[index] = warp.ready[--warp.ready_count];
     --ready_count;
     threadIdx.x = next;
+    stack = reinterpret_cast<uintptr_t>(fibers[next].bottom);
     if (&fibers[next] != running) {
         switch_to(fibers[next]);
     }
@@ -220,7 +217,8 @@ void run_next() {
 bool same(const char *a, const char *b) { return a == b || strcmp(a, b) == 0; }
 
 // Waits for all threads of a barrier; returns their values.
-const uint64_t *arrive_and_wait(Barrier &barrier, const char *operation, Location location, uint64_t value) {
+const uint64_t *arrive_and_wait(Barrier &barrier, const char *operation, Location location, uint64_t value,
+                                bool orders) {
     Fiber &self = fibers[threadIdx.x];
     self.operation = operation;
     self.location = location;
@@ -236,6 +234,9 @@ const uint64_t *arrive_and_wait(Barrier &barrier, const char *operation, Locatio
     if (++barrier.arrived == barrier.size) {
         barrier.arrived = 0;
         ++barrier.round;
+        if (orders) {
+            *barrier.ordered = ++times.now;
+        }
         for (unsigned thread = barrier.first; thread < barrier.first + barrier.size; ++thread) {
             fibers[thread].operation = nullptr;
             make_ready(thread);
@@ -277,6 +278,9 @@ void run_block(unsigned threads) {
     scramble(__start_shared_memory, static_cast<size_t>(__stop_shared_memory - __start_shared_memory));
     block = {};
     block.size = threads;
+    block.ordered = &times.block;
+    times.block = ++times.now;
+    forget_accesses();
     ended = ready_count = 0;
     warp_count = (threads + warpSize - 1) / warpSize;
     favoured = below(warp_count);
@@ -286,6 +290,7 @@ void run_block(unsigned threads) {
         if (thread % warpSize == 0) {
             warp = {};
             warp.barrier.first = thread;
+            warp.barrier.ordered = &times.warps[thread / warpSize];
         }
         ++warp.barrier.size;
         fibers[thread].operation = nullptr;
@@ -333,13 +338,13 @@ __attribute__((no_sanitize_address)) void scramble(void *memory, size_t bytes) {
     }
 }
 
-void sync_block(const char *operation, Location location) { arrive_and_wait(block, operation, location, 0); }
+void sync_block(const char *operation, Location location) { arrive_and_wait(block, operation, location, 0, true); }
 
-const uint64_t *sync_warp(const char *operation, Location location, unsigned mask, uint64_t value) {
+const uint64_t *sync_warp(const char *operation, Location location, unsigned mask, uint64_t value, bool orders) {
     if (mask != 0xffffffffu) {
         fail("%s with mask %08x: only operations of whole warps are emulated", operation, mask);
     }
-    return arrive_and_wait(warps[threadIdx.x / warpSize].barrier, operation, location, value);
+    return arrive_and_wait(warps[threadIdx.x / warpSize].barrier, operation, location, value, orders);
 }
 
 void run(const char *name, const std::function<void()> &thread_body, unsigned blocks, unsigned threads) {

@@ -6,8 +6,10 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use rayon::prelude::*;
 use xshell::{Cmd, Shell, cmd};
 
+use crate::emulator::Detect;
 use crate::{cuda, emulator, ffi, gpu_bundle, machine_code, mutants, rules, tools};
 
 /// A named part. It runs its commands, then its function.
@@ -119,7 +121,7 @@ fn cuda(_: &Shell) -> Result<()> {
 }
 
 fn on_emulator(_: &Shell) -> Result<()> {
-    let (sh, emulator) = (cuda::shell()?, emulator::build(false, None)?);
+    let (sh, emulator) = (cuda::shell()?, emulator::build(Detect::Nothing, None)?);
     let (features, all) = (cuda::FEATURES, cuda::ALL);
     let test = cmd!(sh, "cargo test --locked --package gradblend --lib --tests --features {features}");
     emulator::on(&emulator, test).run()?;
@@ -143,7 +145,7 @@ fn on_emulator(_: &Shell) -> Result<()> {
 }
 
 fn sanitizers(sh: &Shell) -> Result<()> {
-    let (emulator, built) = (emulator::build(true, None)?, cuda::tests()?);
+    let (emulator, built) = (emulator::build(Detect::Sanitize, None)?, cuda::tests()?);
     // Each seed is another order of threads.
     for (seed, more) in [("1", &SANITIZED_ONCE[..]), ("2", &[])] {
         for name in SANITIZED.iter().chain(more) {
@@ -152,7 +154,13 @@ fn sanitizers(sh: &Shell) -> Result<()> {
             emulator::on_sanitized(sh, &emulator, test)?.run()?;
         }
     }
-    Ok(())
+    // In one order of threads: whether a barrier orders two accesses does not depend on it. A program uses one core.
+    let races = emulator::build(Detect::Races, None)?;
+    SANITIZED.par_iter().chain(&SANITIZED_ONCE).try_for_each(|name| {
+        let (sh, program) = (tools::shell()?, built.program(name)?);
+        let test = cmd!(sh, "{program} --quiet --skip cpu:: --skip ffi::").env("GRADBLEND_EMULATOR_SEED", "1");
+        Ok(emulator::on(&races, test).run()?)
+    })
 }
 
 fn install(sh: &Shell) -> Result<()> {
@@ -196,6 +204,6 @@ fn bundle(sh: &Shell) -> Result<()> {
     let out = tools::target()?.join("ci-gpu-bundle");
     gpu_bundle::build(true, Some(out.clone()))?;
     let script = out.join("run.sh");
-    let run = emulator::on(&emulator::build(false, None)?, cmd!(sh, "{script} --quick"));
+    let run = emulator::on(&emulator::build(Detect::Nothing, None)?, cmd!(sh, "{script} --quick"));
     Ok(run.env("OUT", tools::target()?.join("ci-gpu-results")).run()?)
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use rayon::prelude::*;
 use xshell::{Cmd, Shell, cmd};
 
@@ -16,14 +17,52 @@ const EXPORTS: &str = "{ global: cu*; emulator_*; local: *; };";
 /// A driver that lacks almost all functions, as one of another version might.
 const INCOMPLETE: &str = "extern \"C\" int cuInit(unsigned) { return 0; }
 extern \"C\" int cuDriverGetVersion(int *version) { return *version = 13000, 0; }\n";
-const SANITIZE: [&str; 3] =
-    ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=shared_memory"];
+
+/// What an emulator detects besides what all do.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum Detect {
+    /// Nothing
+    Nothing,
+    /// Accesses out of bounds and undefined behavior: AddressSanitizer and UndefinedBehaviorSanitizer
+    Sanitize,
+    /// Data races in a thread block: tests/emulator/races.cpp
+    Races,
+}
+
+impl Detect {
+    /// The folder in cargo's target folder.
+    fn folder(self) -> &'static str {
+        match self {
+            Self::Nothing => "emulator",
+            Self::Sanitize => "emulator-sanitize",
+            Self::Races => "emulator-races",
+        }
+    }
+
+    /// Flags of the compiler for all sources, and of the linker.
+    fn flags(self) -> &'static [&'static str] {
+        match self {
+            Self::Sanitize => {
+                &["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=shared_memory"]
+            }
+            Self::Nothing | Self::Races => &[],
+        }
+    }
+
+    /// Flags of the compiler for kernels alone.
+    fn kernel_flags(self) -> &'static [&'static str] {
+        match self {
+            // Calls functions before accesses to memory. The linker must not add ThreadSanitizer's own.
+            Self::Races => &["-fsanitize=thread"],
+            Self::Nothing | Self::Sanitize => &[],
+        }
+    }
+}
 
 /// Builds libcuda.so.1 and libcublas.so.13 in `out`, and in `out/incomplete` a driver that lacks functions. Returns
 /// `out`, which goes into LD_LIBRARY_PATH.
-pub(crate) fn build(sanitize: bool, out: Option<PathBuf>) -> Result<PathBuf> {
-    let name = if sanitize { "emulator-sanitize" } else { "emulator" };
-    let out = out.map_or_else(|| tools::target().map(|target| target.join(name)), Ok)?;
+pub(crate) fn build(detect: Detect, out: Option<PathBuf>) -> Result<PathBuf> {
+    let out = out.map_or_else(|| tools::target().map(|target| target.join(detect.folder())), Ok)?;
     fs::create_dir_all(out.join("incomplete"))?;
     let out = out.canonicalize()?;
     if fs::read_to_string(out.join("abi.cuh")).ok().as_deref() != Some(header::header().as_str()) {
@@ -39,8 +78,8 @@ pub(crate) fn build(sanitize: bool, out: Option<PathBuf>) -> Result<PathBuf> {
     if is_newest(&library, &all)? && is_newest(&cublas, &all)? && is_newest(&incomplete, &all)? {
         return Ok(out);
     }
-    let flags: &[&str] = if sanitize { &SANITIZE } else { &[] };
-    compile(&sources.all(), &[&kernels, &out], &out, flags)?;
+    let flags = detect.flags();
+    compile(&sources.all(), &[&kernels, &out], &out, flags, detect)?;
     link(&objects(&[sources.host, sources.kernels].concat(), &out), &library, EXPORTS, flags)?;
     link(&[object(&sources.cublas, &out), library], &cublas, "{ global: cublas*; local: *; };", flags)?;
     let source = out.join("incomplete/driver.cpp");
@@ -50,10 +89,10 @@ pub(crate) fn build(sanitize: bool, out: Option<PathBuf>) -> Result<PathBuf> {
 }
 
 /// Builds libcuda.so.1 of other kernels in `out`, with all else from the emulator in `base`.
-pub(crate) fn variant(kernels: &Path, base: &Path, out: &Path) -> Result<()> {
+pub(crate) fn variant(kernels: &Path, base: &Path, out: &Path, detect: Detect) -> Result<()> {
     // Such a library is built once and runs briefly.
     let own = tools::files(kernels, &["cu"])?;
-    compile(&own, &[kernels, base], out, &["-O1", "-g0"])?;
+    compile(&own, &[kernels, base], out, &["-O1", "-g0"], detect)?;
     let inputs = [objects(&Sources::find()?.host, base), objects(&own, out)].concat();
     link(&inputs, &out.join("libcuda.so.1"), EXPORTS, &[])
 }
@@ -114,7 +153,7 @@ fn is_newest(library: &Path, sources: &[PathBuf]) -> Result<bool> {
 }
 
 /// Compiles each source into an object in `out`, all at the same time.
-fn compile(sources: &[PathBuf], include: &[&Path], out: &Path, flags: &[&str]) -> Result<()> {
+fn compile(sources: &[PathBuf], include: &[&Path], out: &Path, flags: &[&str], detect: Detect) -> Result<()> {
     let (cxx, cuda) = (tools::compiler("CXX", "g++"), tools::root().join("tests/emulator/cuda.hpp"));
     let compile = |source: &PathBuf| -> Result<()> {
         let sh = tools::shell()?;
@@ -124,7 +163,7 @@ fn compile(sources: &[PathBuf], include: &[&Path], out: &Path, flags: &[&str]) -
             .args(flags)
             .args(include.iter().flat_map(|folder| [Path::new("-I"), folder]));
         if source.extension().is_some_and(|extension| extension == "cu") {
-            command = command.args(["-x", "c++", "-include"]).arg(&cuda);
+            command = command.args(detect.kernel_flags()).args(["-x", "c++", "-include"]).arg(&cuda);
         }
         command.arg("-c").arg(source).arg("-o").arg(object).quiet().run().with_context(|| source.display().to_string())
     };

@@ -43,7 +43,7 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     }
     let sh = cuda::shell()?;
     cuda::build(&sh, &["rustc", "--features", "cuda,capi", "--crate-type", "cdylib"])?;
-    let emulator = emulator::build(false, None)?;
+    let emulator = emulator::build(emulator::Detect::Nothing, None)?;
     sh.set_var("LD_LIBRARY_PATH", emulator);
     let (library, out) = (target.join("debug"), target.join("ffi-cuda"));
     cmd!(sh, "tests/ffi/run {library} --device 0 --out {out}").run()?;

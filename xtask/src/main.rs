@@ -32,10 +32,10 @@ enum Command {
     Cuda,
     /// Build the emulator of the CUDA driver, and print the folder to put into LD_LIBRARY_PATH
     Emulator {
-        /// With AddressSanitizer and UndefinedBehaviorSanitizer
-        #[arg(long)]
-        sanitize: bool,
-        /// Folder to build in [default: target/emulator, or target/emulator-sanitize]
+        /// What to detect more, at the cost of time
+        #[arg(long, value_enum, default_value = "nothing")]
+        detect: emulator::Detect,
+        /// Folder to build in [default: target/emulator, target/emulator-sanitize or target/emulator-races]
         #[arg(long)]
         out: Option<PathBuf>,
     },
@@ -81,7 +81,7 @@ fn run(command: Command) -> Result<()> {
         Command::Fuzz { seconds } => ci::fuzz(seconds)?,
         Command::GpuBundle { debug, out } => gpu_bundle::build(debug, out)?,
         Command::Cuda => drop(cuda::kernels()?),
-        Command::Emulator { sanitize, out } => println!("{}", emulator::build(sanitize, out)?.display()),
+        Command::Emulator { detect, out } => println!("{}", emulator::build(detect, out)?.display()),
         Command::MachineCode { images } => machine_code::run(&images)?,
         Command::Mutants { names } => mutants::run(&names)?,
     }

@@ -8,10 +8,11 @@ use rayon::prelude::*;
 use serde::Deserialize;
 use xshell::cmd;
 
+use crate::emulator::Detect;
 use crate::{cuda, emulator, tools};
 
 /// Test programs that run on each broken kernel until one fails.
-const PROGRAMS: [&str; 5] = ["step", "observe", "blend", "cuda", "dot"];
+const PROGRAMS: [&str; 6] = ["step", "observe", "solve", "blend", "cuda", "dot"];
 /// Orders of the emulated threads that each program runs in.
 const SEEDS: [&str; 3] = ["1", "2", "3"];
 
@@ -30,6 +31,15 @@ struct Mutant {
     old: String,
     /// The text that replaces it.
     new: String,
+    /// Whether it changes no result on the emulator: the detection of data races must notice it.
+    #[serde(default)]
+    race: bool,
+}
+
+impl Mutant {
+    fn detect(&self) -> Detect {
+        if self.race { Detect::Races } else { Detect::Nothing }
+    }
 }
 
 /// Runs the mutants of tests/emulator/mutants.toml whose names contain one of `names`, or all.
@@ -38,14 +48,16 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
     let mut mutants = toml::from_str::<List>(&text)?.mutant;
     mutants.retain(|mutant| names.is_empty() || names.iter().any(|name| mutant.name.contains(name)));
     ensure!(!mutants.is_empty(), "no mutant has such a name");
-    let base = emulator::build(false, None)?;
+    let base = emulator::build(Detect::Nothing, None)?;
+    let races = emulator::build(Detect::Races, None)?;
     let built = cuda::tests()?;
     let programs = PROGRAMS.iter().map(|name| built.program(name)).collect::<Result<Vec<_>>>()?;
     check_unbroken(&base, &programs)?;
     let try_one = |mutant: &Mutant| -> Result<bool> {
         let out = folder(&mutant.name)?;
-        build(Some(mutant), &base, &out).with_context(|| mutant.name.clone())?;
-        let noticed = first_failure(&out, &programs)?;
+        let base = if mutant.race { &races } else { &base };
+        build(Some(mutant), base, &out).with_context(|| mutant.name.clone())?;
+        let noticed = first_failure(&out, &programs)?.filter(|how| !mutant.race || how.ends_with(RACED));
         fs::remove_dir_all(out)?;
         println!(
             "{} {}",
@@ -90,24 +102,32 @@ fn build(mutant: Option<&Mutant>, base: &Path, out: &Path) -> Result<()> {
         }
         fs::write(kernels.join(name), text)?;
     }
-    emulator::variant(&kernels, base, out)
+    emulator::variant(&kernels, base, out, mutant.map_or(Detect::Nothing, Mutant::detect))
 }
 
 /// How `timeout` exits where it stopped the command.
 const TIMED_OUT: [i32; 2] = [124, 137];
+/// What is said of a program that ended with a data race.
+const RACED: &str = "has a data race";
 
-/// The first program that fails on an emulator or does not end, and which of the two.
+/// The first program that fails on an emulator or does not end, and how.
 fn first_failure(library: &Path, programs: &[&PathBuf]) -> Result<Option<String>> {
     let sh = tools::shell()?;
     for seed in SEEDS {
         for program in programs {
             let command = cmd!(sh, "timeout --kill-after 5 300 {program} --skip cpu:: --skip ffi:: --test-threads 1");
             let command = emulator::on(library, command).env("GRADBLEND_EMULATOR_SEED", seed);
-            let status = command.quiet().ignore_status().ignore_stdout().ignore_stderr().output()?.status;
-            if !status.success() {
-                let timed_out = status.code().is_some_and(|code| TIMED_OUT.contains(&code));
+            let output = command.quiet().ignore_status().ignore_stdout().output()?;
+            if !output.status.success() {
+                let timed_out = output.status.code().is_some_and(|code| TIMED_OUT.contains(&code));
+                let raced = String::from_utf8_lossy(&output.stderr).contains(": data race");
                 let name = program.file_name().unwrap_or_default().to_string_lossy();
-                return Ok(Some(format!("{name} {}", if timed_out { "timed out" } else { "failed" })));
+                let how = match (timed_out, raced) {
+                    (true, _) => "timed out",
+                    (_, true) => RACED,
+                    _ => "failed",
+                };
+                return Ok(Some(format!("{name} {how}")));
             }
         }
     }
