@@ -156,8 +156,8 @@ impl Table {
         self.rows.slices = false;
     }
 
-    /// Minimum traffic in bytes of a pass with these bits of `Pass`: each role that takes part counts once, `blended` twice
-    /// with ACCUMULATE.
+    /// Minimum traffic in bytes of a pass with these bits of `Pass` if no weight is 0: each role that takes part counts
+    /// once, `blended` twice with ACCUMULATE.
     pub(crate) fn minimum_traffic(&self, what: u32) -> u64 {
         let accumulate = what & ACCUMULATE != 0;
         let bytes = |record: &TensorRecord| {
