@@ -71,6 +71,7 @@ __device__ __forceinline__ bool append(ActiveSet &s, const Shape &shape, uint32_
     }
     // Lanes below i compute the row, lane i its pivot and the known part of z.
     double rest = lane < i ? element(s, shape, v, lane) : diagonal, known = 0.0;
+#pragma unroll 1
     for (uint32_t j = 0; j < i; ++j) {
         double entry = 0.0;
         if (lane == j) {
@@ -101,6 +102,7 @@ __device__ __forceinline__ bool append(ActiveSet &s, const Shape &shape, uint32_
 __device__ __forceinline__ double solve_set(const ActiveSet &s, const Shape &shape, uint32_t count) {
     const uint32_t lane = threadIdx.x % WARP;
     double u = 0.0, known = 0.0, sum = 0.0;
+#pragma unroll 1
     for (uint32_t i = count; i-- > 0;) {
         if (lane == i) {
             u = (s.z[i] - known) / s.rows[i][i];
@@ -117,6 +119,7 @@ __device__ __forceinline__ double solve_set(const ActiveSet &s, const Shape &sha
 // m - Qx of row i, and the sum of its absolute terms.
 __device__ __forceinline__ double2 derivative_of(const ActiveSet &s, const Shape &shape, uint32_t i) {
     double sum = 0.0, size = magnitude(s.m[i]);
+#pragma unroll 1
     for (uint32_t j = 0; j < shape.modalities; ++j) {
         const double product = s.q[i][j] * s.x[j];
         sum += product;
@@ -132,6 +135,7 @@ __device__ __forceinline__ uint32_t next_variable(ActiveSet &s, const Shape &sha
     const uint32_t lane = threadIdx.x % WARP;
     double x = 0.0, sum = 0.0;
     bool outside = lane < shape.modalities;
+#pragma unroll 1
     for (uint32_t i = 0; i < count; ++i) {
         const double u = s.u[i];
         sum += u;
@@ -194,6 +198,7 @@ __device__ __forceinline__ bool rebuild(ActiveSet &s, const Shape &shape, uint32
     count = from;
     // All lanes have read u and the order before they change.
     __syncwarp();
+#pragma unroll 1
     for (uint32_t i = entering < MAX_MODALITIES ? from - 1 : from; i != end; ++i) {
         const bool enters = i == from - 1;
         if (!enters && (keep >> i & 1) == 0) {
@@ -236,6 +241,7 @@ __device__ __forceinline__ double minimize(ActiveSet &s, const Shape &shape, uin
     const uint32_t lane = threadIdx.x % WARP, last = ENTRIES * shape.modalities;
     uint32_t count = 0, rejected = 0;
     exact = true;
+#pragma unroll 1
     for (uint32_t entry = 0; entry <= last; ++entry) {
         const uint32_t next = next_variable(s, shape, count, rejected, bound);
         if (next == MAX_MODALITIES) {
@@ -246,6 +252,7 @@ __device__ __forceinline__ double minimize(ActiveSet &s, const Shape &shape, uin
             break;
         }
         exact = enter(s, shape, count, next) && exact;
+#pragma unroll 1
         while (!advance(s, shape, count)) {
             exact = remove_zeros(s, shape, count) && exact;
         }
@@ -255,6 +262,7 @@ __device__ __forceinline__ double minimize(ActiveSet &s, const Shape &shape, uin
         __syncwarp();
     }
     double u = 0.0;
+#pragma unroll 1
     for (uint32_t i = 0; i < count; ++i) {
         u = s.order[i] == lane ? s.u[i] : u;
     }

@@ -32,11 +32,13 @@ __device__ __forceinline__ double2 load_moments(const BlenderArgs &blender, Solv
     const bool empty = state->observed == 0;
     const double normaliser = state->normaliser;
     s.m[lane] = empty || lane >= modalities ? 0.0 : state->mean[lane] / normaliser;
+#pragma unroll 1
     for (uint32_t i = lane; i < modalities * modalities; i += WARP) {
         s.rows[i / modalities][i % modalities] = empty ? 0.0 : state->second_moment[i] / normaliser;
     }
     __syncwarp();
     double m_scale = 0.0, s_scale = 0.0;
+#pragma unroll 1
     for (uint32_t k = 0; k < modalities; ++k) {
         m_scale = larger(m_scale, magnitude(s.m[k]));
         s_scale = larger(s_scale, s.rows[k][k]);
@@ -52,6 +54,7 @@ __device__ __forceinline__ Problem load_matrix(const BlenderArgs &blender, Solve
     // S of fewer than K observations is singular.
     problem.correlated = blender.overfitting == CORRELATED && at<const State>(blender.state)->observed >= modalities;
     problem.overfits = scale.y > 0.0;
+#pragma unroll 1
     for (uint32_t i = lane; i < modalities * modalities; i += WARP) {
         const uint32_t j = i / modalities, k = i % modalities;
         const bool counts = problem.overfits && (problem.correlated || j == k);
@@ -61,6 +64,7 @@ __device__ __forceinline__ Problem load_matrix(const BlenderArgs &blender, Solve
     __syncwarp();
     s.m[lane] = scale.x > 0.0 ? s.m[lane] / scale.x : 0.0;
     double trace = -0.0;
+#pragma unroll 1
     for (uint32_t k = 0; k < modalities; ++k) {
         trace += s.q[k][k];
     }
@@ -77,6 +81,7 @@ __device__ __forceinline__ Problem load_problem(const BlenderArgs &blender, Solv
     const uint32_t modalities = blender.modalities, lane = threadIdx.x % WARP;
     Problem problem = load_matrix(blender, s);
     double all = 0.0, qf = 0.0;
+#pragma unroll 1
     for (uint32_t k = 0; k < modalities; ++k) {
         all += blender.min_weight[k];
         qf += lane < modalities ? s.q[lane][k] * blender.min_weight[k] : 0.0;
@@ -85,6 +90,7 @@ __device__ __forceinline__ Problem load_problem(const BlenderArgs &blender, Solv
     s.qf[lane] = qf;
     __syncwarp();
     double fqf = 0.0, fm = 0.0;
+#pragma unroll 1
     for (uint32_t k = 0; k < modalities; ++k) {
         fqf += s.floors[k] * s.qf[k];
         fm += s.floors[k] * s.m[k];
@@ -123,6 +129,7 @@ __device__ __forceinline__ Solution solve_signed(SolveStorage &s, const Problem 
     Solution solution = {0.0, 0, true};
     if (problem.overfits && problem.correlated) {
         uint32_t count = 0;
+#pragma unroll 1
         while (count < modalities && append(s, problem.shape, count, count, LEAST_PIVOT)) {
         }
         if (count == modalities) {
@@ -147,6 +154,7 @@ __device__ __forceinline__ void store_weights(const BlenderArgs &blender, SolveS
     s.x[lane] = solution.u;
     __syncwarp();
     double sum = -0.0;
+#pragma unroll 1
     for (uint32_t k = 0; k < modalities; ++k) {
         sum += s.x[k];
     }
@@ -167,8 +175,9 @@ __device__ __forceinline__ void store_weights(const BlenderArgs &blender, SolveS
     }
 }
 
-// Computes the weights from the moments. For one warp.
-__device__ __forceinline__ void update_weights(const BlenderArgs &blender, SolveStorage &s) {
+// Computes the weights from the moments. For one warp. Not inlined: the kernels of pass.cu would compile it three times, and
+// their registers are scarce.
+__device__ __noinline__ void update_weights(const BlenderArgs &blender, SolveStorage &s) {
     const Problem problem = load_problem(blender, s);
     const Solution solution = blender.negative == CLAMP ? solve_clamped(s, problem) : solve_signed(s, problem);
     store_weights(blender, s, problem, solution);

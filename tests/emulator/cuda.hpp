@@ -16,6 +16,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
+#define __noinline__ inline
 // One block runs at a time, so static variables serve all blocks. threads.cpp scrambles their section.
 #define __shared__ static __attribute__((section("shared_memory")))
 
