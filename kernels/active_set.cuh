@@ -32,17 +32,6 @@ struct Shape {
 
 __device__ __forceinline__ double magnitude(double x) { return x < 0.0 ? -x : x; }
 
-// The largest or the smallest number of the warp, in every lane.
-template <bool LARGEST>
-__device__ __forceinline__ double warp_extreme(double x) {
-#pragma unroll
-    for (uint32_t distance = WARP / 2; distance > 0; distance /= 2) {
-        const double other = __shfl_xor_sync(0xffffffffu, x, distance);
-        x = (LARGEST ? other > x : other < x) ? other : x;
-    }
-    return x;
-}
-
 // Position of the lowest bit that is set; 32 if none is.
 __device__ __forceinline__ uint32_t first_bit(uint32_t bits) { return __popc((bits & (0u - bits)) - 1); }
 
@@ -78,7 +67,7 @@ __device__ __forceinline__ bool append(ActiveSet &s, const Shape &shape, uint32_
             entry = rest / s.rows[j][j];
             s.rows[i][j] = entry;
         }
-        entry = __shfl_sync(0xffffffffu, entry, j);
+        entry = broadcast(entry, j);
         if (lane > j && lane < i) {
             rest -= entry * s.rows[lane][j];
         } else if (lane == i) {
@@ -107,7 +96,7 @@ __device__ __forceinline__ double solve_set(const ActiveSet &s, const Shape &sha
         if (lane == i) {
             u = (s.z[i] - known) / s.rows[i][i];
         }
-        const double other = __shfl_sync(0xffffffffu, u, i);
+        const double other = broadcast(u, i);
         if (lane < i) {
             known += s.rows[i][lane] * other;
         }
@@ -159,7 +148,7 @@ __device__ __forceinline__ uint32_t next_variable(ActiveSet &s, const Shape &sha
     }
     negative = __ballot_sync(0xffffffffu, outside && derivative < -tolerance);
     const bool positive = outside && derivative > tolerance && (rejected >> lane & 1) == 0;
-    const double largest = warp_extreme<true>(positive ? scaled : 0.0);
+    const double largest = warp_largest(positive ? scaled : 0.0);
     const uint32_t found = __ballot_sync(0xffffffffu, positive && scaled > 0.0 && scaled == largest);
     // All lanes have read x.
     __syncwarp();
@@ -176,7 +165,7 @@ __device__ __forceinline__ bool advance(ActiveSet &s, const Shape &shape, uint32
     double to = target;
     if (!arrived) {
         // 2 is no limit. A NaN is none either; it makes u NaN, and so the variable leaves.
-        const double ratio = blocked ? u / (u - target) : 2.0, part = warp_extreme<false>(ratio < 1.0 ? ratio : 1.0);
+        const double ratio = blocked ? u / (u - target) : 2.0, part = -warp_largest(ratio < 1.0 ? -ratio : -1.0);
         to = ratio == part ? 0.0 : u + part * (target - u);
     }
     __syncwarp();
@@ -204,8 +193,8 @@ __device__ __forceinline__ bool rebuild(ActiveSet &s, const Shape &shape, uint32
         if (!enters && (keep >> i & 1) == 0) {
             continue;
         }
-        const uint32_t position = count, v = enters ? entering : __shfl_sync(0xffffffffu, variable, i);
-        const double value = enters ? 0.0 : __shfl_sync(0xffffffffu, u, i);
+        const uint32_t position = count, v = enters ? entering : broadcast(variable, i);
+        const double value = enters ? 0.0 : broadcast(u, i);
         const bool appended = append(s, shape, count, v, INDEFINITE);
         if (appended && lane == 0) {
             s.u[position] = value;

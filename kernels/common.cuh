@@ -22,3 +22,19 @@ __device__ __forceinline__ double warp_sum(double x) {
     }
     return x;
 }
+
+// The largest x of the warp, in every lane.
+__device__ __forceinline__ double warp_largest(double x) {
+#pragma unroll
+    for (uint32_t distance = WARP / 2; distance > 0; distance /= 2) {
+        const double other = __shfl_xor_sync(0xffffffffu, x, distance);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+// x of one lane, in every lane.
+template <class T>
+__device__ __forceinline__ T broadcast(T x, uint32_t lane) {
+    return __shfl_sync(0xffffffffu, x, lane);
+}

@@ -168,12 +168,8 @@ fn states_of_version_1_are_read(face: Face) -> Outcome {
 /// A state fits a blender of the same K, average and decay; the policy and the cadence may differ.
 fn other_configurations_are_rejected(face: Face) -> Outcome {
     let (mut blender, saved) = observed(face)?;
-    let policy = Policy {
-        overfitting: Overfitting::Correlated,
-        negative: Negative::Signed,
-        damping: 0.5,
-        ..Policy::default()
-    };
+    let policy =
+        Policy { overfitting: Overfitting::Correlated, negative: Negative::Signed, damping: 0.5, ..Policy::default() };
     let base = Config { policy, cadence: Cadence::EveryObservation, threads: 1, ..Config::new(2) };
     let decay = |decay| Config { average: Average::Ema { decay }, ..base };
     let close = f64::from_bits(0.99_f64.to_bits() - 1);

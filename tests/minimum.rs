@@ -198,7 +198,10 @@ fn enumeration(face: Face) -> Outcome {
         // Where directions do not overfit, OGR is 0 up to rounding.
         let roots: f64 = w.iter().enumerate().map(|(i, w)| w * problem.q()[i * problem.k + i].sqrt()).sum();
         let rounding = 64.0 * f64::EPSILON * roots * roots / (gain * gain);
-        assert!(gain > 0.0 && got <= want * (1.0 + 1e-9) + rounding, "{problem:?}: OGR^2 of {w:?} is {got}, expected {want}");
+        assert!(
+            gain > 0.0 && got <= want * (1.0 + 1e-9) + rounding,
+            "{problem:?}: OGR^2 of {w:?} is {got}, expected {want}"
+        );
         assert!(!solution.flags.contains(Flags::INEXACT), "{problem:?}");
     }
     assert!(held > 100 && clamped > 500 && floored > 500, "{held}, {clamped}, {floored}");
@@ -234,7 +237,9 @@ fn optimality(face: Face) -> Outcome {
         }
         let at_bound = |i: usize| w[i] <= problem.policy.min_weight[i];
         // w'g = 0, so with weights at a bound of 0 the common value is 0; else it is that of a weight above its bound.
-        let Some(free) = (0..k).filter(|i| !at_bound(*i)).min_by(|i, j| size[*i].total_cmp(&size[*j])) else { continue };
+        let Some(free) = (0..k).filter(|i| !at_bound(*i)).min_by(|i, j| size[*i].total_cmp(&size[*j])) else {
+            continue;
+        };
         let floors = problem.policy.min_weight.iter().any(|f| *f > 0.0);
         let (common, common_size) = if floors { (g[free], size[free]) } else { (0.0, 0.0) };
         for i in 0..k {

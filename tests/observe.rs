@@ -36,7 +36,9 @@ fn averages_match_their_definition(face: Face) -> Outcome {
 
 /// Over many series of independent products, the means spread as their standard errors say.
 fn standard_errors_are_the_spread_of_the_means(face: Face) -> Outcome {
-    for (average, observations) in [(Average::Mean, 30), (Average::Ema { decay: 0.9 }, 100), (Average::Ema { decay: 0.97 }, 20)] {
+    for (average, observations) in
+        [(Average::Mean, 30), (Average::Ema { decay: 0.9 }, 100), (Average::Ema { decay: 0.97 }, 20)]
+    {
         let (mut squares, mut errors) = (0.0, 0.0);
         let mut random = Random(33);
         for _ in 0..60 {

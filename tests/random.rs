@@ -62,7 +62,13 @@ fn configs() -> impl Strategy<Value = Config> {
             let overfitting = if correlated { Overfitting::Correlated } else { Overfitting::Uncorrelated };
             let negative = if signed { Negative::Signed } else { Negative::Clamp };
             let cadence = if every { Cadence::EveryObservation } else { Cadence::OnRequest };
-            Config { modalities, average, policy: Policy { overfitting, negative, damping, ..Policy::default() }, cadence, threads }
+            Config {
+                modalities,
+                average,
+                policy: Policy { overfitting, negative, damping, ..Policy::default() },
+                cadence,
+                threads,
+            }
         },
     )
 }

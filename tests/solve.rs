@@ -2,7 +2,9 @@
 
 use std::ptr::null;
 
-use gradblend::{Average, Cadence, Config, Error, Flags, MAX_MODALITIES, Negative, Overfitting, Policy, Solution, solve};
+use gradblend::{
+    Average, Cadence, Config, Error, Flags, MAX_MODALITIES, Negative, Overfitting, Policy, Solution, solve,
+};
 use gradblend_testkit::{Face, Outcome, Random, TestBlender, rejected};
 
 gradblend_testkit::tests! {
@@ -152,7 +154,9 @@ fn degenerate_matrices(face: Face) -> Outcome {
     }
     // Of very different scales: w_k is as 1 / sigma^2_k.
     let s = [1e-150, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1e150];
-    for (m, want) in [([1.0; 3], [1.0, 0.0, 0.0]), ([1e-150, 1.0, 1e150], [1.0 / 3.0; 3]), ([-1.0, 1e-75, 1e75], [0.0, 0.5, 0.5])] {
+    for (m, want) in
+        [([1.0; 3], [1.0, 0.0, 0.0]), ([1e-150, 1.0, 1e150], [1.0 / 3.0; 3]), ([-1.0, 1e-75, 1e75], [0.0, 0.5, 0.5])]
+    {
         for policy in [UNDAMPED, UNDAMPED_CORRELATED] {
             close(&face.solve(&m, &s, &policy)?.weights.unwrap_or_default(), &want, 1e-12);
         }
@@ -272,9 +276,14 @@ fn reweight_is_solve(face: Face) -> Outcome {
             let enough = after.observed >= k as u64;
             let policy = if enough { policy } else { Policy { overfitting: Overfitting::Uncorrelated, ..policy } };
             let Solution { weights, flags } = solve(&after.mean, &s, &policy)?;
-            let least = |(k, w): (usize, &f64)| u32::from(policy.min_weight[k] > 0.0 && *w == policy.min_weight[k]) << k;
+            let least =
+                |(k, w): (usize, &f64)| u32::from(policy.min_weight[k] > 0.0 && *w == policy.min_weight[k]) << k;
             let at_least = weights.iter().flatten().enumerate().map(least).sum::<u32>();
-            assert_eq!((&after.weights, after.flags), (weights.as_ref().unwrap_or(&before), flags), "K = {k}, {policy:?}");
+            assert_eq!(
+                (&after.weights, after.flags),
+                (weights.as_ref().unwrap_or(&before), flags),
+                "K = {k}, {policy:?}"
+            );
             assert_eq!((after.floored, after.floored != 0), (at_least, flags.contains(Flags::FLOORED)));
         }
     }
@@ -320,7 +329,8 @@ fn nothing_to_go_by_keeps_the_weights(face: Face) -> Outcome {
 fn least_weights_bind_the_solver_alone(face: Face) -> Outcome {
     let config = Config { policy: floors(CLAMP, &[0.0, 0.0, 0.8]), ..Config::new(3) };
     let mut blender = face.blender_with(config)?;
-    let state = |blender: &mut TestBlender| blender.report().map(|report| (report.weights, report.flags, report.floored));
+    let state =
+        |blender: &mut TestBlender| blender.report().map(|report| (report.weights, report.flags, report.floored));
     assert_eq!(state(&mut blender)?, (vec![1.0 / 3.0; 3], Flags::empty(), 0));
     blender.reweight()?;
     assert_eq!(state(&mut blender)?, (vec![1.0 / 3.0; 3], Flags::HELD, 0));

@@ -50,7 +50,11 @@ fn configuration(u: &mut Unstructured<'_>) -> Result<()> {
     let fields = [first, whole].contains(&config.size) && config.reserved == 0 && (1..=32).contains(&config.modalities);
     let decay = config.average == 0 || (0.0..1.0).contains(&config.decay);
     let damping = config.damping >= 0.0 && config.damping.is_finite();
-    let policy = Policy { min_weight, negative: if config.negative == 1 { Negative::Signed } else { Negative::Clamp }, ..Policy::default() };
+    let policy = Policy {
+        min_weight,
+        negative: if config.negative == 1 { Negative::Signed } else { Negative::Clamp },
+        ..Policy::default()
+    };
     let floors = config.size == first || is_valid(&policy, config.modalities as usize);
     let valid = fields && decay && damping && floors && codes.iter().all(|code| [0, 1].contains(code));
     let mut blender = null_mut();

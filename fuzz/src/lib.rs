@@ -60,7 +60,9 @@ pub fn is_valid(policy: &Policy, k: usize) -> bool {
     let least = &policy.min_weight;
     let damping = policy.damping >= 0.0 && policy.damping.is_finite();
     let none = least.iter().all(|least| *least == 0.0);
-    let some = least.iter().all(|least| *least >= 0.0) && least.iter().sum::<f64>() < 1.0 && least[k..].iter().all(|least| *least == 0.0);
+    let some = least.iter().all(|least| *least >= 0.0)
+        && least.iter().sum::<f64>() < 1.0
+        && least[k..].iter().all(|least| *least == 0.0);
     damping && (none || some && policy.negative == Negative::Clamp)
 }
 

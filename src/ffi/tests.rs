@@ -26,19 +26,9 @@ fn compile(language: &str, standard: &str, assertions: &str) -> std::result::Res
     let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
     let include = concat!(env!("CARGO_MANIFEST_DIR"), "/include");
     let mut child = Command::new(&compiler)
-        .args([
-            "-x",
-            language,
-            standard,
-            "-Wall",
-            "-Wextra",
-            "-Wpedantic",
-            "-Werror",
-            "-fsyntax-only",
-            "-I",
-            include,
-            "-",
-        ])
+        .args(["-x", language, standard])
+        .args("-Wall -Wextra -Wpedantic -Werror -fsyntax-only -I".split(' '))
+        .args([include, "-"])
         .stdin(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -216,9 +206,9 @@ fn header_signatures() -> Signatures {
         .map(|line| line.trim().to_owned() + " ")
         .collect();
     let mut all = Signatures::new();
-    // Inline functions are no part of the ABI.
-    let (inline, lines) = lines.split_once("static inline").unwrap_or((&lines, ""));
-    let lines = format!("{inline}{}", lines.split_once("return status; }").map_or("", |(_, rest)| rest));
+    // The inline function is no part of the ABI.
+    let (before, inline) = lines.split_once("static inline").unwrap_or((&lines, ""));
+    let lines = format!("{before}{}", inline.split_once("return status; }").map_or("", |(_, after)| after));
     for statement in lines.split([';', '{', '}']) {
         let Some((head, parameters)) = statement.trim().split_once('(') else { continue };
         let at = head.rfind(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).map_or(0, |at| at + 1);
