@@ -95,9 +95,10 @@ __device__ __forceinline__ bool is_last_block(const BlenderArgs &blender, FinalS
     return true;
 }
 
-// Ends a pass: the last thread block adds up the partial sums, and observes if the pass asks for it.
+// Ends a pass: the last thread block adds up the partial sums, and observes if the pass asks for it. Not inlined, so that
+// none of its values takes a register while tiles are processed: inlined, it makes dot_blend spill on sm_100.
 template <bool DOTS>
-__device__ __forceinline__ void finalize_grid(const TableArgs &table, const BlenderArgs &blender,
+__device__ __noinline__ void finalize_grid(const TableArgs &table, const BlenderArgs &blender,
                                               const ObservationArgs &observation, uint32_t what,
                                               FinalStorage &storage) {
     if (!is_last_block(blender, storage) || !(DOTS || (what & OBSERVE))) {

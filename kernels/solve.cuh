@@ -175,9 +175,8 @@ __device__ __forceinline__ void store_weights(const BlenderArgs &blender, SolveS
     }
 }
 
-// Computes the weights from the moments. For one warp. Not inlined: the kernels of pass.cu would compile it three times, and
-// their registers are scarce.
-__device__ __noinline__ void update_weights(const BlenderArgs &blender, SolveStorage &s) {
+// Computes the weights from the moments. For one warp.
+__device__ __forceinline__ void update_weights(const BlenderArgs &blender, SolveStorage &s) {
     const Problem problem = load_problem(blender, s);
     const Solution solution = blender.negative == CLAMP ? solve_clamped(s, problem) : solve_signed(s, problem);
     store_weights(blender, s, problem, solution);
