@@ -26,7 +26,7 @@ impl Problem {
     fn random(random: &mut Random, largest: usize, negative: Negative) -> Self {
         let k = 1 + random.below(largest);
         let shift = random.pick(&[0.0, 0.3, 0.8]);
-        let vectors = random.pick(&[2 * k, 3 * k, k, (k + 1) / 2]);
+        let vectors = random.pick(&[2 * k, 3 * k, k, k.div_ceil(2)]);
         let scales: Vec<f64> = match random.below(4) {
             0 => (0..k).map(|_| 2.0_f64.powi(random.below(5) as i32)).collect(),
             1 => (0..k).map(|_| 10.0_f64.powi(random.below(13) as i32 - 6)).collect(),
@@ -110,7 +110,7 @@ fn eliminate(mut a: Vec<Vec<f64>>) -> Option<Vec<f64>> {
     }
     for i in 0..n {
         let pivot = (i..n).max_by(|x, y| a[*x][i].abs().total_cmp(&a[*y][i].abs()))?;
-        if !(a[pivot][i].abs() > 1e-13) {
+        if a[pivot][i].is_nan() || a[pivot][i].abs() <= 1e-13 {
             return None;
         }
         a.swap(i, pivot);

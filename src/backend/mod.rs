@@ -80,6 +80,7 @@ pub(crate) trait Memory: Debug {
 
 /// The backend of a device.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one for each blender, and none is moved in a loop")]
 pub(crate) enum AnyBackend {
     Cpu(Cpu),
     Cuda(Cuda),

@@ -190,7 +190,7 @@ fn derivatives(problem: &Problem, factor: &Factor, u: &Vector, rejected: u32) ->
     // It is the same for all variables of the set: 0 without least weights.
     let (common, common_size) = if problem.has_floors && !empty { row(factor.order[0]) } else { (0.0, 0.0) };
     let (mut next, mut largest, mut negative) = (None, 0.0, 0);
-    for i in 0..*k {
+    for (i, entries) in q[..*k].iter().enumerate() {
         if factor.set().contains(&i) {
             continue;
         }
@@ -200,7 +200,7 @@ fn derivatives(problem: &Problem, factor: &Factor, u: &Vector, rejected: u32) ->
         if derivative < -tolerance {
             negative |= 1 << i;
         }
-        let scaled = if q[i][i] > 0.0 { derivative / q[i][i].sqrt() } else { derivative };
+        let scaled = if entries[i] > 0.0 { derivative / entries[i].sqrt() } else { derivative };
         if derivative > tolerance && scaled > largest && rejected >> i & 1 == 0 {
             (next, largest) = (Some(i), scaled);
         }

@@ -23,6 +23,7 @@ pub struct TestBlender {
 }
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "tests make few of them")]
 enum Api {
     Rust(Blender),
     C(CBlender),
