@@ -107,7 +107,9 @@ fn floors(policy: Policy, least: &[f64]) -> Policy {
 
 /// With equal gains and sigma^2 of 1 and 3 the free minimum is (3/4, 1/4).
 fn least_weights(face: Face) -> Outcome {
-    let rows: [(&[f64], &[f64], &[f64], Flags); 7] = [
+    // m, f, w, flags.
+    type Row<'a> = (&'a [f64], &'a [f64], &'a [f64], Flags);
+    let rows: [Row<'_>; 7] = [
         (&[1.0, 1.0], &[0.5, 0.0], &[0.75, 0.25], Flags::empty()),
         (&[1.0, 1.0], &[0.0, 0.5], &[0.5, 0.5], Flags::FLOORED),
         (&[1.0, 1.0], &[0.0, 0.25], &[0.75, 0.25], Flags::empty()),

@@ -53,13 +53,13 @@ static gradblend_blender *blender_new(const gradblend_config *config) {
 }
 
 int main(void) {
-    const int new_library = gradblend_version() > (1u << 8);
     static record config, report, before;
     memset(&config, GUARD, sizeof config);
     CHECK(gradblend_config_default(2, &config.config) == GRADBLEND_OK);
 #ifdef OLD
     const size_t config_bytes = FIRST_CONFIG, report_bytes = FIRST_REPORT;
 #else
+    const int new_library = gradblend_version() > (1u << 8);
     const size_t config_bytes = new_library ? sizeof(gradblend_config) : FIRST_CONFIG;
     const size_t report_bytes = new_library ? sizeof(gradblend_report) : FIRST_REPORT;
 #endif

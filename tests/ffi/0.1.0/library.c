@@ -38,6 +38,13 @@ EXPORT(size_t, last_error, (char *buffer, size_t bytes), (buffer, bytes))
 FORWARD(gradblend_status, blender_create, (int32_t d, const gradblend_config *c, gradblend_blender **b), (d, c, b))
 FORWARD(gradblend_status, get_report, (gradblend_blender *b, gradblend_report *r, void *s), (b, r, s))
 
+void gradblend_blender_destroy(gradblend_blender *blender) {
+    void *address = function("gradblend_blender_destroy");
+    void (*forward)(gradblend_blender *);
+    memcpy(&forward, &address, sizeof address);
+    forward(blender);
+}
+
 uint32_t gradblend_version(void) {
     return GRADBLEND_VERSION;
 }
