@@ -2,7 +2,9 @@
 
 use gradblend::{Average, Cadence, Config, Error, Negative, Overfitting, Policy};
 use gradblend_testkit::proptest::prelude::*;
-use gradblend_testkit::{Face, Outcome, Random, Result, TestBlender, property, rejected, rejected_as};
+use gradblend_testkit::{
+    Face, Outcome, Random, Result, TestBlender, forged, property, rejected, rejected_as, version_1,
+};
 
 gradblend_testkit::tests! {
     once:
@@ -83,16 +85,6 @@ fn every_altered_byte_is_noticed(face: Face) -> Outcome {
     Ok(())
 }
 
-/// `saved` with bytes replaced at some positions and a new checksum, so that the checks after the checksum are reached.
-fn forged(saved: &[u8], changes: &[(usize, &[u8])]) -> Vec<u8> {
-    let mut forged = saved.to_vec();
-    changes.iter().for_each(|(at, bytes)| forged[*at..*at + bytes.len()].copy_from_slice(bytes));
-    let body = forged.len() - 4;
-    let checksum = crc32fast::hash(&forged[..body]).to_le_bytes();
-    forged[body..].copy_from_slice(&checksum);
-    forged
-}
-
 fn impossible_states_are_rejected(face: Face) -> Outcome {
     let (mut blender, saved) = observed(face)?;
     corrupt(blender.load(&[]), "shorter than a header");
@@ -143,8 +135,7 @@ fn impossible_states_are_rejected(face: Face) -> Outcome {
 /// Version 1 has neither the means of squares nor `floored`: the standard errors are then unknown until a reset.
 fn states_of_version_1_are_read(face: Face) -> Outcome {
     let (mut blender, saved) = observed(face)?;
-    let mut first = [&saved[..saved.len() - 24], &[0; 4]].concat();
-    first = forged(&first, &[(8, &[1])]);
+    let first = version_1(&saved, 2);
     let before = blender.report()?;
     let mut other = face.blender(2)?;
     other.load(&first)?;

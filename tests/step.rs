@@ -2,7 +2,7 @@
 
 use gradblend::{Cadence, Config, DType, Pass, bf16, f16};
 use gradblend_testkit::{
-    Face, Input, Outcome, Output, Random, Result, Sample, Sums, Tensor, TestBlender, bits, bits64, rejected,
+    Face, Input, Outcome, Output, Random, Result, Sample, Sums, Tensor, TestBlender, bits, bits64, rejected, version_1,
 };
 
 gradblend_testkit::tests! {
@@ -176,15 +176,7 @@ fn shards_add_their_pending_sums(face: Face) -> Outcome {
 }
 
 /// Fixed inputs, exact output bits. A change here is a change of results that users must be told of.
-/// A saved state without what version 2 adds: the golden bits are those of version 1.
-fn version_1(saved: &[u8], k: usize) -> Vec<u8> {
-    let mut first = saved[..saved.len() - 8 * k - 8].to_vec();
-    first[8] = 1;
-    let checksum = crc32fast::hash(&first);
-    first.extend(checksum.to_le_bytes());
-    first
-}
-
+/// Saved states are compared in the form of version 1.
 fn golden_bits(face: Face) -> Outcome {
     fn run<T: Sample>(face: Face) -> Result<Golden> {
         let mut random = Random(2020);

@@ -46,8 +46,9 @@ pub unsafe extern "C" fn gradblend_blender_create(
         check("where to put the blender", blender)?;
         // SAFETY: the header requires `config` to be NULL or a record of the size that it states.
         let (config, size) = unsafe { gradblend_config::read(config) }?;
-        let blender_of_config = Blender::new(&record::device(device)?, config)?;
-        let handle = BLENDERS.insert(Owned { blender: blender_of_config, first_version: size == FIRST_CONFIG })?;
+        let first_version = size == FIRST_CONFIG;
+        let handle =
+            BLENDERS.insert(Owned { blender: Blender::new(&record::device(device)?, config)?, first_version })?;
         // SAFETY: `check` has seen that `blender` is not NULL and aligned; the header requires an out-pointer.
         unsafe { blender.write(without_provenance_mut(handle)) };
         Ok(())

@@ -14,6 +14,7 @@ mod oracle;
 mod property;
 mod random;
 mod sample;
+mod saved;
 mod tensor;
 
 pub use blender::{TestBlender, TestPlan};
@@ -27,6 +28,7 @@ pub use property::property;
 pub use proptest;
 pub use random::Random;
 pub use sample::Sample;
+pub use saved::{forged, version_1};
 pub use tensor::{Buffer, LENGTHS, Output, Tensor, bits, bits64};
 
 /// Result of a test body: an error fails the test and names itself.
