@@ -142,8 +142,6 @@ fn check_ptx(text: &str) -> Result<()> {
     Ok(())
 }
 
-// The end of a pass is a function of its own, which cuobjdump does not list: its loads in flight and its fence are not
-// checked here.
 fn check_kernel(kernel: &str, listing: &[Instruction<'_>]) -> Result<()> {
     if let Some(found) = listing.iter().find(|instruction| LOCAL.is_match(instruction.text)) {
         bail!("local memory: {}", found.text);
@@ -163,6 +161,12 @@ fn check_kernel(kernel: &str, listing: &[Instruction<'_>]) -> Result<()> {
         }
         ensure!(most as u64 >= abi::LOADS_IN_FLIGHT, "{most} loads in flight, expected {}", abi::LOADS_IN_FLIGHT);
     }
+    let partials = graph.node_weights().map(|block| check_loads(block, true)).collect::<Result<Vec<_>>>()?;
+    let blocks = partials.iter().filter(|loads| **loads > 0).count();
+    ensure!(blocks == usize::from(kernel.contains("dot")), "partial sums are loaded in {blocks} blocks, expected one");
+
+    let ticket = only(listing, &["ATOM", ".INC"])?;
+    check_fence(&graph, &dominators, &listing[ticket])?;
     let claim = only(listing, &["ATOMG", ".ADD"])?;
     let claimed = REGISTER.captures(listing[claim].text).and_then(|found| found[1].parse().ok());
     let claimed: u32 = claimed.context("a claim without a register")?;
@@ -173,6 +177,17 @@ fn check_kernel(kernel: &str, listing: &[Instruction<'_>]) -> Result<()> {
             break;
         }
     }
+    Ok(())
+}
+
+/// The partial sums of a block are visible to the GPU before its ticket: every path to the ticket passes a fence.
+fn check_fence(graph: &Graph<'_>, dominators: &Dominators<NodeIndex>, ticket: &Instruction<'_>) -> Result<()> {
+    let holds_ticket = |block: &NodeIndex| graph[*block].iter().any(|one| one.address == ticket.address);
+    let block = graph.node_indices().find(holds_ticket).context("a ticket outside of all blocks")?;
+    let passed = dominators.dominators(block).context("a ticket that nothing reaches")?;
+    let mut before = passed.flat_map(|passed| graph[passed].iter().take_while(|one| one.address != ticket.address));
+    let fence = before.any(|one| !one.is_conditional() && one.has(&["MEMBAR", "GPU"]));
+    ensure!(fence, "a path to the ticket passes no fence of the GPU");
     Ok(())
 }
 

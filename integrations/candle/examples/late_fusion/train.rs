@@ -25,7 +25,7 @@ pub(crate) enum Weights {
     /// Estimated from gradients, observed at every `every`-th step; in force at each observation, or at the end of a
     /// super-epoch, by the configuration's cadence.
     FromGradients {
-        config: Config,
+        config: Box<Config>,
         every: usize,
     },
 }
@@ -59,7 +59,9 @@ impl Method {
         add("uniform", Weights::Fixed(vec![1.0 / (fused + 1) as f64; fused + 1]));
         add("offline-loss", Weights::FromLosses(Schedule::offline()));
         add("online-loss", Weights::FromLosses(Schedule::online(WARM_UP, SUPER_EPOCH)?));
-        let mut add = |name: &str, (config, every)| add(name, Weights::FromGradients { config, every });
+        let mut add = |name: &str, (config, every)| {
+            add(name, Weights::FromGradients { config: Box::new(config), every });
+        };
         add("online-gradient-epoch", per_super_epoch(Overfitting::Uncorrelated));
         add("online-gradient-step", per_step(Overfitting::Uncorrelated, 1));
         add("online-gradient-cheap", per_step(Overfitting::Uncorrelated, settings.every));
@@ -195,7 +197,7 @@ pub(crate) fn train(method: &Method, data: &Data, settings: &Settings, seed: u64
         Weights::FromLosses(super_epochs) => schedule = Some(*super_epochs),
         Weights::FromGradients { config, every } => {
             let at_each_observation = config.cadence == Cadence::EveryObservation;
-            blend = Some((GradBlend::new(&trainer.network.parameters, *config)?, at_each_observation, *every));
+            blend = Some((GradBlend::new(&trainer.network.parameters, **config)?, at_each_observation, *every));
         }
     }
     let super_epochs = Schedule::online(WARM_UP, SUPER_EPOCH)?;
