@@ -7,8 +7,9 @@
 
 #include "common.cuh"
 
-constexpr double TOLERANCE = 0x1p-46, LEAST_PIVOT = 0x1p-48, INDEFINITE = -0x1p-42;
-constexpr uint32_t ENTRIES = 8;
+constexpr double power_of_two(uint32_t bits) { return 1.0 / static_cast<double>(1ull << bits); }
+constexpr double TOLERANCE = power_of_two(DERIVATIVE_BITS), LEAST_PIVOT = power_of_two(PIVOT_BITS);
+constexpr double INDEFINITE = -power_of_two(INDEFINITE_BITS);
 
 // Rows have one column more than is used: the lanes read columns, and a stride of 32 f64 would make them read one bank.
 typedef double Matrix[MAX_MODALITIES][MAX_MODALITIES + 1];

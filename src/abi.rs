@@ -62,6 +62,21 @@ constants! {
     /// 16 loads of 256 threads are 64 KiB: one latency for up to 1,360 spans at K = 3. Not yet measured on a GPU.
     pub(crate) PARTIALS_IN_FLIGHT: u64 = 16;
 
+    /// A derivative of the solver counts as 0 below 2^-this of the sum of its absolute terms: 128 roundings of 2^-53, for
+    /// sums of up to 32 products.
+    pub(crate) DERIVATIVE_BITS: u64 = 46;
+
+    /// A pivot of the solver below 2^-this of the terms of its diagonal, of a singular matrix, is raised to it: 32 roundings,
+    /// which changes Q by no more than rounding does.
+    pub(crate) PIVOT_BITS: u64 = 48;
+
+    /// A pivot below -2^-this of the terms of its diagonal is not of a positive semidefinite matrix with rounding errors.
+    pub(crate) INDEFINITE_BITS: u64 = 42;
+
+    /// Most variables that enter the solver's active set, per modality. The random problems of `tests/minimum.rs` need up to
+    /// 1.3.
+    pub(crate) ENTRIES: u64 = 8;
+
     /// Codes of `DType`.
     pub(crate) F32: u32 = 0;
     pub(crate) F16: u32 = 1;

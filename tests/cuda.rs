@@ -25,7 +25,7 @@ fn products(random: &mut Random, k: usize) -> Vec<f64> {
 fn observe_and_reweight_have_the_bits_of_the_cpu() -> Outcome {
     on_cuda(|face| {
         let mut random = Random(71);
-        let (mut held, mut skipped, mut clamped, mut many) = (0, 0, 0, 0);
+        let (mut held, mut skipped, mut clamped, mut floored, mut many) = (0, 0, 0, 0, 0);
         for case in 0..400 {
             let k = 1 + random.below(if case % 2 == 0 { 5 } else { 32 });
             let mut policy = Policy {
@@ -78,13 +78,37 @@ fn observe_and_reweight_have_the_bits_of_the_cpu() -> Outcome {
             let report = blenders[1].report()?;
             held += u32::from(report.flags.contains(Flags::HELD));
             clamped += u32::from(report.flags.contains(Flags::CLAMPED));
+            floored += u32::from(report.flags.contains(Flags::FLOORED));
             skipped += report.skipped;
             // Enough observations for a matrix of full rank.
             let full = policy.overfitting == Overfitting::Correlated && !singular && report.observed >= k as u64;
             many += u32::from(full && k > 8);
         }
-        let tried = (held, clamped, skipped, many);
-        assert!(held > 20 && clamped > 20 && skipped > 100 && many > 10, "{tried:?}");
+        let tried = (held, clamped, floored, skipped, many);
+        assert!(held > 20 && clamped > 20 && floored > 20 && skipped > 100 && many > 10, "{tried:?}");
+        Ok(())
+    })
+}
+
+/// A sum of finite squares can be infinite once it is divided by the normaliser.
+#[test]
+fn an_infinite_second_moment_has_the_bits_of_the_cpu() -> Outcome {
+    on_cuda(|face| {
+        for overfitting in [Overfitting::Uncorrelated, Overfitting::Correlated] {
+            let policy = Policy { overfitting, ..Policy::default() };
+            let config = Config { average: Average::Ema { decay: 0.9 }, policy, ..Config::new(2) };
+            let mut blenders = [Face::CPU.blender_with(config)?, face.blender_with(config)?];
+            for blender in &mut blenders {
+                for _ in 0..7 {
+                    blender.observe_sums(&[1.0, 3.0], &[1.340_780_792_994_259_6e154, 1.0])?;
+                }
+                blender.reweight()?;
+                let report = blender.report()?;
+                assert_eq!((report.observed, report.second_moment[0]), (7, f64::INFINITY));
+                assert_eq!((report.weights, report.flags & Flags::HELD), (vec![0.5; 2], Flags::HELD));
+            }
+            assert_eq!(blenders[0].save()?, blenders[1].save()?);
+        }
         Ok(())
     })
 }

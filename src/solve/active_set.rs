@@ -6,30 +6,24 @@
 //! differences hold what matters: the basis is the corner of the first variable r, then e_j - e_r. Without least weights it
 //! is e_k. Q must be positive semidefinite up to rounding. kernels/active_set.cuh has the same operations in the same order.
 
-use crate::abi::MAX_MODALITIES;
+use crate::abi::{self, MAX_MODALITIES};
 
 /// A number for each modality.
 pub(super) type Vector = [f64; MAX_MODALITIES];
 /// A symmetric K x K matrix.
 pub(super) type Matrix = [Vector; MAX_MODALITIES];
 
-/// Rounding of a sum of up to 32 products, relative to its absolute terms: 2^-46 is 64 roundings. A derivative below it
-/// counts as 0.
-const TOLERANCE: f64 = 1.0 / (1_u64 << 46) as f64;
-/// Least pivot, relative to the terms of the diagonal: 16 roundings. A smaller one, of a singular matrix, is raised to it,
-/// which changes Q by no more than rounding does.
-pub(super) const LEAST_PIVOT: f64 = 1.0 / (1_u64 << 48) as f64;
-/// A pivot below this is not of a positive semidefinite matrix with rounding errors.
-const INDEFINITE: f64 = -64.0 * LEAST_PIVOT;
-/// Most variables that enter the set, per modality. The random problems of `tests/minimum.rs` need up to
-/// 1.3.
-const ENTRIES: usize = 8;
+const TOLERANCE: f64 = 1.0 / (1_u64 << abi::DERIVATIVE_BITS) as f64;
+pub(super) const LEAST_PIVOT: f64 = 1.0 / (1_u64 << abi::PIVOT_BITS) as f64;
+const INDEFINITE: f64 = -1.0 / (1_u64 << abi::INDEFINITE_BITS) as f64;
 
 /// A problem of K modalities.
 pub(super) struct Problem {
     pub(super) k: usize,
     pub(super) m: Vector,
     pub(super) q: Matrix,
+    /// Whether S is not zero. Q of an infinite S is NaN.
+    pub(super) overfits: bool,
     /// f, the least weights, and whether one is above 0.
     pub(super) floors: Vector,
     pub(super) has_floors: bool,
@@ -141,11 +135,12 @@ pub(super) fn minimize(problem: &Problem) -> Minimum {
     // By position in `factor.order`.
     let mut u = [0.0; MAX_MODALITIES];
     let (mut rejected, mut exact, mut bound) = (0_u32, true, 0);
-    for entry in 0..=ENTRIES * problem.k {
+    let last = abi::ENTRIES * problem.k as u64;
+    for entry in 0..=last {
         let (next, negative) = derivatives(problem, &factor, &u, rejected);
         bound = negative;
         let Some(next) = next else { break };
-        if entry == ENTRIES * problem.k {
+        if entry == last {
             exact = false;
             break;
         }

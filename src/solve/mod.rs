@@ -13,14 +13,14 @@ pub use policy::{Negative, Overfitting, Policy};
 /// Result of [`solve`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Solution {
-    /// K weights that sum to 1; `None` where there is no such minimum, or a weight is not finite as f32: keep the weights
+    /// K weights that sum to 1; `None` where no weights have w'm > 0, or a weight is not finite as f32: keep the weights
     /// in force.
     pub weights: Option<Vec<f64>>,
     /// [`Flags::HELD`] if `weights` is `None`; [`Flags::CLAMPED`], [`Flags::FLOORED`], [`Flags::INEXACT`].
     pub flags: Flags,
 }
 
-/// The weights that minimise OGR^2 = w'Qw / (w'm)^2 under sum w = 1 and the bounds of `policy`.
+/// The weights that minimise OGR^2 = w'Qw / (w'm)^2 under w'm > 0, sum w = 1 and the bounds of `policy`.
 ///
 /// `numerator` has K values m; `second_moment` is S, K x K, row-major. From gradients these are the moments of a
 /// [`Blender`](crate::Blender); from losses they are dG and the diagonal matrix of dO^2. Only the symmetric part of S is
@@ -28,13 +28,14 @@ pub struct Solution {
 ///
 /// - [`Negative::Clamp`]: w_k >= `min_weight`_k. With f = `min_weight` and B = I + f 1' / (1 - sum f), w is proportional to
 ///   B u, where u minimises u'(B'QB)u / 2 - (B'm)'u under u >= 0, a non-negative least-squares problem. Uncorrelated and
-///   without least weights that is u_k = max(m_k, 0) / Q_kk. No minimum, hence `None`, where B'm has no positive entry:
+///   without least weights that is u_k = max(m_k, 0) / Q_kk. `None` where B'm has no positive entry: w'm > 0 for no weights,
 ///   every step raises the validation loss. Where nothing overfits (S = 0), u_k = max(m_k, 0).
 /// - [`Negative::Signed`]: w is proportional to Q^-1 m, if the sum of that is positive; else `None`. A Q that is not
 ///   positive definite is solved as uncorrelated.
 ///
-/// S must be positive semidefinite, as every second moment is, up to rounding. Otherwise, or if the method does not end
-/// within its bound of steps, weights of Clamp respect the bounds, and [`Flags::INEXACT`] is set.
+/// S must be positive semidefinite, as every second moment is, up to rounding. If it is not, weights of Clamp respect their
+/// bounds but may not be the minimum. [`Flags::INEXACT`] is set where the method meets a negative pivot, or reaches the bound
+/// of its steps.
 ///
 /// Source: Wang, Tran, Feiszli, CVPR 2020 (arXiv 1905.12681), Proposition 1; Z and the bounds as in `docs/method.md`.
 ///
@@ -137,12 +138,8 @@ impl Problem {
         let (fqf, fm) = (sum(&|i| f[i] * qf[i]), sum(&|i| f[i] * scaled[i]));
         let gain = std::array::from_fn(|i| if i < k { left * scaled[i] + fm } else { 0.0 });
         let variance = std::array::from_fn(|i| left * (left * q[i][i] + (qf[i] + qf[i])) + fqf);
-        Problem { k, m: scaled, q, floors: *f, has_floors: all > 0.0, qf, left, gain, variance }
-    }
-
-    /// Whether S is not zero.
-    fn overfits(&self) -> bool {
-        (0..self.k).any(|i| self.q[i][i] > 0.0)
+        let (overfits, has_floors) = (s_scale > 0.0, all > 0.0);
+        Problem { k, m: scaled, q, overfits, floors: *f, has_floors, qf, left, gain, variance }
     }
 
     /// The minimum under u >= 0.
@@ -151,7 +148,7 @@ impl Problem {
         let free = |i: usize| gain[i] > 0.0 && variance[i] <= 0.0;
         if !gain.iter().any(|gain| *gain > 0.0) {
             self.closed(gain, |_| 0.0)
-        } else if !self.overfits() {
+        } else if !self.overfits {
             self.closed(m, |i| m[i])
         } else if (0..*k).any(free) {
             // OGR is 0 for what gains without overfitting, so nothing else gets weight.
@@ -172,10 +169,9 @@ impl Problem {
 
     /// Q^-1 m, of any sign.
     fn signed(&self, overfitting: Overfitting) -> Minimum {
-        let Problem { k, m, q, .. } = self;
-        let overfits = self.overfits();
+        let Problem { k, m, q, overfits, .. } = self;
         let mut factor = Factor::new();
-        let correlated = overfits && overfitting == Overfitting::Correlated;
+        let correlated = *overfits && overfitting == Overfitting::Correlated;
         if correlated && (0..*k).all(|i| factor.append(self, i, LEAST_PIVOT)) {
             return Minimum { u: factor.solve(self), bound: 0, exact: true };
         }
