@@ -106,6 +106,23 @@ fn scaling_all_losses_changes_nothing() -> Outcome {
     Ok(())
 }
 
+/// Least weights bind here as they do for gradients.
+#[test]
+fn least_weights() -> Outcome {
+    let before = [losses(2.0, 2.0); 3];
+    let after = [losses(1.0, 1.5), losses(1.0, 1.25), losses(0.5, 1.5)];
+    let mut policy = Policy::default();
+    policy.min_weight[2] = 0.1;
+    // dG / dO^2 = 2, 12, .5: the third has less than its least weight. The others keep dG - Q w of one value.
+    let solution = ogr(&before, &after, &policy)?.solution;
+    let w = solution.weights.ok_or("held")?;
+    assert_eq!((solution.flags, w[2]), (Flags::FLOORED, 0.1));
+    let (gain, variance) = (0.5 * w[0] + 0.75 * w[1] + 0.05, 0.25 * w[0] * w[0] + w[1] * w[1] / 16.0 + 0.01);
+    close(&[0.25 * w[0] * gain - 0.5 * variance], &[w[1] / 16.0 * gain - 0.75 * variance]);
+    close(&[w[0] + w[1]], &[0.9]);
+    Ok(())
+}
+
 /// Training is a table of losses by (modality, epochs trained); modality 9 cannot be trained.
 #[derive(Default)]
 struct Scripted {
@@ -206,6 +223,14 @@ fn invalid_input() {
     let (which, when) = ("difference of the", "before and after training");
     let want = Error::Loss { modality: 1, which, when, got: f64::INFINITY };
     rejected(ogr(&[good, up], &[good, down], &policy), &want, "modality 1");
+    let mut bad_policy = policy;
+    bad_policy.min_weight[2] = 0.1;
+    let want = Error::MinWeight { modality: 2, expected: "0 for a modality that does not exist", got: 0.1 };
+    rejected(ogr(&[good; 2], &[good; 2], &bad_policy), &want, "min_weight of modality 2");
+    // Before any training.
+    let mut trainee = Scripted { state: vec![3; 2], ..Scripted::default() };
+    assert_eq!(gb_estimate(&mut trainee, 5, &bad_policy), Err(Failure::Estimate(want)));
+    assert!(trainee.log.is_empty(), "{:?}", trainee.log);
     let count = Error::Count { what: "the losses after training", expected: 2, got: 1 };
     rejected(ogr(&[good; 2], &[good], &policy), &count, "got 1");
     rejected(Schedule::online(0, 5), &Error::Schedule { what: "warm-up" }, "warm-up");

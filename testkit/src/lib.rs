@@ -28,7 +28,7 @@ pub use property::property;
 pub use proptest;
 pub use random::Random;
 pub use sample::Sample;
-pub use saved::{forged, version_1};
+pub use saved::{forged, forged_second_moments, version_1};
 pub use tensor::{Buffer, LENGTHS, Output, Tensor, bits, bits64};
 
 /// Result of a test body: an error fails the test and names itself.

@@ -10,6 +10,13 @@ pub fn forged(saved: &[u8], changes: &[(usize, &[u8])]) -> Vec<u8> {
     forged
 }
 
+/// A saved state of K modalities with other second moments: K x K f64 in little-endian order.
+pub fn forged_second_moments(saved: &[u8], k: usize, moments: &[u8]) -> Vec<u8> {
+    assert_eq!(moments.len(), 8 * k * k, "K x K numbers");
+    // What follows them: the means of squares, `floored`, and the checksum.
+    forged(saved, &[(saved.len() - (8 * k + 4 + 4) - moments.len(), moments)])
+}
+
 /// A saved state of K modalities as version 1 has it: without the means of squares and `floored`.
 pub fn version_1(saved: &[u8], k: usize) -> Vec<u8> {
     let first = &saved[..saved.len() - (8 * k + 4)];
