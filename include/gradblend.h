@@ -86,8 +86,8 @@ enum { /* gradblend_report.flags, of the latest reweight, or of the latest obser
     GRADBLEND_FLAG_CLAMPED = 4,   /* a weight is 0 that would be negative without that bound. With HELD: a step on some
                                      modality raises the validation loss */
     GRADBLEND_FLAG_FLOORED = 8,   /* a weight is at its min_weight, above 0, and would be smaller without it */
-    GRADBLEND_FLAG_INEXACT = 16   /* the weights may not be the minimum: S is not positive semidefinite (no second moment
-                                     is), or the solver reached the bound of its steps */
+    GRADBLEND_FLAG_INEXACT = 16   /* the weights may not be the minimum: the solver met a negative pivot, which a second
+                                     moment does not have, or reached the bound of its steps */
 };
 #define GRADBLEND_MAX_MODALITIES 32
 
@@ -136,13 +136,13 @@ typedef struct gradblend_report {
     double ogr[GRADBLEND_MAX_MODALITIES];           /* sqrt(S_kk) / |m_k|; 0 / 0 is NaN */
     double ogr_blend;                               /* sqrt(w'Sw) / |w'm| with the weights in force */
     double ogr_uniform;                             /* the same with w_k = 1/K */
-    /* Since 0.1.1. */
+    /* Since 0.1.1; a library of 0.1.0 does not write what follows. */
     uint32_t floored;   /* bit k: the latest reweight gave modality k its min_weight, and less would give a smaller OGR */
     uint32_t reserved;  /* 0 */
     double effective;   /* n_eff: observations of equal weight whose mean is as uncertain as m_k; n, or for an EMA less */
-    double standard_error[GRADBLEND_MAX_MODALITIES]; /* of m_k: sqrt((E[c_k^2] - m_k^2) / (n_eff - 1)); infinite where it
-                                                        is unknown, as before the second observation. w_k is noise
-                                                        unless |m_k| is well above it: docs/method.md */
+    double standard_error[GRADBLEND_MAX_MODALITIES]; /* of m_k: sqrt((E[c_k^2] - m_k^2) / (n_eff - 1)); infinite where
+                                                        n_eff is at most 1 or it is unknown. w_k is noise unless |m_k|
+                                                        is well above it: docs/method.md */
 } gradblend_report;
 
 /* The moments and the weights, on one device. Destroyed by whoever created it. */
@@ -179,7 +179,10 @@ size_t gradblend_last_error(char *buffer, size_t bytes);
  */
 gradblend_status gradblend_config_default(uint32_t modalities, gradblend_config *config);
 
-static inline gradblend_status gradblend_config_default_all(uint32_t modalities, gradblend_config *config) {
+#ifndef __cplusplus
+static
+#endif
+inline gradblend_status gradblend_config_default_all(uint32_t modalities, gradblend_config *config) {
     const gradblend_status status = gradblend_config_default(modalities, config);
     if (status == GRADBLEND_OK && gradblend_version() >= (1u << 8 | 1u)) {
         for (int k = 0; k < GRADBLEND_MAX_MODALITIES; k++) {
@@ -192,15 +195,15 @@ static inline gradblend_status gradblend_config_default_all(uint32_t modalities,
 #define gradblend_config_default gradblend_config_default_all
 
 /*
- * Computes the K weights that minimise OGR^2 = w'Qw / (w'm)^2 under sum w = 1: the solver of gradblend_reweight, for given
- * moments. Q = S + damping * trace(S) / K * I. From losses, the numerator is dG_k and the second moment has dO_k^2 on its
+ * Computes the K weights that minimise OGR^2 = w'Qw / (w'm)^2 under w'm > 0 and sum w = 1: the solver of
+ * gradblend_reweight, for given moments. Q = S + damping * trace(S) / K * I. From losses, the numerator is dG_k and the second moment has dO_k^2 on its
  * diagonal. `second_moment` is row-major; its symmetric part is used, and with UNCORRELATED only its diagonal.
  *   CLAMP   w_k >= min_weight_k. With f = min_weight and B = I + f 1' / (1 - sum f), w is proportional to B u, where u
  *           minimises u'(B'QB)u / 2 - (B'm)'u under u >= 0. UNCORRELATED and without least weights that is
- *           u_k = max(m_k, 0) / Q_kk; where S is zero, u_k = max(m_k, 0). There is no minimum if B'm has no positive entry.
- *   SIGNED  w is proportional to Q^-1 m (UNCORRELATED if Q is not positive definite), or to m where S is zero. There is
- *           no minimum if its sum is not positive.
- * If there is no minimum, or a w_k is not finite as float, the weights are `in_force` (NULL: 1/K each), which need not
+ *           u_k = max(m_k, 0) / Q_kk; where S is zero, u_k = max(m_k, 0). There are none if B'm has no positive entry.
+ *   SIGNED  w is proportional to Q^-1 m (UNCORRELATED if Q is not positive definite), or to m where S is zero. There are
+ *           none if its sum is not positive.
+ * If there are none, or a w_k is not finite as float, the weights are `in_force` (NULL: 1/K each), which need not
  * respect min_weight, and `flags` has HELD. `flags` are GRADBLEND_FLAG_*, without NONFINITE.
  * The arrays may overlap. No stream, any thread.
  * Errors: INVALID_ARGUMENT, also for an entry that is not finite or a negative one on the diagonal.
@@ -345,7 +348,8 @@ gradblend_status gradblend_pending_sums(const gradblend_blender *blender, double
 gradblend_status gradblend_save(gradblend_blender *blender, void *buffer, size_t *bytes, void *stream);
 
 /*
- * Restores a state written by gradblend_save, of exactly `bytes` bytes.
+ * Restores a state written by gradblend_save of this or an earlier version, of exactly `bytes` bytes. Standard errors are
+ * unknown (infinite) after a state of 0.1.0, until a reset.
  * Errors: CORRUPT_STATE; INVALID_ARGUMENT for the state of another K, average or decay; CUDA. The blender is then
  * unchanged.
  */

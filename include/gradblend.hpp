@@ -36,6 +36,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -401,6 +402,8 @@ public:
     [[nodiscard]] Return<gradblend_report> report(void *stream = nullptr) {
         gradblend_report report{};
         report.size = sizeof report;
+        // A library of 0.1.0 does not write them.
+        std::fill_n(report.standard_error, GRADBLEND_MAX_MODALITIES, std::numeric_limits<double>::infinity());
         return detail::outcome(gradblend_get_report(handle_.get(), &report, stream), report);
     }
 

@@ -119,7 +119,7 @@ pub unsafe extern "C" fn gradblend_get_report(
         // SAFETY: `check` has seen that `report` is not NULL and aligned. The header requires as much memory there as the
         // report's `size` says (as a report has, in version 0.1.0), and a live stream of the blender's device, or NULL.
         unsafe {
-            let bytes = if owned.first_version { FIRST_REPORT } else { gradblend_report::room(report)? };
+            let bytes = if owned.first_version { FIRST_REPORT } else { gradblend_report::writable_bytes(report)? };
             gradblend_report::of(&owned.blender.report(Stream::from_raw(stream))?).write(report, bytes);
         }
         Ok(())

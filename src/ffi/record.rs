@@ -219,7 +219,7 @@ impl gradblend_report {
     ///
     /// # Safety
     /// `address` is not NULL, aligned, and valid for reads of a `u32`.
-    pub(super) unsafe fn room(address: *const Self) -> Outcome<usize> {
+    pub(super) unsafe fn writable_bytes(address: *const Self) -> Outcome<usize> {
         // SAFETY: the caller guarantees a number at `address`.
         let size = unsafe { address.cast::<u32>().read() } as usize;
         if size < FIRST_REPORT {

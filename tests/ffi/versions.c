@@ -1,6 +1,6 @@
 /*
- * A program that the header of version 0.1.0 (with OLD) and this one compile, and that libraries of both versions run. It
- * accesses no byte of a record that the other side does not know.
+ * A program that the header of version 0.1.0 (with OLD) and this one compile, and that runs with this library and with
+ * one that has the ABI of 0.1.0. It accesses no byte of a record that the other side does not know.
  */
 #ifdef OLD
 #include "0.1.0/gradblend.h"
@@ -64,6 +64,11 @@ int main(void) {
     const size_t report_bytes = new_library ? sizeof(gradblend_report) : FIRST_REPORT;
 #endif
     CHECK(config.config.size == config_bytes && guarded(&config, config_bytes));
+    static const double m[] = {1, 1}, s[] = {1, 0, 0, 4};
+    double weights[2];
+    uint32_t flags = 77;
+    CHECK(gradblend_solve(&config.config, m, s, NULL, weights, &flags) == GRADBLEND_OK && flags == 0);
+    CHECK(fabs(weights[0] - 0.8) < 1e-9 && fabs(weights[1] - 0.2) < 1e-9);
     gradblend_blender *blender = blender_new(&config.config);
 
     /* What a program of version 0.1.0 has in `size` is anything. */
@@ -113,6 +118,20 @@ int main(void) {
             CHECK(report.report.flags == (i == 0 ? (uint32_t)GRADBLEND_FLAG_FLOORED : 0));
             CHECK(i != 0 || report.report.floored == 2);
             gradblend_blender_destroy(other);
+            CHECK(gradblend_solve(&floors, m, s, NULL, weights, &flags) == GRADBLEND_OK);
+            CHECK(fabs(weights[1] - (i == 0 ? 0.5 : 0.2)) < 1e-9 && flags == report.report.flags);
+        }
+        /* Any other size is rejected, by name, before the record is read. */
+        for (uint32_t size = 0; size < sizeof(gradblend_config) + 64; size++) {
+            if (size == FIRST_CONFIG || size == sizeof(gradblend_config)) continue;
+            gradblend_config wrong = config.config;
+            wrong.size = size;
+            gradblend_blender *other = NULL;
+            char message[256] = "";
+            CHECK(gradblend_solve(&wrong, m, s, NULL, weights, &flags) == GRADBLEND_INVALID_ARGUMENT);
+            gradblend_last_error(message, sizeof message);
+            CHECK(strstr(message, "size"));
+            CHECK(gradblend_blender_create(GRADBLEND_CPU, &wrong, &other) == GRADBLEND_INVALID_ARGUMENT && !other);
         }
     }
 #endif

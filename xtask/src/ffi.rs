@@ -54,6 +54,8 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
 fn symbols(sh: &Shell, library: &Path) -> Result<()> {
     let (cc, library) = (tools::compiler("CC", "gcc"), library.join("libgradblend.so"));
     let header = cmd!(sh, "{cc} -E -P include/gradblend.h").quiet().read()?;
+    // An inline function is no symbol.
+    let header = Regex::new(r"static\s+inline\s+\w+ \w+")?.replace_all(&header, "");
     let declaration = Regex::new(r"\b(gradblend_[a-z_]+) *\(")?;
     let declared: BTreeSet<_> = declaration.captures_iter(&header).map(|found| found[1].to_owned()).collect();
     let symbols = cmd!(sh, "nm -D --defined-only {library}").quiet().read()?;

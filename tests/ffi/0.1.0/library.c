@@ -36,6 +36,9 @@ EXPORT(gradblend_status, step, (gradblend_blender *b, const gradblend_plan *p, v
 EXPORT(gradblend_status, reweight, (gradblend_blender *b, void *s), (b, s))
 EXPORT(size_t, last_error, (char *buffer, size_t bytes), (buffer, bytes))
 FORWARD(gradblend_status, blender_create, (int32_t d, const gradblend_config *c, gradblend_blender **b), (d, c, b))
+FORWARD(gradblend_status, solve,
+        (const gradblend_config *c, const double *m, const double *s, const double *w, double *to, uint32_t *flags),
+        (c, m, s, w, to, flags))
 FORWARD(gradblend_status, get_report, (gradblend_blender *b, gradblend_report *r, void *s), (b, r, s))
 
 void gradblend_blender_destroy(gradblend_blender *blender) {
@@ -58,6 +61,12 @@ gradblend_status gradblend_config_default(uint32_t modalities, gradblend_config 
 /* Rejects any other size, as version 0.1.0 does. */
 gradblend_status gradblend_blender_create(int32_t device, const gradblend_config *config, gradblend_blender **blender) {
     return config->size == sizeof *config ? forward_blender_create(device, config, blender) : GRADBLEND_INVALID_ARGUMENT;
+}
+
+gradblend_status gradblend_solve(const gradblend_config *config, const double *m, const double *s, const double *in_force,
+                                 double *weights, uint32_t *flags) {
+    return config->size == sizeof *config ? forward_solve(config, m, s, in_force, weights, flags)
+                                          : GRADBLEND_INVALID_ARGUMENT;
 }
 
 /* Does not read `size`, and writes the record of version 0.1.0, whatever the caller's is. */
