@@ -62,7 +62,7 @@ pub fn is_valid(policy: &Policy, k: usize) -> bool {
     let none = least.iter().all(|least| *least == 0.0);
     let some = least.iter().all(|least| *least >= 0.0)
         && least.iter().sum::<f64>() < 1.0
-        && least[k..].iter().all(|least| *least == 0.0);
+        && least.iter().skip(k).all(|least| *least == 0.0);
     damping && (none || some && policy.negative == Negative::Clamp)
 }
 
