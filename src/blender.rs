@@ -298,7 +298,8 @@ impl Blender {
         checkpoint::bytes(self.config().k())
     }
 
-    /// Restores a state written by [`save`](Self::save), on any device.
+    /// Restores a state written by [`save`](Self::save) of this or an earlier version, on any device. Standard errors are
+    /// unknown (infinite) after a state of 0.1.0, until a reset.
     ///
     /// # Errors
     /// [`Error::CorruptState`] for bytes that are foreign, truncated, altered or of an unknown version;

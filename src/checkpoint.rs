@@ -169,7 +169,7 @@ fn check(state: &State, k: usize) -> Result<()> {
     // Infinite where it is unknown.
     let possible = |square: &f64| *square >= 0.0 && (state.observed > 0 || *square == 0.0);
     if !state.mean_square.iter().all(possible) {
-        return Err(corrupt("a mean of squares is negative, not finite, or present without an observation"));
+        return Err(corrupt("a mean of squares is negative, NaN, or present without an observation"));
     }
     Ok(())
 }

@@ -23,8 +23,8 @@ pub struct Report {
     /// m_k, K values; 0 before the first observation.
     pub mean: Vec<f64>,
     /// Standard error of m_k, K values, from the running variance of c_k: sqrt((E\[c_k^2\] - m_k^2) / (n_eff - 1)), where n_eff
-    /// is [`effective`](Self::effective). Infinite where it is unknown: before the second observation, and
-    /// until a reset after a c_k whose square overflows and after a state that version 0.1.0 saved.
+    /// is [`effective`](Self::effective). Infinite where n_eff is at most 1 (before the second observation, and with an EMA of
+    /// decay 0), and until a reset after a c_k whose square overflows and after a state that version 0.1.0 saved.
     ///
     /// Where it is not well below |m_k|, the sign of m_k is uncertain, and w_k is noise; see `docs/method.md`.
     pub standard_error: Vec<f64>,

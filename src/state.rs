@@ -18,8 +18,8 @@ bitflags::bitflags! {
         /// Of the latest reweight: a weight is at its [`min_weight`](crate::Policy::min_weight) and would be smaller without
         /// it.
         const FLOORED = abi::FLOORED;
-        /// Of the latest reweight: the solver cannot say that the weights are the minimum, because S is not positive
-        /// semidefinite (no second moment is) or the bound of its steps was reached.
+        /// Of the latest reweight: the weights may not be the minimum, because the solver met a negative pivot, which a second
+        /// moment does not have, or reached the bound of its steps.
         const INEXACT = abi::INEXACT;
     }
 }

@@ -60,8 +60,8 @@ use crate::train::{Method, Run, SUPER_EPOCH, WARM_UP};
 /// prefer and held the weights. "OGR" is the overfitting-to-generalisation ratio of the weights in force at the end, and of
 /// uniform ones, median over seeds: compare the two in a row, not rows with each other. It is a magnitude and does not
 /// distinguish a loss that helps from one that harms; the weights do. "m / its error" is the mean generalisation product of
-/// each loss over its standard error, in the order of the weights, median over seeds: below 2, whether the loss gets a weight
-/// is chance. A fused loss without weight leaves the fused head, and thus the accuracy, unchanged.
+/// each loss over its standard error, in the order of the weights, median over seeds: between -2 and 2, whether the loss gets
+/// a weight is chance. A fused loss without weight leaves the fused head, and thus the accuracy, unchanged.
 #[derive(Parser)]
 #[command(name = "late_fusion")]
 struct Args {
