@@ -101,7 +101,7 @@ fn impossible_states_are_rejected(face: Face) -> Outcome {
     }
     for at in (92..172).step_by(8) {
         let nan = forged(&saved, &[(at, &f64::NAN.to_le_bytes())]);
-        corrupt(blender.load(&nan), "not finite");
+        corrupt(blender.load(&nan), if at < 156 { "not finite" } else { "NaN" });
     }
     for at in [124, 156] {
         corrupt(blender.load(&forged(&saved, &[(at, &(-1.0_f64).to_le_bytes())])), "negative");
