@@ -1,6 +1,7 @@
 //! Finds nvcc, and the architectures to compile for. The build scripts of gradblend and of benches/lab include this file.
 
 use std::env;
+use std::mem;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -36,11 +37,17 @@ impl Nvcc {
         Ok(Nvcc { path, version_text, version, architectures })
     }
 
-    /// Flags for machine code of each architecture, and PTX of the lowest one for later GPUs.
+    /// Flags for machine code of each architecture, and PTX of the lowest one for later GPUs. The kernels use nothing that
+    /// only some architectures have, so nvcc translates them to PTX once for all up to 90, and once more for later
+    /// ones, which have another compiler to PTX. Half of the time would go into the same PTX for the others.
     pub(crate) fn target_flags(&self) -> Vec<String> {
-        let code = |number: &u32| format!("-gencode=arch=compute_{number},code=sm_{number}");
-        let ptx = format!("-gencode=arch=compute_{0},code=compute_{0}", self.architectures[0]);
-        self.architectures.iter().map(code).chain([ptx]).collect()
+        let mut codes = vec![format!("compute_{}", self.architectures[0])];
+        let families = self.architectures.chunk_by(|before, after| (*before < 100) == (*after < 100));
+        let flag = |family: &[u32]| {
+            codes.extend(family.iter().map(|number| format!("sm_{number}")));
+            format!("-gencode=arch=compute_{},code=[{}]", family[0], mem::take(&mut codes).join(","))
+        };
+        families.map(flag).collect()
     }
 }
 

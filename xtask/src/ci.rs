@@ -146,17 +146,17 @@ fn on_emulator(_: &Shell) -> Result<()> {
     Ok(())
 }
 
-fn sanitizers(sh: &Shell) -> Result<()> {
+fn sanitizers(_: &Shell) -> Result<()> {
     let (emulator, built) = (emulator::build(Detect::Sanitize, None)?, cuda::tests()?);
-    // Each seed is another order of threads.
-    for (seed, more) in [("1", &SANITIZED_ONCE[..]), ("2", &[])] {
-        for name in SANITIZED.iter().chain(more) {
-            let program = built.program(name)?;
-            let test = cmd!(sh, "{program} --quiet --skip cpu:: --skip ffi::").env("GRADBLEND_EMULATOR_SEED", seed);
-            emulator::on_sanitized(sh, &emulator, test)?.run()?;
-        }
-    }
-    // In one order of threads: whether a barrier orders two accesses does not depend on it. A program uses one core.
+    // Each seed is another order of threads. A program uses one core.
+    let once = SANITIZED_ONCE.iter().map(|name| (name, "1"));
+    let more = ["1", "2"].into_iter().flat_map(|seed| SANITIZED.iter().map(move |name| (name, seed)));
+    more.chain(once).collect::<Vec<_>>().par_iter().try_for_each(|(name, seed)| {
+        let (sh, program) = (tools::shell()?, built.program(name)?);
+        let test = cmd!(sh, "{program} --quiet --skip cpu:: --skip ffi::").env("GRADBLEND_EMULATOR_SEED", seed);
+        anyhow::Ok(emulator::on_sanitized(&sh, &emulator, test)?.run()?)
+    })?;
+    // In one order of threads: whether a barrier orders two accesses does not depend on it.
     let races = emulator::build(Detect::Races, None)?;
     RACED.par_iter().try_for_each(|name| {
         let (sh, program) = (tools::shell()?, built.program(name)?);

@@ -16,9 +16,7 @@ const CPP: [&str; 5] = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"];
 /// Builds the library and runs everything that uses it from C, C++ and Python.
 pub(crate) fn run(sh: &Shell) -> Result<()> {
     tools::packages(sh, &["clang-14", "libclang-rt-14-dev", "valgrind", "libc6-dbg", "binutils"])?;
-    for kind in ["cdylib", "staticlib"] {
-        cmd!(sh, "cargo rustc --locked --release --features capi --crate-type {kind}").run()?;
-    }
+    cmd!(sh, "cargo rustc --locked --release --features capi --crate-type cdylib,staticlib").run()?;
     let target = tools::target()?;
     let library = target.join("release");
     symbols(sh, &library)?;
