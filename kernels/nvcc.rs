@@ -1,7 +1,6 @@
 //! Finds nvcc, and the architectures to compile for. The build scripts of gradblend and of benches/lab include this file.
 
 use std::env;
-use std::mem;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -39,15 +38,16 @@ impl Nvcc {
 
     /// Flags for machine code of each architecture, and PTX of the lowest one for later GPUs. The kernels use nothing that
     /// only some architectures have, so nvcc translates them to PTX once for all up to 90, and once more for later
-    /// ones, which have another compiler to PTX. Half of the time would go into the same PTX for the others.
+    /// ones, which have another compiler to PTX. To do so for each architecture would take most of the build's time.
     pub(crate) fn target_flags(&self) -> Vec<String> {
-        let mut codes = vec![format!("compute_{}", self.architectures[0])];
-        let families = self.architectures.chunk_by(|before, after| (*before < 100) == (*after < 100));
+        let lowest = self.architectures[0];
         let flag = |family: &[u32]| {
-            codes.extend(family.iter().map(|number| format!("sm_{number}")));
-            format!("-gencode=arch=compute_{},code=[{}]", family[0], mem::take(&mut codes).join(","))
+            let ptx = (family[0] == lowest).then(|| format!("compute_{lowest}"));
+            let machine_code = family.iter().map(|number| format!("sm_{number}"));
+            let codes: Vec<String> = ptx.into_iter().chain(machine_code).collect();
+            format!("-gencode=arch=compute_{},code=[{}]", family[0], codes.join(","))
         };
-        families.map(flag).collect()
+        self.architectures.chunk_by(|before, after| (*before < 100) == (*after < 100)).map(flag).collect()
     }
 }
 

@@ -147,21 +147,25 @@ fn on_emulator(_: &Shell) -> Result<()> {
 }
 
 fn sanitizers(_: &Shell) -> Result<()> {
-    let (emulator, built) = (emulator::build(Detect::Sanitize, None)?, cuda::tests()?);
-    // Each seed is another order of threads. A program uses one core.
-    let once = SANITIZED_ONCE.iter().map(|name| (name, "1"));
-    let more = ["1", "2"].into_iter().flat_map(|seed| SANITIZED.iter().map(move |name| (name, seed)));
-    more.chain(once).collect::<Vec<_>>().par_iter().try_for_each(|(name, seed)| {
+    // Each seed is another order of threads.
+    let once = SANITIZED.iter().chain(&SANITIZED_ONCE).map(|name| (*name, "1"));
+    let programs: Vec<_> = once.chain(SANITIZED.map(|name| (name, "2"))).collect();
+    on_kernels(Detect::Sanitize, &programs)?;
+    // Whether a barrier orders two accesses does not depend on the order of threads.
+    on_kernels(Detect::Races, &RACED.map(|name| (name, "1")))
+}
+
+/// Runs the CUDA tests of programs, each with a seed, on an emulator. A program uses one core, so as many run at a time.
+fn on_kernels(detect: Detect, programs: &[(&str, &str)]) -> Result<()> {
+    let (emulator, built) = (emulator::build(detect, None)?, cuda::tests()?);
+    programs.par_iter().try_for_each(|(name, seed)| {
         let (sh, program) = (tools::shell()?, built.program(name)?);
         let test = cmd!(sh, "{program} --quiet --skip cpu:: --skip ffi::").env("GRADBLEND_EMULATOR_SEED", seed);
-        anyhow::Ok(emulator::on_sanitized(&sh, &emulator, test)?.run()?)
-    })?;
-    // In one order of threads: whether a barrier orders two accesses does not depend on it.
-    let races = emulator::build(Detect::Races, None)?;
-    RACED.par_iter().try_for_each(|name| {
-        let (sh, program) = (tools::shell()?, built.program(name)?);
-        let test = cmd!(sh, "{program} --quiet --skip cpu:: --skip ffi::").env("GRADBLEND_EMULATOR_SEED", "1");
-        Ok(emulator::on(&races, test).run()?)
+        let test = match detect {
+            Detect::Sanitize => emulator::on_sanitized(&sh, &emulator, test)?,
+            Detect::Nothing | Detect::Races => emulator::on(&emulator, test),
+        };
+        Ok(test.run()?)
     })
 }
 

@@ -16,7 +16,9 @@ const CPP: [&str; 5] = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"];
 /// Builds the library and runs everything that uses it from C, C++ and Python.
 pub(crate) fn run(sh: &Shell) -> Result<()> {
     tools::packages(sh, &["clang-14", "libclang-rt-14-dev", "valgrind", "libc6-dbg", "binutils"])?;
-    cmd!(sh, "cargo rustc --locked --release --features capi --crate-type cdylib,staticlib").run()?;
+    for kind in ["cdylib", "staticlib"] {
+        cmd!(sh, "cargo rustc --locked --release --features capi --crate-type {kind}").run()?;
+    }
     let target = tools::target()?;
     let library = target.join("release");
     symbols(sh, &library)?;
