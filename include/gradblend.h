@@ -367,8 +367,11 @@ typedef struct gradblend_dlpack {
 
 /*
  * Fills `tensor` from DLPack arrays of any framework, without a copy. Each array must be on `device` (CUDA's pinned
- * and managed memory is accepted for any device), of dtype float32, float16 or bfloat16, and contiguous in row-major
- * order. All arrays of a tensor have the same number of elements and one dtype.
+ * and managed memory is accepted for any device), of dtype float32, float16 or bfloat16, and dense: its
+ * elements fill its memory in any order of the dimensions, transposed or with the channels last too. All arrays of a
+ * tensor have one dtype, the same number of elements, and the same order of them in memory; mixed orders are an error.
+ * An array from a capsule named "dltensor" cannot say that it is read-only: give as `blended` only one that may be
+ * written to, and prefer "dltensor_versioned", of which a read-only one is an error.
  * The byte offset is honoured. A record of two NULLs is an absent gradient, and so is NULL for `train`, `valid` or
  * `blended`. `addresses` is the caller's memory for K = `modalities` addresses; `tensor->modalities` will point to it.
  * The arrays stay the caller's: no deleter is called, and they must stay valid while the tensor is part of a plan. An

@@ -4,6 +4,7 @@
 //! same specification can be cast to these.
 
 use std::ffi::c_void;
+use std::fmt;
 use std::ptr::{null, null_mut};
 
 use crate::abi::MAX_MODALITIES;
@@ -121,8 +122,11 @@ impl TensorGrads<'_> {
     /// A tensor from DLPack arrays. `None` is absent, as NULL is in [`from_raw`](Self::from_raw).
     ///
     /// Each array is on `device` (the CPU also takes CUDA's pinned and managed memory, a CUDA device too), float32,
-    /// float16 or bfloat16, and contiguous in row-major order. All have the same number of elements and one dtype;
-    /// shapes may differ otherwise. Arrays of no elements give an empty tensor without addresses.
+    /// float16 or bfloat16, and dense: its elements fill its memory in any order of the dimensions, transposed or with the
+    /// channels last too. All have one dtype, the same number of elements, and the same order of them in memory; shapes may
+    /// differ otherwise. Arrays of no elements give an empty tensor without addresses.
+    ///
+    /// A [`Dlpack::Managed`] record cannot say that its array is read-only: for `blended`, the caller has to know.
     ///
     /// # Errors
     /// [`Error::Dlpack`], which names the role of the array; [`Error::NoArray`] where all are absent; [`Error::Modalities`] for more
@@ -163,14 +167,17 @@ pub(crate) unsafe fn read(
     if modalities.len() > MAX_MODALITIES {
         return Err(Error::Modalities { got: modalities.len() as u64 });
     }
-    let mut shape: Option<(Role, u64, DType)> = None;
+    let mut like: Option<(Role, Layout<'_>, DType)> = None;
     let mut address = |role: Role, array: Option<Dlpack>| {
         let Some(array) = array else { return Ok(null_mut()) };
         // SAFETY: the caller guarantees the records.
-        let (address, len, dtype) = unsafe { check(ordinal, role, array) }?;
-        let (first, expected, expected_dtype) = *shape.get_or_insert((role, len, dtype));
-        if len != expected {
-            return Err(bad(role, format!("{expected} elements, as the {first} has"), len));
+        let (address, layout, dtype) = unsafe { check(ordinal, role, array) }?;
+        let (first, expected, expected_dtype) = *like.get_or_insert((role, layout, dtype));
+        if layout.len != expected.len {
+            return Err(bad(role, format!("{} elements, as the {first} has", expected.len), layout.len));
+        }
+        if layout.len > 0 && !layout.runs().eq(expected.runs()) {
+            return Err(bad(role, format!("elements in the order of the {first}, {expected}"), layout));
         }
         if dtype != expected_dtype {
             return Err(bad(role, format!("{expected_dtype}, as the {first} is"), dtype));
@@ -184,7 +191,7 @@ pub(crate) unsafe fn read(
         *slot = address(Role::Modality(k), *array)?.cast_const();
     }
     let blended = address(Role::Blended, blended)?;
-    let (_, len, dtype) = shape.ok_or(Error::NoArray)?;
+    let (_, Layout { len, .. }, dtype) = like.ok_or(Error::NoArray)?;
     if len == 0 {
         // Frameworks give empty arrays any address: NULL, which would mean absent, or an address that several share.
         let modalities = [null(); MAX_MODALITIES];
@@ -193,11 +200,11 @@ pub(crate) unsafe fn read(
     Ok(Arrays { len, dtype, train, valid, modalities: v, blended })
 }
 
-/// Address, length and dtype of one array.
+/// Address, layout and dtype of one array.
 ///
 /// # Safety
 /// As of [`read`].
-unsafe fn check(ordinal: Option<i32>, role: Role, array: Dlpack) -> Result<(*mut c_void, u64, DType)> {
+unsafe fn check<'a>(ordinal: Option<i32>, role: Role, array: Dlpack) -> Result<(*mut c_void, Layout<'a>, DType)> {
     let bad = |expected: &str, got: String| Err(bad(role, expected, got));
     let (missing, misaligned) = match array {
         Dlpack::Managed(managed) => (managed.is_null(), !managed.is_aligned()),
@@ -228,15 +235,16 @@ unsafe fn check(ordinal: Option<i32>, role: Role, array: Dlpack) -> Result<(*mut
         (2, 32, 1) => DType::F32,
         (2, 16, 1) => DType::F16,
         (4, 16, 1) => DType::BF16,
-        _ => return bad("float32, float16 or bfloat16", format!("type code {code}, {bits} bits, {lanes} lanes")),
+        _ => return bad("float32, float16 or bfloat16", type_name(code, bits, lanes)),
     };
     // SAFETY: the caller guarantees `ndim` numbers of shape and strides.
-    let len = unsafe { elements(role, &tensor) }?;
+    let layout = unsafe { layout(role, &tensor) }?;
+    let len = layout.len;
     if len.checked_mul(dtype.bytes()).is_none_or(|bytes| bytes > isize::MAX as u64) {
         return bad("an array that fits into memory", format!("{len} elements"));
     }
     if len == 0 {
-        return Ok((null_mut(), 0, dtype));
+        return Ok((null_mut(), layout, dtype));
     }
     if tensor.data.is_null() {
         return bad("data", "NULL".into());
@@ -248,7 +256,7 @@ unsafe fn check(ordinal: Option<i32>, role: Role, array: Dlpack) -> Result<(*mut
     if !start.is_multiple_of(dtype.bytes()) {
         return bad(&format!("an address aligned to {} bytes", dtype.bytes()), format!("{start:#x}"));
     }
-    Ok((tensor.data.wrapping_byte_add(tensor.byte_offset as usize), len, dtype))
+    Ok((tensor.data.wrapping_byte_add(tensor.byte_offset as usize), layout, dtype))
 }
 
 fn bad(role: Role, expected: impl ToString, got: impl ToString) -> Error {
@@ -274,11 +282,77 @@ fn check_device(ordinal: Option<i32>, role: Role, device: DLDevice) -> Result<()
     Err(bad(role, expected, got))
 }
 
-/// Number of elements of an array that is contiguous in row-major order.
+/// Name of an element type.
+fn type_name(code: u8, bits: u8, lanes: u16) -> String {
+    let kind = match code {
+        0 => "int",
+        1 => "uint",
+        2 => "float",
+        3 => "handle",
+        4 => "bfloat",
+        5 => "complex",
+        6 => "bool",
+        _ => return format!("type code {code}, {bits} bits, {lanes} lanes"),
+    };
+    if lanes == 1 { format!("{kind}{bits}") } else { format!("vectors of {lanes} {kind}{bits}") }
+}
+
+/// Where the elements of an array are.
+#[derive(Clone, Copy)]
+struct Layout<'a> {
+    /// Number of elements.
+    len: u64,
+    shape: &'a [i64],
+    /// `None` for row-major order.
+    strides: Option<&'a [i64]>,
+}
+
+impl Layout<'_> {
+    /// Size and stride of each dimension, from the last to the first. Dimensions that lie in memory as one are one, and
+    /// those of size 1 are left out, so two arrays have the same order of elements if and only if these are equal.
+    fn runs(&self) -> impl Iterator<Item = (i64, i64)> {
+        let mut row_major = 1_i64;
+        let dimensions = self.shape.iter().enumerate().rev().map(move |(i, size)| {
+            let stride = self.strides.map_or(row_major, |strides| strides[i]);
+            row_major = row_major.saturating_mul(*size);
+            (*size, stride)
+        });
+        let mut dimensions = dimensions.filter(|(size, _)| *size != 1).peekable();
+        std::iter::from_fn(move || {
+            let (mut size, stride) = dimensions.next()?;
+            let adjoins = |size: i64, next: &(i64, i64)| size.checked_mul(stride) == Some(next.1);
+            while let Some((more, _)) = dimensions.next_if(|next| adjoins(size, next)) {
+                size = size.saturating_mul(more);
+            }
+            Some((size, stride))
+        })
+    }
+
+    /// Whether the elements fill their memory: some order of the dimensions has the strides of a row-major array.
+    fn is_dense(&self) -> bool {
+        let (mut stride, mut found) = (1, 0);
+        while let Some((size, _)) = self.runs().find(|(_, of)| *of == stride) {
+            stride = stride.saturating_mul(size);
+            found += 1;
+        }
+        found == self.runs().count()
+    }
+}
+
+impl fmt::Display for Layout<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.strides {
+            Some(strides) => write!(f, "shape {:?} with strides {strides:?}", self.shape),
+            None => write!(f, "shape {:?} in row-major order", self.shape),
+        }
+    }
+}
+
+/// Layout of an array, if it is dense.
 ///
 /// # Safety
 /// `shape` and `strides` have `ndim` numbers where they are not NULL.
-unsafe fn elements(role: Role, tensor: &DLTensor) -> Result<u64> {
+unsafe fn layout<'a>(role: Role, tensor: &DLTensor) -> Result<Layout<'a>> {
     let Ok(ndim) = usize::try_from(tensor.ndim) else {
         return Err(bad(role, "a number of dimensions of at least 0", tensor.ndim));
     };
@@ -300,20 +374,12 @@ unsafe fn elements(role: Role, tensor: &DLTensor) -> Result<u64> {
     if let Some(dimension) = shape.iter().find(|dimension| **dimension < 0) {
         return Err(bad(role, "dimensions of at least 0", dimension));
     }
+    let mut layout = Layout { len: 0, shape, strides: None };
     if shape.contains(&0) {
-        return Ok(0);
+        return Ok(layout);
     }
-    let strides = numbers(tensor.strides)?;
-    let mut len = 1_i64;
-    for (i, dimension) in shape.iter().enumerate().rev() {
-        // The stride of a dimension of size 1 is never used.
-        if let Some(strides) = strides.filter(|strides| *dimension > 1 && strides[i] != len) {
-            let got = format!("shape {shape:?} with strides {strides:?}");
-            return Err(bad(role, "a contiguous array in row-major order", got));
-        }
-        len = len
-            .checked_mul(*dimension)
-            .ok_or_else(|| bad(role, "an array that fits into memory", format!("shape {shape:?}")))?;
-    }
-    Ok(len as u64)
+    let len = shape.iter().try_fold(1_i64, |len, dimension| len.checked_mul(*dimension));
+    layout.len = len.ok_or_else(|| bad(role, "an array that fits into memory", format!("shape {shape:?}")))? as u64;
+    layout.strides = numbers(tensor.strides)?;
+    if layout.is_dense() { Ok(layout) } else { Err(bad(role, "a dense array", layout)) }
 }

@@ -169,7 +169,7 @@ fn faults(face: Face) -> Outcome {
         check_rejected(face, &format!("device type {device_type}"), &|a| a.tensor.device.device_type = device_type);
     }
     for lanes in [0, 2, 257] {
-        check_rejected(face, &format!("32 bits, {lanes} lanes"), &|a| a.tensor.dtype.lanes = lanes);
+        check_rejected(face, &format!("vectors of {lanes} float32"), &|a| a.tensor.dtype.lanes = lanes);
     }
     Ok(())
 }
@@ -199,7 +199,7 @@ fn versions_and_flags(face: Face) -> Outcome {
 /// Shape, strides, and the number of elements if the array is accepted.
 type Shape<'a> = (&'a [i64], Option<&'a [i64]>, Option<u64>);
 
-const SHAPES: [Shape<'_>; 35] = [
+const SHAPES: [Shape<'_>; 39] = [
     (&[], None, Some(1)),
     (&[], Some(&[5]), Some(1)),
     (&[6], None, Some(6)),
@@ -217,7 +217,9 @@ const SHAPES: [Shape<'_>; 35] = [
     (&[i64::MAX], None, None),
     (&[1 << 61], None, None),
     (&[2, 3], Some(&[3, 1]), Some(6)),
-    (&[2, 3], Some(&[1, 2]), None),
+    (&[2, 3], Some(&[1, 2]), Some(6)),
+    (&[2, 3], Some(&[1, 1]), None),
+    (&[2, 3], Some(&[1, 3]), None),
     (&[2, 3], Some(&[4, 1]), None),
     (&[2, 3], Some(&[3, 2]), None),
     (&[2, 3], Some(&[0, 1]), None),
@@ -235,6 +237,9 @@ const SHAPES: [Shape<'_>; 35] = [
     (&[1, 2, 1, 3], Some(&[0, 3, 0, 1]), Some(6)),
     (&[2, 3, 2, 2], Some(&[12, 4, 2, 1]), Some(24)),
     (&[2, 3, 2, 2], Some(&[12, 2, 4, 1]), None),
+    // Channels last.
+    (&[2, 3, 2, 2], Some(&[12, 1, 6, 3]), Some(24)),
+    (&[2, 3, 1, 2], Some(&[6, 1, 99, 3]), Some(12)),
     (&[1, 1, 1, 1], Some(&[-1, 0, 7, 9]), Some(1)),
 ];
 
@@ -255,7 +260,7 @@ fn shapes(face: Face) -> Outcome {
             })?;
         }
     }
-    check_rejected(face, "shape [2, 3] with strides [1, 2]", &|a| a.strides = Some(vec![1, 2]));
+    check_rejected(face, "a dense array, got shape [2, 3] with strides [1, 1]", &|a| a.strides = Some(vec![1, 1]));
     Ok(())
 }
 
@@ -271,7 +276,10 @@ fn dtypes(face: Face) -> Outcome {
                 (2, 16) => DType::F16,
                 (4, 16) => DType::BF16,
                 _ => {
-                    let words = format!("{}: |type code {code}, {bits} bits", ROLES[role]);
+                    let names = ["int", "uint", "float", "handle", "bfloat", "complex", "bool"];
+                    let name = names.get(usize::from(code)).map(|name| format!("got {name}{bits}"));
+                    let name = name.unwrap_or_else(|| format!("type code {code}, {bits} bits"));
+                    let words = format!("{}: |{name}", ROLES[role]);
                     rejected_as(result, INVALID_ARGUMENT, &words);
                     continue;
                 }
@@ -344,6 +352,11 @@ fn arrays_that_differ(face: Face) -> Outcome {
         }
         let words = format!("{role}: expected f32, as the train gradient is, got f16");
         rejected_as(convert(i, &|a| a.tensor.dtype.bits = 16), INVALID_ARGUMENT, &words);
+        let words = format!(
+            "{role}: expected elements in the order of the train gradient, shape [2, 3] with strides [3, 1], \
+             got shape [2, 3] with strides [1, 2]"
+        );
+        rejected_as(convert(i, &|a| a.strides = Some(vec![1, 2])), INVALID_ARGUMENT, &words);
         // The shape may differ.
         convert(i, &|a| (a.shape, a.strides, a.tensor.ndim, a.tensor.strides) = (vec![6], None, 1, null_mut()))?;
     }
@@ -383,6 +396,7 @@ fn converted_tensors_work<T: Sample>(face: Face) -> Outcome {
         let elements: [Vec<T>; 5] = [(); 5].map(|()| random.numbers(30).into_iter().map(T::round).collect());
         let present = [true, true, random.below(4) != 0, random.below(4) != 0, random.below(4) != 0];
         let forms = [(); 5].map(|()| (random.below(2) == 0, random.below(2) == 0));
+        let transposed = round >= 10;
         for by_address in [false, true] {
             let memory = elements.clone().map(|elements| face.array(elements));
             let mut arrays: Arrays = std::array::from_fn(|i| {
@@ -393,6 +407,11 @@ fn converted_tensors_work<T: Sample>(face: Face) -> Outcome {
                 array.shape[0] = rows;
                 array.is_versioned = forms[i].0;
                 array.strides = array.strides.filter(|_| forms[i].1);
+                if transposed {
+                    // An axis of one element between them has any stride.
+                    (array.shape, array.tensor.ndim) = (vec![rows, 1, 3], 3);
+                    array.strides = Some(vec![1, i as i64, rows]);
+                }
                 present[i].then_some(array)
             });
             let input = if by_address {
