@@ -11,6 +11,7 @@ use crate::checkpoint;
 use crate::config::{Config, Pass};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::process::InProcess;
 use crate::report::Report;
 use crate::state;
 use crate::table::Table;
@@ -28,7 +29,7 @@ use crate::tensor::{GradScale, Scale, Stream, TensorGrads};
 pub struct Plan<'a> {
     blender: u64,
     table: Table,
-    memory: AnyMemory,
+    memory: InProcess<AnyMemory>,
     bound: bool,
     borrow: PhantomData<&'a mut [u8]>,
 }
@@ -45,10 +46,11 @@ impl<'a> Plan<'a> {
     /// than those the plan was made for; [`Error::Capturing`]. The plan then stays as it was. After [`Error::Cuda`] from a
     /// copy the plan is released, and a graph that contains it must not be launched.
     pub fn update(&mut self, tensors: impl IntoIterator<Item = TensorGrads<'a>>, stream: Stream) -> Result<()> {
+        let memory = self.memory.get()?;
         self.table.stage(tensors)?;
-        self.memory.check_update(self.table.staged(), stream)?;
+        memory.check_update(self.table.staged(), stream)?;
         self.table.commit();
-        let copied = self.memory.update(&self.table, stream);
+        let copied = memory.update(&self.table, stream);
         // After a failed copy the device's table is unknown.
         self.bound = copied.is_ok();
         copied
@@ -93,7 +95,7 @@ impl<'a> Plan<'a> {
 #[derive(Debug)]
 pub struct Blender {
     id: u64,
-    backend: AnyBackend,
+    backend: InProcess<AnyBackend>,
 }
 
 impl Blender {
@@ -109,13 +111,13 @@ impl Blender {
         let k = config.k();
         let mut state = State::zeroed();
         state::set_weights(&mut state, &[1.0 / k as f64; MAX_MODALITIES][..k]);
-        let backend = AnyBackend::new(device.ordinal(), config, &state)?;
+        let backend = InProcess::new("blender was made", AnyBackend::new(device.ordinal(), config, &state)?)?;
         Ok(Blender { id: NEXT.fetch_add(1, Ordering::Relaxed), backend })
     }
 
     /// The configuration that the blender was made with.
     pub fn config(&self) -> &Config {
-        self.backend.config()
+        self.backend.in_any_process().config()
     }
 
     /// Checks `tensors` and makes a plan of them. Reads no gradient.
@@ -128,8 +130,9 @@ impl Blender {
     /// [`Error::Length`], [`Error::MixedDTypes`], [`Error::Misaligned`], [`Error::OutOfRange`], [`Error::Overlap`],
     /// [`Error::UnknownMemory`]. Besides, [`Error::OutOfMemory`] and [`Error::Cuda`].
     pub fn plan<'a>(&self, tensors: impl IntoIterator<Item = TensorGrads<'a>>) -> Result<Plan<'a>> {
-        let table = Table::new(self.config().k(), tensors, self.backend.grouping())?;
-        let memory = self.backend.memory(&table)?;
+        let backend = self.backend.get()?;
+        let table = Table::new(self.config().k(), tensors, backend.grouping())?;
+        let memory = InProcess::new("plan was made", backend.memory(&table)?)?;
         Ok(Plan { blender: self.id, table, memory, bound: true, borrow: PhantomData })
     }
 
@@ -144,6 +147,7 @@ impl Blender {
     /// [`Error::ReleasedPlan`]; [`Error::Capturing`]; [`Error::Cuda`].
     pub fn pass(&mut self, plan: &Plan<'_>, what: Pass, stream: Stream) -> Result<()> {
         what.check()?;
+        let backend = self.backend.get_mut()?;
         if plan.blender != self.id {
             return Err(Error::ForeignPlan);
         }
@@ -152,7 +156,7 @@ impl Blender {
         }
         // SAFETY: the plan is bound, so its addresses come from slices that it borrows or from `from_raw`, whose caller
         // guarantees them. This blender made it, and its memory for its table.
-        unsafe { self.backend.pass(&plan.table, &plan.memory, what, stream) }
+        unsafe { backend.pass(&plan.table, plan.memory.get()?, what, stream) }
     }
 
     /// Adds c_k = <g, v_k> and d_k = <t - g, v_k>, summed over the tensors, to the pending sums.
@@ -196,7 +200,7 @@ impl Blender {
     /// # Errors
     /// [`Error::Cuda`].
     pub fn observe(&mut self, stream: Stream) -> Result<()> {
-        self.backend.observe(stream)
+        self.backend.get_mut()?.observe(stream)
     }
 
     /// Puts the weights in force that [`solve`](crate::solve) finds for the moments. Before the first observation, and
@@ -206,7 +210,7 @@ impl Blender {
     /// # Errors
     /// [`Error::Cuda`].
     pub fn reweight(&mut self, stream: Stream) -> Result<()> {
-        self.backend.reweight(stream)
+        self.backend.get_mut()?.reweight(stream)
     }
 
     /// Starts a new super-epoch: forgets n, m, S, the counters, the flags and the pending sums; keeps the weights.
@@ -214,7 +218,7 @@ impl Blender {
     /// # Errors
     /// [`Error::Cuda`].
     pub fn reset(&mut self, stream: Stream) -> Result<()> {
-        self.backend.reset(stream)
+        self.backend.get_mut()?.reset(stream)
     }
 
     /// Puts `weights` in force as given, whatever their signs and their sum.
@@ -229,7 +233,7 @@ impl Blender {
         if let Some(modality) = weights.iter().position(|w| !(*w as f32).is_finite()) {
             return Err(Error::Weight { modality, got: weights[modality] });
         }
-        self.backend.set_weights(weights, stream)
+        self.backend.get_mut()?.set_weights(weights, stream)
     }
 
     /// Sets the gradient scale of the next observations. The scale is not part of a saved state. A graph keeps the scale,
@@ -245,7 +249,7 @@ impl Blender {
             Scale::Value(got) if got == 0.0 || !got.is_finite() => return Err(Error::Scale { got }),
             _ => {}
         }
-        self.backend.set_grad_scale(scale.0)
+        self.backend.get_mut()?.set_grad_scale(scale.0)
     }
 
     /// Reads weights, moments, counters and ratios. Synchronizes `stream`.
@@ -253,7 +257,7 @@ impl Blender {
     /// # Errors
     /// [`Error::Capturing`], [`Error::Cuda`].
     pub fn report(&mut self, stream: Stream) -> Result<Report> {
-        Ok(Report::new(&self.backend.read(stream)?, self.config()))
+        Ok(Report::new(&self.backend.get()?.read(stream)?, self.config()))
     }
 
     /// Reads S, the running means of d_j d_k: K x K, row-major; zeros before the first observation. Synchronizes `stream`.
@@ -263,7 +267,7 @@ impl Blender {
     pub fn second_moments(&mut self, stream: Stream) -> Result<Vec<f64>> {
         let k = self.config().k();
         let mut second_moment = vec![0.0; k * k];
-        state::moments(&self.backend.read(stream)?, k, &mut [], &mut second_moment);
+        state::moments(&self.backend.get()?.read(stream)?, k, &mut [], &mut second_moment);
         Ok(second_moment)
     }
 
@@ -273,7 +277,7 @@ impl Blender {
     /// an infinity is NaN. On a CUDA device, read them in work that is
     /// ordered after the blender's work, by its stream or by events; on the CPU, while no call on this blender runs.
     pub fn device_weights(&self) -> *const f32 {
-        self.backend.device_weights()
+        self.backend.in_any_process().device_weights()
     }
 
     /// Address of the 2K pending sums, c_0 .. c_K-1 then d_0 .. d_K-1, in memory of the device; it does not change
@@ -282,7 +286,7 @@ impl Blender {
     /// A sharded trainer all-reduces them between `dot` and `observe`. On a CUDA device, access them in work that is ordered
     /// after the blender's work, by its stream or by events; on the CPU, while no call on this blender runs.
     pub fn pending_sums(&self) -> *mut f64 {
-        self.backend.pending_sums()
+        self.backend.in_any_process().pending_sums()
     }
 
     /// The whole state as bytes, bit for bit: moments, weights, counters, flags and pending sums. Synchronizes `stream`.
@@ -290,7 +294,7 @@ impl Blender {
     /// # Errors
     /// [`Error::Capturing`], [`Error::Cuda`].
     pub fn save(&mut self, stream: Stream) -> Result<Vec<u8>> {
-        Ok(checkpoint::write(&self.backend.read(stream)?, self.config()))
+        Ok(checkpoint::write(&self.backend.get()?.read(stream)?, self.config()))
     }
 
     /// Length of a saved state in bytes.
@@ -307,6 +311,6 @@ impl Blender {
     /// blender then stays as it was.
     pub fn load(&mut self, saved: &[u8], stream: Stream) -> Result<()> {
         let state = checkpoint::read(saved, self.config())?;
-        self.backend.write(&state, stream)
+        self.backend.get_mut()?.write(&state, stream)
     }
 }

@@ -21,6 +21,7 @@ impl Device {
     /// [`Error::NotBuilt`](crate::Error::NotBuilt) without the feature `cuda`;
     /// [`Error::NoDriver`](crate::Error::NoDriver); [`Error::NoDevice`](crate::Error::NoDevice);
     /// [`Error::UnsupportedDevice`](crate::Error::UnsupportedDevice) if it cannot run the kernels of this build;
+    /// [`Error::Forked`](crate::Error::Forked) in a process whose parent has made a CUDA device;
     /// [`Error::Cuda`](crate::Error::Cuda).
     pub fn cuda(ordinal: i32) -> Result<Self> {
         cuda::find(ordinal)?;

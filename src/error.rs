@@ -90,6 +90,12 @@ pub enum Error {
         /// Ordinal of the device asked for.
         ordinal: i32,
     },
+    /// The value needs threads or a device context, which this process lacks: it was forked from the one that made them.
+    #[error("the {what} before this process was forked, and cannot be used here")]
+    Forked {
+        /// `"blender was made"`, `"plan was made"` or `"CUDA driver was initialised"`.
+        what: &'static str,
+    },
     /// The CUDA driver, or a function of it, was not found.
     #[error("no CUDA driver: {reason}")]
     NoDriver {

@@ -52,6 +52,12 @@
 //! Every check comes before any work: after an [`Error`] other than [`Error::Cuda`], a failure of the driver, nothing has
 //! changed. No function panics on bad input.
 //!
+//! # Processes
+//!
+//! A forked process cannot use the blenders and plans of its parent, whose threads and device contexts it lacks: their calls
+//! return [`Error::Forked`], and their drop does nothing. It can make its own on the CPU. CUDA does not work after a fork in a
+//! process whose parent has initialised the driver: [`Device::cuda`] then returns the same error.
+//!
 //! # Features
 //!
 //! - `cuda`: the CUDA backend.
@@ -69,6 +75,7 @@ mod error;
 #[doc(hidden)]
 pub mod ffi;
 mod losses;
+mod process;
 mod report;
 mod schedule;
 mod solve;

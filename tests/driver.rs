@@ -1,7 +1,9 @@
 //! Faults of a driver or a device: each is a typed error that leaves everything usable.
 #![cfg(feature = "cuda")]
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use cudarc::driver::sys::{self, CUresult};
 use gradblend::{Config, DType, Device, Error, Role, TensorGrads};
@@ -51,52 +53,135 @@ fn no_device_at_all() -> Outcome {
     })
 }
 
-const CHILD: &str = "GRADBLEND_TEST_WITHOUT_DRIVER";
+const CHILD: &str = "GRADBLEND_TEST_ANOTHER_DRIVER";
 
-/// Does nothing unless `no_driver` runs it in a process of its own, with another driver.
+/// Does nothing unless `with_drivers` runs it in a process of its own, with other drivers: looks for a device, and takes a
+/// step on it, beside another user of cudarc.
 #[test]
-fn without_driver() {
+fn with_another_driver() -> Outcome {
     if std::env::var_os(CHILD).is_some() {
         for _ in 0..2 {
             let found = Device::cuda(0);
-            assert!(matches!(found, Err(Error::NoDriver { .. })), "{found:?}");
             println!("{CHILD}: {found:?}");
+            if found.is_ok() {
+                let context = cudarc::driver::CudaContext::new(0);
+                assert!(context.is_ok(), "{context:?}");
+                check_step()?;
+            } else {
+                assert!(matches!(found, Err(Error::NoDriver { .. })), "{found:?}");
+            }
         }
+    }
+    Ok(())
+}
+
+/// A folder of links, which is removed by the drop.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(links: &[(&str, PathBuf)]) -> std::io::Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let folder = std::env::temp_dir().join(format!("gradblend-driver-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&folder)?;
+        for (name, file) in links {
+            std::os::unix::fs::symlink(file, folder.join(name))?;
+        }
+        Ok(Folder(folder))
     }
 }
 
-/// Output of `without_driver` in a process that finds its driver in `folder`.
-fn with_driver_in(folder: &std::path::Path) -> std::result::Result<String, Box<dyn std::error::Error>> {
-    let output = Command::new(std::env::current_exe()?)
-        .args(["--exact", "without_driver", "--nocapture"])
-        .env(CHILD, "1")
-        .env("LD_LIBRARY_PATH", folder)
-        .env_remove("LD_PRELOAD")
-        .output()?;
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Output of `with_another_driver` in a process that looks for its driver in these folders.
+fn with_drivers(folders: &[&Folder], loaded: Option<&Path>) -> std::result::Result<String, Box<dyn std::error::Error>> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["--exact", "with_another_driver", "--nocapture"]).env(CHILD, "1");
+    command.env("LD_LIBRARY_PATH", std::env::join_paths(folders.iter().map(|folder| &folder.0))?);
+    if let Some(library) = loaded {
+        // After the runtime of a sanitizer.
+        let mut first = std::env::var_os("LD_PRELOAD").unwrap_or_default();
+        first.push(" ");
+        first.push(library);
+        command.env("LD_PRELOAD", first);
+    }
+    let output = command.output()?;
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && printed.matches(CHILD).count() == 2, "{output:?}");
     Ok(printed)
 }
 
-/// A file that is not a library, and a library that lacks functions.
+/// The emulator, and the drivers beside it that do not work.
+struct Drivers {
+    emulator: PathBuf,
+    incomplete: PathBuf,
+    stub: PathBuf,
+}
+
+impl Drivers {
+    fn find() -> Option<Self> {
+        let path = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+        let library = |folder: PathBuf| folder.join("libcuda.so.1").canonicalize().ok();
+        std::env::split_paths(&path).find_map(|folder| {
+            let [incomplete, stub] = ["incomplete", "stub"].map(|name| library(folder.join(name)));
+            Some(Drivers { emulator: library(folder)?, incomplete: incomplete?, stub: stub? })
+        })
+    }
+}
+
+/// Files that are not libraries, libraries that lack functions, and stubs: the error names each.
 #[test]
 fn no_driver() -> Outcome {
-    let folder = std::env::temp_dir().join(format!("gradblend-no-driver-{}", std::process::id()));
-    std::fs::create_dir_all(&folder)?;
+    let folder = Folder::new(&[])?;
     for name in ["libcuda.so", "libcuda.so.1"] {
-        std::fs::write(folder.join(name), "")?;
+        std::fs::write(folder.0.join(name), "")?;
     }
-    let printed = with_driver_in(&folder)?;
-    std::fs::remove_dir_all(&folder)?;
+    let printed = with_drivers(&[&folder], None)?;
     assert!(printed.contains("libcuda.so.1"), "{printed}");
-    let path = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    let incomplete =
-        std::env::split_paths(&path).map(|folder| folder.join("incomplete")).find(|folder| folder.exists());
-    let Some(incomplete) = incomplete else {
-        return without_emulator("no incomplete driver lies beside the driver");
+    let Some(Drivers { incomplete, stub, .. }) = Drivers::find() else {
+        return without_emulator("no drivers that do not work lie beside the driver");
     };
-    let printed = with_driver_in(&incomplete)?;
-    assert!(printed.contains(" has no cu"), "{printed}");
+    let both = |library: &PathBuf| Folder::new(&[("libcuda.so", library.clone()), ("libcuda.so.1", library.clone())]);
+    let (incomplete, both, one) = (both(&incomplete)?, both(&stub)?, Folder::new(&[("libcuda.so", stub)])?);
+    for stub in [&both, &one] {
+        let printed = with_drivers(&[stub, &incomplete], None)?;
+        let named = format!("{} is the stub of a toolkit", stub.0.join("libcuda.so").display());
+        assert!(printed.contains(&named) || printed.contains(&named.replace(".so", ".so.1")), "{printed}");
+        assert!(printed.contains(&format!("{}/libcuda.so.1 has no cu", incomplete.0.display())), "{printed}");
+    }
+    Ok(())
+}
+
+/// The crate and cudarc use the driver, whatever else has its names, before it or after it.
+#[test]
+fn driver_among_others() -> Outcome {
+    let Some(Drivers { emulator, incomplete, stub }) = Drivers::find() else {
+        return without_emulator("no drivers that do not work lie beside the driver");
+    };
+    let folder = |library: &PathBuf, names: &[&'static str]| {
+        Folder::new(&names.iter().map(|name| (*name, library.clone())).collect::<Vec<_>>())
+    };
+    let names: [&[&str]; 3] = [&["libcuda.so"], &["libcuda.so.1"], &["libcuda.so", "libcuda.so.1"]];
+    for driver_names in names {
+        let driver = folder(&emulator, driver_names)?;
+        let mut cases = vec![("alone".to_owned(), with_drivers(&[&driver], None)?)];
+        for (what, other) in [("stub", &stub), ("incomplete", &incomplete)] {
+            for other_names in names {
+                let other = folder(other, other_names)?;
+                let case = format!("{driver_names:?} with {what} {other_names:?}");
+                cases.push((format!("{case} after it"), with_drivers(&[&driver, &other], None)?));
+                cases.push((format!("{case} loaded before"), with_drivers(&[&other], Some(&emulator))?));
+                cases.push((case, with_drivers(&[&other, &driver], None)?));
+            }
+        }
+        for (case, printed) in cases {
+            assert_eq!(printed.matches("Ok(").count(), 2, "{case}: {printed}");
+        }
+    }
     Ok(())
 }
 

@@ -2,15 +2,11 @@
 //! a live one, so a call after `_destroy` is an error instead of undefined behaviour. A call in a forked process on a
 //! handle of its parent is an error too: the threads and the device context that it needs exist only in the parent.
 
-#[cfg(unix)]
-use std::ffi::c_int;
-#[cfg(unix)]
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::status::{Fault, Outcome};
 use crate::error::Error;
+use crate::process::Process;
 
 /// Bits of a handle, from the lowest: the kind, so that no handle is 0 or valid for another kind; the slot; the generation.
 const KIND_BITS: u32 = 4;
@@ -39,42 +35,13 @@ struct Slot<T> {
 
 #[derive(Debug)]
 struct Entry<T> {
-    /// [`FORKS`] of the process that made the value.
-    forks: u32,
+    /// Made the value. A call must not wait for the locks of another one, which nobody may release here.
+    process: Process,
     value: Shared<T>,
 }
 
 /// A value behind a lock, in case the caller breaks the thread rule; `None` once it is destroyed.
 type Shared<T> = Arc<RwLock<Option<T>>>;
-
-/// Number of forks since the first handle was made. A fork handler counts them, because asking for the process id would
-/// cost as much as the rest of a call.
-static FORKS: AtomicU32 = AtomicU32::new(0);
-
-fn forks() -> u32 {
-    FORKS.load(Ordering::Relaxed)
-}
-
-/// Starts to count forks, and returns whether that worked: it allocates.
-#[cfg(unix)]
-fn count_forks() -> bool {
-    type Handler = Option<extern "C" fn()>;
-    unsafe extern "C" {
-        fn pthread_atfork(prepare: Handler, parent: Handler, child: Handler) -> c_int;
-    }
-    extern "C" fn forked() {
-        FORKS.fetch_add(1, Ordering::Relaxed);
-    }
-    static COUNTED: OnceLock<bool> = OnceLock::new();
-    // SAFETY: handlers may be NULL, and `forked` only changes an atomic, which is allowed after a fork.
-    *COUNTED.get_or_init(|| unsafe { pthread_atfork(None, None, Some(forked)) } == 0)
-}
-
-/// Without forks there is nothing to count.
-#[cfg(not(unix))]
-fn count_forks() -> bool {
-    true
-}
 
 impl<T> Handles<T> {
     /// No handles yet; `kind` is from 1 to 15.
@@ -87,9 +54,7 @@ impl<T> Handles<T> {
         let mut guard = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         let slots = &mut *guard;
         let full = || Error::OutOfMemory { what: "handles", bytes: size_of::<Slot<T>>() as u64 };
-        if !count_forks() {
-            return Err(full().into());
-        }
+        let process = Process::current()?;
         let slot = match slots.free.pop() {
             Some(slot) => slot,
             None if slots.slots.len() >> SLOT_BITS != 0 => return Err(full().into()),
@@ -99,7 +64,7 @@ impl<T> Handles<T> {
                 slots.slots.len() - 1
             }
         };
-        slots.slots[slot].entry = Some(Entry { forks: forks(), value: Arc::new(RwLock::new(Some(value))) });
+        slots.slots[slot].entry = Some(Entry { process, value: Arc::new(RwLock::new(Some(value))) });
         Ok((slots.slots[slot].generation << SLOT_BITS | slot) << KIND_BITS | self.kind)
     }
 
@@ -130,8 +95,8 @@ impl<T> Handles<T> {
         let slot = self.slot(handle).and_then(|(slot, generation)| {
             slots.slots.get(slot).filter(|slot| slot.generation == generation)?.entry.as_ref()
         });
-        let Entry { forks: made, value } = slot.ok_or_else(|| self.unknown(handle))?;
-        if *made != forks() {
+        let Entry { process, value } = slot.ok_or_else(|| self.unknown(handle))?;
+        if !process.is_current() {
             let name = self.name;
             return Err(Fault::Argument(format!("{name} {handle:#x} was made before this process was forked")));
         }
@@ -145,7 +110,7 @@ impl<T> Handles<T> {
         let mut guard = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         let slots = &mut *guard;
         let slot = slots.slots.get_mut(index).filter(|slot| slot.generation == generation)?;
-        if slot.entry.as_ref()?.forks != forks() {
+        if !slot.entry.as_ref()?.process.is_current() {
             return None;
         }
         let value = slot.entry.take()?.value;

@@ -58,6 +58,7 @@ fn status(error: &Error) -> Status {
         Error::Cuda { .. } => CUDA,
         Error::CorruptState { .. } => CORRUPT_STATE,
         Error::Threads { .. }
+        | Error::Forked { .. }
         | Error::Modalities { .. }
         | Error::Decay { .. }
         | Error::Damping { .. }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use rayon::prelude::*;
+use regex::Regex;
 use xshell::{Cmd, Shell, cmd};
 
 use crate::{header, tools};
@@ -59,11 +60,16 @@ impl Detect {
     }
 }
 
-/// Builds libcuda.so.1 and libcublas.so.13 in `out`, and in `out/incomplete` a driver that lacks functions. Returns
-/// `out`, which goes into LD_LIBRARY_PATH.
+/// The result of each function of a toolkit's stub of the driver: CUDA_ERROR_STUB_LIBRARY.
+const STUB: &str = "extern \"C\" int NAME() { return 34; }\n";
+
+/// Builds libcuda.so.1 and libcublas.so.13 in `out`, in `out/incomplete` a driver that lacks functions, and in `out/stub`
+/// one like a toolkit's stub. Returns `out`, which goes into LD_LIBRARY_PATH.
 pub(crate) fn build(detect: Detect, out: Option<PathBuf>) -> Result<PathBuf> {
     let out = out.map_or_else(|| tools::target().map(|target| target.join(detect.folder())), Ok)?;
-    fs::create_dir_all(out.join("incomplete"))?;
+    for folder in ["incomplete", "stub"] {
+        fs::create_dir_all(out.join(folder))?;
+    }
     let out = out.canonicalize()?;
     if fs::read_to_string(out.join("abi.cuh")).ok().as_deref() != Some(header::header().as_str()) {
         fs::write(out.join("abi.cuh"), header::header())?;
@@ -72,19 +78,25 @@ pub(crate) fn build(detect: Detect, out: Option<PathBuf>) -> Result<PathBuf> {
     let kernels = root.join("kernels");
     let included = [tools::files(&root.join(SOURCES), &["hpp"])?, tools::files(&kernels, &["cuh"])?].concat();
     let library = out.join("libcuda.so.1");
-    let (cublas, incomplete) = (out.join("libcublas.so.13"), out.join("incomplete/libcuda.so.1"));
+    let cublas = out.join("libcublas.so.13");
+    let (incomplete, stub) = (out.join("incomplete/libcuda.so.1"), out.join("stub/libcuda.so.1"));
     let all = [sources.all(), included, vec![out.join("abi.cuh")]].concat();
-    // All three: one that failed to link is missing or old.
-    if is_newest(&library, &all)? && is_newest(&cublas, &all)? && is_newest(&incomplete, &all)? {
+    // The last one that is linked: after a failure it is missing or old.
+    if is_newest(&stub, &all)? {
         return Ok(out);
     }
     let flags = detect.flags();
     compile(&sources.all(), &[&kernels, &out], &out, flags, detect)?;
     link(&objects(&[sources.host, sources.kernels].concat(), &out), &library, EXPORTS, flags)?;
     link(&[object(&sources.cublas, &out), library], &cublas, "{ global: cublas*; local: *; };", flags)?;
-    let source = out.join("incomplete/driver.cpp");
-    fs::write(&source, INCOMPLETE)?;
-    link(&[source], &incomplete, EXPORTS, &["-fPIC"])?;
+    let driver = fs::read_to_string(root.join(SOURCES).join("driver.cpp"))?;
+    let exported = Regex::new(r"EXPORT int (cu\w+)")?;
+    let functions: String = exported.captures_iter(&driver).map(|found| STUB.replace("NAME", &found[1])).collect();
+    for (library, text) in [(&incomplete, INCOMPLETE), (&stub, &functions)] {
+        let source = library.with_file_name("driver.cpp");
+        fs::write(&source, text)?;
+        link(&[source], library, EXPORTS, &["-fPIC"])?;
+    }
     Ok(out)
 }
 

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::tensor::Stream;
 
 use super::driver::{self, Found, call};
+use super::library;
 
 /// A fat binary, aligned as the fields of its header are.
 #[repr(C, align(16))]
@@ -79,6 +80,8 @@ impl Context {
     /// The device's context. All who hold it at the same time share it, so the kernels are loaded once.
     pub(super) fn of(ordinal: i32) -> Result<Arc<Self>> {
         static HELD: Mutex<Vec<(i32, Weak<Context>)>> = Mutex::new(Vec::new());
+        // A forked process would find its parent's contexts.
+        library::load()?;
         let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(context) = held.iter().find(|(of, _)| *of == ordinal).and_then(|(_, context)| context.upgrade()) {
             return Ok(context);

@@ -1,54 +1,15 @@
-//! The CUDA driver: loading it, finding devices, and its results as errors.
+//! The CUDA driver: its devices, and its results as errors.
 
 use std::ffi::CStr;
-use std::sync::OnceLock;
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
-use libloading::Library;
 
+use super::library;
 use crate::error::{Error, Result};
 
 /// Version of the toolkit that compiled the images, and the compute capabilities that they have machine code for.
 pub(super) const TOOLKIT: &str = env!("GRADBLEND_TOOLKIT");
 pub(super) const ARCHITECTURES: &str = env!("GRADBLEND_ARCHITECTURES");
-
-/// Names of the driver library, in the order in which cudarc tries them.
-const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so", "libcuda.so.1"] };
-
-/// Every driver function that this crate calls. cudarc panics at a missing one, so `load` looks all of them up first.
-const FUNCTIONS: &[&str] = &[
-    "cuCtxPopCurrent_v2",
-    "cuCtxPushCurrent_v2",
-    "cuCtxSynchronize",
-    "cuDeviceGet",
-    "cuDeviceGetAttribute",
-    "cuDeviceGetCount",
-    "cuDeviceGetName",
-    "cuDevicePrimaryCtxRelease_v2",
-    "cuDevicePrimaryCtxRetain",
-    "cuDriverGetVersion",
-    "cuEventCreate",
-    "cuEventDestroy_v2",
-    "cuEventRecord",
-    "cuEventSynchronize",
-    "cuGetErrorName",
-    "cuInit",
-    "cuLaunchKernel",
-    "cuMemAlloc_v2",
-    "cuMemFree_v2",
-    "cuMemcpyDtoHAsync_v2",
-    "cuMemcpyHtoDAsync_v2",
-    "cuModuleGetFunction",
-    "cuModuleLoadData",
-    "cuModuleUnload",
-    "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-    "cuPointerGetAttribute",
-    "cuStreamCreate",
-    "cuStreamDestroy_v2",
-    "cuStreamIsCapturing",
-    "cuStreamSynchronize",
-    "cuThreadExchangeStreamCaptureMode",
-];
 
 /// Calls a driver function and converts its result to an [`Error`].
 macro_rules! call {
@@ -80,31 +41,9 @@ pub(super) fn code(error: &Error) -> u32 {
     if let Error::Cuda { code, .. } = error { *code } else { 0 }
 }
 
-/// Loads the driver once for the process, and initialises it.
-fn load() -> Result<()> {
-    static LOADED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
-    let found = LOADED.get_or_init(|| {
-        let mut reasons = Vec::new();
-        for name in LIBRARIES {
-            // SAFETY: loading runs the initialisers of the driver, which every CUDA program runs.
-            match unsafe { Library::new(*name) } {
-                Ok(library) => {
-                    // SAFETY: the symbols are only looked up, not called.
-                    let missing = FUNCTIONS.iter().find(|f| unsafe { library.get::<*const ()>(f.as_bytes()) }.is_err());
-                    // The library stays loaded, so that cudarc opens the same one.
-                    std::mem::forget(library);
-                    return missing.map_or(Ok(()), |function| Err(format!("{name} has no {function}")));
-                }
-                Err(error) => {
-                    // The message of the dynamic linker starts with the name.
-                    let why = std::error::Error::source(&error).map(ToString::to_string);
-                    reasons.push(why.unwrap_or_else(|| format!("{name}: {error}")));
-                }
-            }
-        }
-        Err(reasons.join("; "))
-    });
-    found.clone().map_err(|reason| Error::NoDriver { reason })?;
+/// Loads the driver and initialises it.
+fn initialise() -> Result<()> {
+    library::load()?;
     // SAFETY: the library has the function. Initialising twice has no effect.
     unsafe { call!(cuInit(0)) }
 }
@@ -144,13 +83,14 @@ impl Found {
 
 /// Finds a device, and checks that it can run the images of this build.
 pub(super) fn find(ordinal: i32) -> Result<Found> {
-    match load() {
-        // The driver has no usable device, or the library is the toolkit's stub.
+    match initialise() {
         Err(error) if code(&error) == CUresult::CUDA_ERROR_NO_DEVICE as u32 => {
             return Err(Error::NoDevice { ordinal, devices: 0 });
         }
         Err(error) if code(&error) == CUresult::CUDA_ERROR_STUB_LIBRARY as u32 => {
-            return Err(Error::NoDriver { reason: error.to_string() });
+            // cudarc was linked to a stub, or loaded one before `library::load` could prevent it.
+            let reason = "cudarc uses the stub of a toolkit; its folder must not be on the library path".into();
+            return Err(Error::NoDriver { reason });
         }
         other => other?,
     }
@@ -178,30 +118,4 @@ pub(super) fn find(ordinal: i32) -> Result<Found> {
         return Err(Error::UnsupportedDevice { ordinal, device: found.name, reason });
     }
     Ok(found)
-}
-
-#[cfg(test)]
-mod tests {
-    /// Every function that is called is looked up first, because cudarc panics at one that a driver lacks.
-    #[test]
-    fn every_call_is_looked_up() {
-        let own = [
-            include_str!("driver.rs"),
-            include_str!("context.rs"),
-            include_str!("queue.rs"),
-            include_str!("memory.rs"),
-            include_str!("mod.rs"),
-        ];
-        let mut calls: Vec<&str> = own
-            .into_iter()
-            .flat_map(|source| source.split("call!(").skip(1).chain(source.split("sys::cu").skip(1)))
-            .map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or(""))
-            .map(|name| name.trim_start_matches("cu"))
-            .filter(|name| name.starts_with(char::is_uppercase))
-            .collect();
-        calls.sort_unstable();
-        calls.dedup();
-        let listed: Vec<&str> = super::FUNCTIONS.iter().map(|name| name.trim_start_matches("cu")).collect();
-        assert_eq!(calls, listed);
-    }
 }

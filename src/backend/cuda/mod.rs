@@ -1,7 +1,9 @@
 //! The CUDA backend: each operation is one launch. The only module that names the driver.
 
+mod alias;
 mod context;
 mod driver;
+mod library;
 mod memory;
 mod queue;
 
