@@ -3,6 +3,8 @@
  * The program counts the calls of glibc's allocator. Sanitizers and valgrind replace the allocator and find leaks
  * themselves, so with NO_COUNT it only creates and destroys. Also on a CUDA device, whose driver allocates.
  */
+#include <time.h>
+
 #include "check.h"
 
 /* Calls of the allocator, and blocks in use. */
