@@ -89,8 +89,9 @@ pub(crate) fn build(detect: Detect, out: Option<PathBuf>) -> Result<PathBuf> {
     compile(&sources.all(), &[&kernels, &out], &out, flags, detect)?;
     link(&objects(&[sources.host, sources.kernels].concat(), &out), &library, EXPORTS, flags)?;
     link(&[object(&sources.cublas, &out), library], &cublas, "{ global: cublas*; local: *; };", flags)?;
-    let driver = fs::read_to_string(root.join(SOURCES).join("driver.cpp"))?;
-    let exported = Regex::new(r"EXPORT int (cu\w+)")?;
+    let host = tools::files(&root.join(SOURCES), &["cpp"])?;
+    let driver: String = host.iter().map(fs::read_to_string).collect::<std::io::Result<_>>()?;
+    let exported = Regex::new(r"(?:EXPORT int |API\()(cu\w+)")?;
     let functions: String = exported.captures_iter(&driver).map(|found| STUB.replace("NAME", &found[1])).collect();
     for (library, text) in [(&incomplete, INCOMPLETE), (&stub, &functions)] {
         let source = library.with_file_name("driver.cpp");
