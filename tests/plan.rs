@@ -20,6 +20,7 @@ fn every_error_is_named_in_a_test() {
         include_str!("checkpoint.rs"),
         include_str!("dlpack.rs"),
         include_str!("driver.rs"),
+        include_str!("fork.rs"),
         include_str!("graph.rs"),
         include_str!("losses.rs"),
         include_str!("plan.rs"),
