@@ -63,30 +63,42 @@ pub(crate) fn is_docs_rs() -> bool {
     env::var_os("DOCS_RS").is_some()
 }
 
-/// The first nvcc that runs, in the order that the error message names.
+/// The nvcc of the first variable that is set, or else the first one that runs. A variable that names none is an error: to go
+/// on would compile with another toolkit than its user asked for.
 fn find() -> Result<PathBuf, String> {
-    if let Some(nvcc) = env::var_os("NVCC").filter(|nvcc| !nvcc.is_empty()) {
-        let nvcc = PathBuf::from(nvcc);
-        return if runs(&nvcc) { Ok(nvcc) } else { Err(format!("NVCC is {}, which does not run", nvcc.display())) };
-    }
     let name = format!("nvcc{}", env::consts::EXE_SUFFIX);
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(|home| Path::new(&home).join("bin"));
+    for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH"] {
+        let Some(value) = env::var_os(variable).filter(|value| !value.is_empty()) else { continue };
+        let (value, is_file) = (PathBuf::from(value), variable == "NVCC");
+        let nvcc = if is_file { value.clone() } else { value.join("bin").join(&name) };
+        return match reason_not_to_run(&nvcc) {
+            None => Ok(nvcc),
+            Some(reason) if is_file => Err(format!("NVCC is {}, which does not run: {reason}", value.display())),
+            Some(reason) => Err(format!(
+                "{variable} is {}, but {} does not run: {reason}. Correct {variable}, or unset it",
+                value.display(),
+                nvcc.display()
+            )),
+        };
+    }
     let path: Vec<PathBuf> = env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default();
-    homes
-        .chain(path)
+    path.into_iter()
         .chain([PathBuf::from("/usr/local/cuda/bin")])
         .map(|bin| bin.join(&name))
-        .find(|nvcc| runs(nvcc))
+        .find(|nvcc| reason_not_to_run(nvcc).is_none())
         .ok_or_else(|| {
-            "nvcc was not found: looked at NVCC, in bin of CUDA_HOME and of CUDA_PATH, on PATH, and in \
+            "nvcc was not found: NVCC, CUDA_HOME and CUDA_PATH are not set, and there is none on PATH or in \
              /usr/local/cuda/bin. Install a CUDA toolkit (12.8 or newer has all architectures), or build without the \
              feature `cuda`"
                 .into()
         })
 }
 
-fn runs(nvcc: &Path) -> bool {
-    Command::new(nvcc).arg("--version").output().is_ok_and(|output| output.status.success())
+fn reason_not_to_run(nvcc: &Path) -> Option<String> {
+    match Command::new(nvcc).arg("--version").output() {
+        Ok(output) => (!output.status.success()).then(|| output.status.to_string()),
+        Err(error) => Some(error.to_string()),
+    }
 }
 
 /// The architectures to compile for, ascending: those of `GRADBLEND_CUDA_ARCHS`, or else those of the list that the toolkit
@@ -119,9 +131,10 @@ fn architectures(supported: &[u32], version: &str) -> Result<Vec<u32>, String> {
     Ok(chosen)
 }
 
-/// The output of a command, stdout then stderr.
+/// The output of a command, stdout then stderr. An error gives it before the command, which is long.
 pub(crate) fn run(command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    if output.status.success() { Ok(text) } else { Err(format!("{command:?}: {}\n{text}", output.status)) }
+    let failed = || format!("{}\n{} of {command:?}", text.trim_end(), output.status);
+    if output.status.success() { Ok(text) } else { Err(failed()) }
 }

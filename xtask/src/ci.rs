@@ -112,8 +112,9 @@ fn minimum_rust(sh: &Shell) -> Result<()> {
     Ok(cmd!(sh, "rustup run {version} cargo check --locked --features capi").run()?)
 }
 
-fn cuda(_: &Shell) -> Result<()> {
-    let sh = cuda::shell()?;
+fn cuda(plain: &Shell) -> Result<()> {
+    let (sh, out) = (cuda::shell()?, tools::target()?.join("toolkit"));
+    cmd!(plain, "tests/toolkit/run --out {out}").run()?;
     cuda::kernels()?;
     let all = cuda::ALL;
     cmd!(sh, "cargo clippy --locked {all...} --all-targets -- -D warnings").run()?;
@@ -124,14 +125,13 @@ fn cuda(_: &Shell) -> Result<()> {
 
 fn on_emulator(_: &Shell) -> Result<()> {
     let (sh, emulator) = (cuda::shell()?, emulator::build(Detect::Nothing, None)?);
-    let (features, all) = (cuda::FEATURES, cuda::ALL);
-    let test = cmd!(sh, "cargo test --locked --package gradblend --lib --tests --features {features}");
-    emulator::on(&emulator, test).run()?;
-    let example = cmd!(sh, "cargo run --locked --package gradblend --example cuda_step --features {features}");
-    emulator::on(&emulator, example).run()?;
+    let all = cuda::ALL;
+    emulator::on(&emulator, cmd!(sh, "cargo test --locked {all...} --lib --tests")).run()?;
+    let built = cuda::build(&sh, &[&["build", "--bins", "--examples"], &all[..]].concat())?;
+    let (example, lab) = (built.program("cuda_step")?, built.program("gradblend-lab")?);
+    emulator::on(&emulator, cmd!(sh, "{example}")).run()?;
 
-    cmd!(sh, "cargo build --locked {all...}").run()?;
-    let (lab, results) = (tools::target()?.join("debug/gradblend-lab"), tools::target()?.join("ci-cuda.jsonl"));
+    let results = tools::target()?.join("ci-cuda.jsonl");
     sh.remove_path(&results)?;
     emulator::on(&emulator, cmd!(sh, "{lab} run --device cuda --test --results {results}")).run()?;
     ensure!(!fs::read_to_string(&results)?.contains("skipped"), "{} has skipped cases", results.display());

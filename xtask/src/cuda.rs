@@ -9,11 +9,8 @@ use xshell::{Shell, cmd};
 
 use crate::tools;
 
-/// The features of every build with CUDA. They are always the same, because other features of the package compile the
-/// kernels again.
-pub(crate) const FEATURES: &str = "gradblend/cuda,gradblend/capi,gradblend-testkit/cuda";
-
-/// Options for all packages that have a feature `cuda`.
+/// The packages and features of every build with CUDA. They are always the same, because other features of a package compile
+/// it, and what depends on it, again.
 pub(crate) const ALL: [&str; 5] = [
     "--package=gradblend",
     "--package=gradblend-testkit",
@@ -78,10 +75,10 @@ pub(crate) fn build(sh: &Shell, arguments: &[&str]) -> Result<Built> {
 
 /// Compiles the kernels for every architecture.
 pub(crate) fn kernels() -> Result<Built> {
-    build(&shell()?, &["build", "--package", "gradblend", "--features", "cuda,capi"])
+    build(&shell()?, &[&["build"], &ALL[..]].concat())
 }
 
 /// Builds the test programs of the library.
 pub(crate) fn tests() -> Result<Built> {
-    build(&shell()?, &["test", "--no-run", "--package", "gradblend", "--lib", "--tests", "--features", FEATURES])
+    build(&shell()?, &[&["test", "--no-run", "--lib", "--tests"], &ALL[..]].concat())
 }

@@ -26,12 +26,10 @@ pub(crate) fn build(debug: bool, out: Option<PathBuf>) -> Result<()> {
     let ours = !out.exists() || out.join("MANIFEST").exists() || fs::read_dir(&out)?.next().is_none();
     ensure!(ours, "{} is not empty and has no MANIFEST: name another folder", out.display());
     let profile = if debug { "--profile=dev" } else { "--profile=release" };
-    let package = ["--package=gradblend", "--features", cuda::FEATURES, profile];
     // No unit tests: those of the C ABI compile the header where it was built. `--test '*'` is all files of `tests`.
-    let tests = cuda::build(&sh, &[&["test", "--no-run", "--test", "*"], &package[..]].concat())?;
-    let example = cuda::build(&sh, &[&["build", "--example=cuda_step"], &package[..]].concat())?;
+    let tests = cuda::build(&sh, &[&["test", "--no-run", "--test", "*", profile], &cuda::ALL[..]].concat())?;
+    let built = cuda::build(&sh, &[&["build", "--bins", "--examples", profile], &cuda::ALL[..]].concat())?;
     let library = cuda::build(&sh, &["rustc", "--features=cuda,capi", "--crate-type=cdylib", profile])?;
-    let lab = cuda::build(&sh, &[&["build", "--bins", profile], &cuda::ALL[..]].concat())?;
 
     sh.remove_path(&out)?;
     for folder in ["tests", "lib"] {
@@ -52,8 +50,8 @@ pub(crate) fn build(debug: bool, out: Option<PathBuf>) -> Result<()> {
     for (name, program) in &tests.programs {
         copy(program, out.join("tests").join(name))?;
     }
-    copy(example.program("cuda_step")?, out.join("cuda_step"))?;
-    copy(lab.program("gradblend-lab")?, out.join("gradblend-lab"))?;
+    copy(built.program("cuda_step")?, out.join("cuda_step"))?;
+    copy(built.program("gradblend-lab")?, out.join("gradblend-lab"))?;
     copy(library.library.as_ref().context("no library was built")?, out.join("lib/libgradblend.so"))?;
     cmd!(sh, "cp --recursive --parents").args(FILES).arg(&out).quiet().run()?;
     cmd!(sh, "cp xtask/gpu/run.sh {out}").quiet().run()?;
