@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use realfft::RealFftPlanner;
 
 use crate::data::CLASSES;
+use crate::wav;
 
 const SAMPLE_RATE: u32 = 8_000;
 /// 32 ms, a power of two.
@@ -51,16 +52,7 @@ fn read_recording(path: &Path, mel: &mut LogMel) -> Result<Recording> {
     let digit = digit.context("the name does not start with a digit from 0 to 9")?;
     ensure!(index.parse::<u32>().is_ok(), "the name ends with {index:?}, expected an index");
     ensure!(!speaker.is_empty(), "the name has no speaker");
-    let mut reader = hound::WavReader::open(path)?;
-    let format = hound::WavSpec {
-        channels: 1,
-        sample_rate: SAMPLE_RATE,
-        bits_per_sample: 16,
-        sample_format: hound::SampleFormat::Int,
-    };
-    ensure!(reader.spec() == format, "expected {format:?}, got {:?}", reader.spec());
-    let samples = reader.samples::<i16>().map(|s| Ok(f32::from(s?) / 32_768.0)).collect::<Result<Vec<_>>>()?;
-    ensure!(!samples.is_empty(), "the recording is empty");
+    let samples = wav::samples(&fs::read(path)?, SAMPLE_RATE)?;
     Ok(Recording { digit, speaker: speaker.to_owned(), features: mel.features(samples)? })
 }
 

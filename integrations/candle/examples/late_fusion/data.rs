@@ -25,27 +25,37 @@ const PIXELS: usize = 64;
 /// Features of the noise input.
 const NOISE_WIDTH: usize = 32;
 
-/// Parses a count that is not 0.
-pub(crate) fn count() -> RangedU64ValueParser<usize> {
-    RangedU64ValueParser::new().range(1..)
+const MOST_SAMPLES: u64 = 1_000_000;
+
+/// Parses a count from 1 to `most`.
+pub(crate) fn count(most: u64) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=most)
+}
+
+/// Parses a number that `is_right`.
+pub(crate) fn number(
+    is_right: fn(f64) -> bool,
+    expected: &'static str,
+) -> impl Fn(&str) -> Result<f64, String> + Clone + Send + Sync {
+    move |text| text.parse().ok().filter(|value| is_right(*value)).ok_or_else(|| format!("expected {expected}"))
 }
 
 /// How samples are drawn.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Training samples, without the held-out ones
-    #[arg(long, default_value = "500", value_parser = count())]
+    #[arg(long, default_value = "500", value_parser = count(MOST_SAMPLES))]
     pub(crate) train: usize,
     /// Held-out samples: 100 are a sixth of 600 (the paper holds out 8 % to 13 % of far larger sets)
-    #[arg(long, default_value = "100", value_parser = count())]
+    #[arg(long, default_value = "100", value_parser = count(MOST_SAMPLES))]
     pub(crate) held_out: usize,
     /// Test samples
-    #[arg(long, default_value = "500", value_parser = count())]
+    #[arg(long, default_value = "500", value_parser = count(MOST_SAMPLES))]
     pub(crate) test: usize,
     /// Standard deviation of the noise on each pixel, drawn once per sample, so that it can be memorised. Without noise
     /// most methods come close to an accuracy of 1
-    #[arg(long, default_value_t = 6.0)]
-    pub(crate) pixel_noise: f32,
+    #[arg(long, default_value = "6", value_parser = number(|noise| (0.0..=1000.0).contains(&noise), "0 to 1000"))]
+    pub(crate) pixel_noise: f64,
     /// Adds an input whose loss should get no weight; turns on --correlated
     #[arg(long)]
     pub(crate) nuisance: Option<Nuisance>,
@@ -74,8 +84,8 @@ impl Nuisance {
 
 /// A handwritten digit.
 pub(crate) struct Image {
-    pixels: Vec<f32>,
-    label: usize,
+    pub(crate) pixels: Vec<f32>,
+    pub(crate) label: usize,
 }
 
 impl Image {
@@ -84,24 +94,36 @@ impl Image {
     }
 }
 
-/// Parses one image per line: 64 pixels from 0 to 16, row by row, and the label.
+/// Parses one image per line: 64 pixels from 0 to 16, row by row, and the label. As table programs write it: numbers may be
+/// quoted or have decimals, and the first line may be a heading.
 pub(crate) fn parse_images(text: &str) -> Result<Vec<Image>> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let image = |(number, line)| parse_image(line).with_context(|| format!("line {}", number + 1));
-    lines.map(image).collect()
+    let rows: Vec<(usize, Vec<&str>)> = lines.map(|(number, line)| (number + 1, fields(line))).collect();
+    let no_number = |row: &&(usize, Vec<&str>)| row.1.iter().all(|field| field.parse::<f32>().is_err());
+    let heading = rows.first().filter(|row| row.0 == 1).filter(no_number);
+    let rows = &rows[usize::from(heading.is_some())..];
+    ensure!(!rows.is_empty(), "there is no image");
+    rows.iter().map(|(number, fields)| parse_image(fields).with_context(|| format!("line {number}"))).collect()
 }
 
-fn parse_image(line: &str) -> Result<Image> {
-    let fields: Vec<&str> = line.split(',').map(str::trim).collect();
+fn fields(line: &str) -> Vec<&str> {
+    line.split(',').map(|field| field.trim().trim_matches('"').trim()).collect()
+}
+
+fn parse_image(fields: &[&str]) -> Result<Image> {
     ensure!(fields.len() == PIXELS + 1, "expected {PIXELS} pixels and a label, got {} fields", fields.len());
-    let mut values = Vec::with_capacity(fields.len());
-    for (i, field) in fields.iter().enumerate() {
-        let limit = if i < PIXELS { 16 } else { CLASSES as u8 - 1 };
-        let value = field.parse::<u8>().ok().filter(|value| *value <= limit);
-        values.push(value.with_context(|| format!("field {} is {field:?}, expected 0 to {limit}", i + 1))?);
-    }
-    let pixels = values[..PIXELS].iter().map(|pixel| f32::from(*pixel)).collect();
-    Ok(Image { pixels, label: values[PIXELS].into() })
+    let (pixels, label) = fields.split_at(PIXELS);
+    let pixel = |(i, field): (usize, &&str)| {
+        let value = field.parse().ok().filter(|value| (0.0..=16.0).contains(value));
+        value.with_context(|| format!("field {} is {field:?}, expected 0 to 16", i + 1))
+    };
+    let pixels = pixels.iter().enumerate().map(pixel).collect::<Result<Vec<f32>>>()?;
+    let value =
+        label[0].parse::<f32>().ok().filter(|value| value.fract() == 0.0 && (0.0..CLASSES as f32).contains(value));
+    let label =
+        value.with_context(|| format!("field {} is {:?}, expected a digit from 0 to 9", PIXELS + 1, label[0]))?;
+    Ok(Image { pixels, label: label as usize })
 }
 
 /// Where samples are drawn from.
@@ -175,7 +197,7 @@ impl Source {
     /// Draws the training, held-out and test samples of a seed. They are disjoint.
     pub(crate) fn draw(&self, options: &Options, seed: u64) -> Result<Data> {
         let rng = &mut random(seed, "samples");
-        let (noise, train_wanted) = (options.pixel_noise, options.train + options.held_out);
+        let (noise, train_wanted) = (options.pixel_noise as f32, options.train + options.held_out);
         let (mut train, mut test) = match self {
             Source::Views { images } => {
                 let mut images: Vec<&Image> = images.iter().collect();

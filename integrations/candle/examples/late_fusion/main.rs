@@ -23,22 +23,23 @@ mod report;
 #[cfg(test)]
 mod tests;
 mod train;
+mod wav;
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::num::NonZero;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::data::Source;
+use crate::data::{Data, Source};
 use crate::report::{Outcome, Row, Summary};
-use crate::train::{Method, Run, SUPER_EPOCH, WARM_UP};
+use crate::train::{Method, Run, SUPER_EPOCH, Settings, WARM_UP};
 
 /// Trains a late-fusion network on real data and compares methods to weight its losses.
 ///
@@ -66,7 +67,7 @@ use crate::train::{Method, Run, SUPER_EPOCH, WARM_UP};
 #[command(name = "late_fusion")]
 struct Args {
     /// Seeds to run: 16, or 3 with --quick
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1000))]
     seeds: Option<u64>,
     /// Three seeds only
     #[arg(long)]
@@ -89,8 +90,8 @@ struct Args {
     #[command(flatten)]
     settings: train::Settings,
     /// Runs at a time; by default one per processor. Results do not depend on it
-    #[arg(long)]
-    threads: Option<NonZero<usize>>,
+    #[arg(long, value_parser = data::count(1024))]
+    threads: Option<usize>,
     /// Folder for accuracy.svg, weights.svg and ogr.svg
     #[arg(long, value_name = "DIR", default_value = "target/late_fusion")]
     out: PathBuf,
@@ -100,6 +101,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
+    sigpipe::reset(); // the end of `late_fusion | head` is no panic
     match compare(&Args::parse()) {
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
@@ -111,9 +113,9 @@ fn main() -> ExitCode {
 
 fn compare(args: &Args) -> Result<Summary> {
     let Args { options, settings, .. } = args;
-    let noise = options.pixel_noise;
-    ensure!(noise.is_finite() && noise >= 0.0, "--pixel-noise must be at least 0");
     let start = Instant::now();
+    fs::create_dir_all(&args.out).with_context(|| format!("cannot write the folder {}", args.out.display()))?;
+    plots::paths(&args.out).iter().chain(&args.json).try_for_each(|path| check_writable(path))?;
     let source = match (&args.audio, &args.images) {
         (Some(audio), Some(images)) => {
             let recordings = audio::read_recordings(audio)?;
@@ -125,9 +127,11 @@ fn compare(args: &Args) -> Result<Summary> {
         _ => Source::bundled()?,
     };
     let seeds = args.seeds.unwrap_or(if args.quick { 3 } else { 16 });
-    let threads = args.threads.or(thread::available_parallelism().ok()).map_or(1, NonZero::get);
+    let threads = args.threads.or(thread::available_parallelism().ok().map(NonZero::get)).unwrap_or(1);
     let mut modalities = source.inputs(options);
     let methods = Method::all(&modalities, args.correlated || options.nuisance.is_some(), settings)?;
+    let samples = (0..seeds).map(|seed| source.draw(options, seed).with_context(|| format!("seed {seed}")));
+    let samples = samples.collect::<Result<Vec<Data>>>()?;
     let data = source.describe(options);
     println!("data: {data}");
     let (train, held_out) = (options.train, options.held_out);
@@ -142,7 +146,7 @@ fn compare(args: &Args) -> Result<Summary> {
         settings.batch
     );
 
-    let outcomes = run_all(args, &source, &methods, seeds, threads)?;
+    let outcomes = run_all(settings, &samples, &methods, threads)?;
     modalities.push("fused".to_owned());
     let plots = plots::draw(&outcomes, &modalities, &args.out);
     let summary = Summary {
@@ -152,40 +156,56 @@ fn compare(args: &Args) -> Result<Summary> {
         train_batch: settings.train_batch,
         methods: outcomes.iter().map(|outcome| Row::new(outcome, settings.train_batch)).collect(),
     };
+    // Files first: the reader of the table may have gone. And the table even where a file cannot be written.
+    let json = args.json.as_ref().map(|path| write_json(path, &summary)).transpose();
     println!("{}", summary.table()?);
     println!("`late_fusion --help` explains the columns");
     for path in plots.with_context(|| format!("cannot draw plots in {}", args.out.display()))? {
         println!("plot: {}", path.display());
     }
-    if let Some(path) = &args.json {
-        let json = serde_json::to_string_pretty(&summary)?;
-        fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    if let Some(path) = json? {
         println!("json: {}", path.display());
     }
     println!("{:.0} s in all on {threads} threads", start.elapsed().as_secs_f64());
     Ok(summary)
 }
 
-/// Runs each method on each seed, `threads` runs at a time. Which thread does a run, and when, has no effect on results.
+/// Whether a file can be written, without changing it: better told before the work than after it.
+fn check_writable(path: &Path) -> Result<()> {
+    let existed = path.exists();
+    let opened = OpenOptions::new().append(true).create(true).open(path);
+    opened.with_context(|| format!("cannot write {}", path.display()))?;
+    if !existed {
+        fs::remove_file(path)?;
+    }
+    Ok(())
+}
+
+fn write_json<'a>(path: &'a Path, summary: &Summary) -> Result<&'a Path> {
+    let json = serde_json::to_string_pretty(summary)? + "\n";
+    fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+/// Runs each method on the samples of each seed, `threads` runs at a time. Which thread does a run, and when, has no effect on results.
 fn run_all<'a>(
-    args: &Args,
-    source: &Source,
+    settings: &Settings,
+    samples: &[Data],
     methods: &'a [Method],
-    seeds: u64,
     threads: usize,
 ) -> Result<Vec<Outcome<'a>>> {
-    let jobs: Vec<(u64, &Method)> = (0..seeds).flat_map(|seed| methods.iter().map(move |m| (seed, m))).collect();
-    let bar = ProgressBar::new(jobs.len() as u64 * args.settings.epochs);
+    let of_seed = |(seed, data)| methods.iter().map(move |method| (seed, data, method));
+    let jobs: Vec<(usize, &Data, &Method)> = samples.iter().enumerate().flat_map(of_seed).collect();
+    let bar = ProgressBar::new(jobs.len() as u64 * settings.epochs);
     bar.set_style(ProgressStyle::with_template("{msg:40!} {wide_bar} {percent:>3} %  {elapsed} elapsed, {eta} left")?);
     let next = AtomicUsize::new(0);
     let work = || -> Result<Vec<(usize, Run)>> {
         let mut done = Vec::new();
         loop {
             let job = next.fetch_add(1, Ordering::Relaxed);
-            let Some(&(seed, method)) = jobs.get(job) else { return Ok(done) };
+            let Some(&(seed, data, method)) = jobs.get(job) else { return Ok(done) };
             bar.set_message(format!("seed {seed}, {}", method.name));
-            let data = source.draw(&args.options, seed);
-            let run = data.and_then(|data| train::train(method, &data, &args.settings, seed, || bar.inc(1)));
+            let run = train::train(method, data, settings, seed as u64, || bar.inc(1));
             if run.is_err() {
                 // No other run has to start.
                 next.store(jobs.len(), Ordering::Relaxed);

@@ -1,6 +1,5 @@
 //! Three plots as SVG: accuracy of each method, weights over training, OGR over training.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -27,10 +26,14 @@ const FONT: &str = "sans-serif";
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
+/// The files that `draw` writes.
+pub(crate) fn paths(folder: &Path) -> [PathBuf; 3] {
+    ["accuracy.svg", "weights.svg", "ogr.svg"].map(|name| folder.join(name))
+}
+
 /// Writes the plots and returns their paths.
-pub(crate) fn draw(outcomes: &[Outcome<'_>], losses: &[String], folder: &Path) -> Result<Vec<PathBuf>> {
-    fs::create_dir_all(folder)?;
-    let paths = ["accuracy.svg", "weights.svg", "ogr.svg"].map(|name| folder.join(name));
+pub(crate) fn draw(outcomes: &[Outcome<'_>], losses: &[String], folder: &Path) -> Result<[PathBuf; 3]> {
+    let paths = paths(folder);
     accuracy(outcomes, &paths[0])?;
     // The fused loss has the first colour whatever the number of inputs.
     let last = losses.len() - 1;
@@ -40,7 +43,7 @@ pub(crate) fn draw(outcomes: &[Outcome<'_>], losses: &[String], folder: &Path) -
     legend.extend([("blend", BLACK), ("uniform weights", GREY)]);
     let title = "Overfitting-to-generalisation ratio, median over seeds (less is better)";
     panels(outcomes, &paths[2], title, &legend, ogr)?;
-    Ok(paths.into())
+    Ok(paths)
 }
 
 fn accuracy(outcomes: &[Outcome<'_>], path: &Path) -> Result<()> {

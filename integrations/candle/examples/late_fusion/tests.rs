@@ -87,19 +87,14 @@ fn spoken_digits_are_read_from_wav_files() {
     let folder = std::env::temp_dir().join(format!("gradblend-late-fusion-wav-{}", std::process::id()));
     let recordings = folder.join("recordings");
     fs::create_dir_all(&recordings).unwrap();
-    let spec =
-        hound::WavSpec { channels: 1, sample_rate: 8000, bits_per_sample: 16, sample_format: hound::SampleFormat::Int };
     // A tone per digit, in three lengths and for three speakers.
     for (speaker, name) in ["ann", "bob_b", "cy"].into_iter().enumerate() {
         for digit in 0..10 {
             for index in 0..4 {
                 let path = recordings.join(format!("{digit}_{name}_{index}.wav"));
-                let mut writer = hound::WavWriter::create(path, spec).unwrap();
-                for i in 0..200 * (speaker + 1) * (index + 1) {
-                    let phase = i as f32 * (digit + 1) as f32 * 0.2;
-                    writer.write_sample((phase.sin() * 9000.0) as i16).unwrap();
-                }
-                writer.finalize().unwrap();
+                let tone = |i| ((i as f32 * (digit + 1) as f32 * 0.2).sin() * 9000.0) as i16;
+                let samples: Vec<i16> = (0..200 * (speaker + 1) * (index + 1)).map(tone).collect();
+                fs::write(path, wav::tests::encode(&samples)).unwrap();
             }
         }
     }
@@ -119,15 +114,101 @@ fn spoken_digits_are_read_from_wav_files() {
 }
 
 #[test]
+fn images_are_read_as_table_programs_write_them() {
+    let row = format!("{}3", "16,".repeat(64));
+    let read = |text: &str| -> Vec<(Vec<f32>, usize)> {
+        let images = data::parse_images(text).unwrap_or_else(|error| panic!("{text:?}: {error:#}"));
+        images.into_iter().map(|image| (image.pixels, image.label)).collect()
+    };
+    let want = vec![(vec![16.0; 64], 3); 2];
+    let heading = (0..64).map(|i| format!("pixel {i},")).collect::<String>() + "label";
+    for text in [
+        format!("{row}\n{row}\n"),
+        format!("{row}\n{row}"),
+        format!("\u{feff}{row}\r\n{row}\r\n\r\n"),
+        format!("\n{row}\n\n{row}\n \n"),
+        format!("\u{feff}{heading}\n{row}\n{row}\n"),
+        format!("{0}\n{0}\n", row.replace(',', ".0, ").replace('3', "3.0")),
+        format!("{0}\r\n{0}", format!("\"{}\"", row.replace(',', "\",\""))),
+    ] {
+        assert_eq!(read(&text), want, "{text:?}");
+    }
+    assert_eq!(read(&row.replacen("16", "0.5", 1))[0].0[..2], [0.5, 16.0]);
+}
+
+#[test]
 fn a_bad_image_names_its_line() {
     let good = format!("{}3\n", "1,".repeat(64));
-    assert_eq!(data::parse_images(&good).unwrap().len(), 1);
-    for (line, expected) in [
-        ("1,2".to_owned(), "line 2: expected 64 pixels and a label, got 2 fields"),
-        (good.replacen('1', "17", 1), "line 2: field 1 is \"17\", expected 0 to 16"),
-        (good.replace('3', "10"), "line 2: field 65 is \"10\", expected 0 to 9"),
+    let heading = format!("{}label\n", "pixel,".repeat(64));
+    for (text, expected) in [
+        (good.clone() + "1,2", "line 2: expected 64 pixels and a label, got 2 fields"),
+        (good.clone() + "\r\n" + &good.replacen('1', "17", 1), "line 3: field 1 is \"17\", expected 0 to 16"),
+        (good.clone() + &good.replacen('1', "nan", 1), "line 2: field 1 is \"nan\", expected 0 to 16"),
+        (good.clone() + &good.replacen('1', "", 1), "line 2: field 1 is \"\", expected 0 to 16"),
+        (good.clone() + &good.replace('3', "10"), "line 2: field 65 is \"10\", expected a digit from 0 to 9"),
+        (good.clone() + &good.replace('3', "2.5"), "line 2: field 65 is \"2.5\", expected a digit from 0 to 9"),
+        (good.clone() + &heading, "line 2: field 1 is \"pixel\", expected 0 to 16"),
+        (good.replacen('1', "x", 1), "line 1: field 1 is \"x\", expected 0 to 16"),
+        (heading, "there is no image"),
+        (String::new(), "there is no image"),
     ] {
-        let error = format!("{:#}", data::parse_images(&(good.clone() + &line)).err().unwrap());
+        let error = format!("{:#}", data::parse_images(&text).err().unwrap());
         assert_eq!(error, expected);
     }
+}
+
+/// The message for a command line that cannot be carried out.
+fn rejected(words: &[&str]) -> String {
+    let args = Args::try_parse_from(["late_fusion"].iter().chain(words));
+    args.map_or_else(|error| error.to_string(), |args| format!("{:#}", compare(&args).err().unwrap()))
+}
+
+#[test]
+fn every_path_and_number_is_checked_before_training() {
+    let folder = std::env::temp_dir().join(format!("gradblend-late-fusion-bad-{}", std::process::id()));
+    fs::create_dir_all(&folder).unwrap();
+    let (file, out) = (folder.join("file"), folder.join("out"));
+    fs::write(&file, "kept").unwrap();
+    let path = |path: PathBuf| path.to_str().unwrap().to_owned();
+    let (missing, within) = (path(folder.join("nowhere/x.json")), path(file.join("x")));
+    let (out, file_name, folder_name) = (path(out), path(file.clone()), path(folder.clone()));
+    // So long that the test would not end if training started.
+    let long = ["--epochs", "100000", "--out"];
+    for (words, expected) in [
+        (["--json", &missing], format!("cannot write {missing}")),
+        (["--json", &folder_name], format!("cannot write {folder_name}")),
+        (["--train", "1500"], "there are 1600 samples to train on".into()),
+        (["--test", "1198"], "there are 600 samples to train on".into()),
+    ] {
+        let error = rejected(&[&long[..], &[&out], &words].concat());
+        assert!(error.contains(&expected), "{words:?}: {error}");
+    }
+    for (out, expected) in [(&file_name, "cannot write the folder"), (&within, "cannot write the folder")] {
+        let error = rejected(&[&long[..], &[out]].concat());
+        assert!(error.contains(expected), "{error}");
+    }
+    for option in ["train", "held-out", "test", "batch", "hidden", "every", "epochs", "seeds", "threads"] {
+        for value in ["0", "-1", "x", "18446744073709551615"] {
+            let error = rejected(&[&format!("--{option}={value}")]);
+            assert!(error.contains(&format!("invalid value '{value}' for '--{option}")), "{error}");
+        }
+    }
+    for (option, values) in [
+        ("decay", ["1", "-0.1", "nan", ""]),
+        ("min-fused", ["1", "-0.1", "nan", "x"]),
+        ("learning-rate", ["0", "-1", "inf", "nan"]),
+        ("pixel-noise", ["-1", "inf", "nan", "1e9"]),
+        ("test-speakers", ["-1", "x", "1.5", ""]),
+    ] {
+        for value in values {
+            let error = rejected(&[&format!("--{option}={value}")]);
+            assert!(
+                error.contains(&format!("value '{value}' for '--{option}")) || error.contains("a value is required"),
+                "{error}"
+            );
+        }
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), "kept");
+    assert_eq!(fs::read_dir(&out).unwrap().count(), 0, "a check left a file");
+    fs::remove_dir_all(folder).unwrap();
 }

@@ -10,7 +10,7 @@ use gradblend::{
 };
 use gradblend_candle::{GradBlend, weighted_loss};
 
-use crate::data::{Batches, Data, Samples, count, random};
+use crate::data::{Batches, Data, Samples, count, number, random};
 use crate::network::{Adam, Network};
 
 /// Epochs of the first super-epoch and of each one after it, as in the paper.
@@ -88,29 +88,33 @@ pub(crate) enum TrainBatch {
     Independent,
 }
 
+fn is_part(value: f64) -> bool {
+    (0.0..1.0).contains(&value)
+}
+
 /// Settings of all methods.
 #[derive(clap::Args)]
 pub(crate) struct Settings {
     /// Epochs to train for
-    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub(crate) epochs: u64,
     /// Samples per batch
-    #[arg(long, default_value = "50", value_parser = count())]
+    #[arg(long, default_value = "50", value_parser = count(1_000_000))]
     pub(crate) batch: usize,
     /// Adam's learning rate
-    #[arg(long, default_value_t = 1e-3)]
+    #[arg(long, default_value = "0.001", value_parser = number(|rate| rate > 0.0 && rate <= 1000.0, "more than 0, at most 1000"))]
     pub(crate) learning_rate: f64,
     /// Hidden units of each encoder and of the fused head
-    #[arg(long, default_value = "64", value_parser = count())]
+    #[arg(long, default_value = "64", value_parser = count(4096))]
     pub(crate) hidden: usize,
     /// Decay of the moving averages of online-gradient-step and -cheap
-    #[arg(long, default_value_t = 0.99)]
+    #[arg(long, default_value = "0.99", value_parser = number(is_part, "at least 0, less than 1"))]
     pub(crate) decay: f64,
     /// online-gradient-cheap observes at every so many steps
-    #[arg(long, value_name = "STEPS", default_value = "10", value_parser = count())]
+    #[arg(long, value_name = "STEPS", default_value = "10", value_parser = count(1_000_000))]
     pub(crate) every: usize,
     /// Also runs online-gradient-step with this least weight of the fused loss
-    #[arg(long, value_name = "WEIGHT")]
+    #[arg(long, value_name = "WEIGHT", value_parser = number(is_part, "at least 0, less than 1"))]
     pub(crate) min_fused: Option<f64>,
     /// Where the train gradient t of the fused loss comes from
     #[arg(long, default_value = "same")]

@@ -1,0 +1,191 @@
+//! WAV files, as encoders and recorders write them. The crates hound and symphonia reject several of these.
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Programs that write into a pipe cannot go back to fill in the length of the data. They leave 0, or one of several
+/// numbers from this one on.
+const UNKNOWN: usize = 0x7FFF_0000;
+const PCM: u16 = 1;
+const EXTENSIBLE: u16 = 0xFFFE;
+/// Bytes of the chunk `fmt `; the extensible one has the format proper in its bytes 24 and 25.
+const FORMAT: usize = 16;
+const EXTENSIBLE_FORMAT: usize = 40;
+
+/// The samples of a file of one channel and 16 bits, from -1 to 1.
+pub(crate) fn samples(file: &[u8], rate: u32) -> Result<Vec<f32>> {
+    ensure!(
+        file.starts_with(b"RIFF") && file.get(8..12) == Some(b"WAVE"),
+        "not a WAV file: no RIFF and WAVE at its start"
+    );
+    let (mut at, mut format) = (12, None);
+    loop {
+        let Some(head) = file.get(at..at + 8) else { bail!("the file ends before its samples") };
+        let (name, length) = (&head[..4], u32_at(head, 4) as usize);
+        let body = &file[at + 8..];
+        if name == b"data" {
+            check_format(format.context("the samples come before their format")?, rate)?;
+            let of_file = u32_at(file, 4) as usize;
+            return decode(data(body, length, of_file <= at || of_file >= UNKNOWN)?);
+        }
+        let Some(chunk) = body.get(..length) else {
+            bail!(
+                "the chunk {:?} has {length} bytes, of which the file has {}",
+                name.escape_ascii().to_string(),
+                body.len()
+            )
+        };
+        if name == b"fmt " {
+            format = Some(chunk);
+        }
+        // A chunk of odd length is followed by a byte of padding, which some programs leave out.
+        let next = body.get(length..length + 4);
+        let padded = length % 2 == 1 && next != Some(b"data") && next != Some(b"fmt ");
+        at += 8 + length + usize::from(padded);
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
+}
+
+fn check_format(format: &[u8], rate: u32) -> Result<()> {
+    ensure!(format.len() >= FORMAT, "the chunk \"fmt \" has {} bytes, expected at least {FORMAT}", format.len());
+    let mut encoding = u16_at(format, 0);
+    if encoding == EXTENSIBLE && format.len() >= EXTENSIBLE_FORMAT {
+        encoding = u16_at(format, 24);
+    }
+    let (channels, hertz, bits) = (u16_at(format, 2), u32_at(format, 4), u16_at(format, 14));
+    ensure!(
+        (encoding, channels, hertz, bits) == (PCM, 1, rate, 16),
+        "expected {rate} Hz, 1 channel, 16 bits and encoding {PCM} (PCM), got {hertz} Hz, {channels} channels, {bits} bits \
+         and encoding {encoding}"
+    );
+    Ok(())
+}
+
+/// The bytes of the samples. `rest` is the file after the head of their chunk, `length` what the head says. `unfilled`:
+/// the length of the whole file, at its start, does not reach up to here, so nobody has filled in the lengths.
+fn data(rest: &[u8], length: usize, unfilled: bool) -> Result<&[u8]> {
+    match rest.get(..length) {
+        Some(data) if length > 0 || !unfilled => Ok(data),
+        None if length < UNKNOWN => {
+            bail!("cut off: its samples have {length} bytes, of which the file has {}", rest.len())
+        }
+        _ => Ok(rest),
+    }
+}
+
+fn decode(data: &[u8]) -> Result<Vec<f32>> {
+    ensure!(!data.is_empty(), "the recording is empty");
+    ensure!(data.len().is_multiple_of(2), "its samples have {} bytes, which is not a multiple of 2", data.len());
+    Ok(data.chunks_exact(2).map(|sample| f32::from(u16_at(sample, 0) as i16) / 32_768.0).collect())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    const RATE: u32 = 8000;
+    const SAMPLES: [i16; 4] = [0, 16_384, -32_768, 32_767];
+    const VALUES: [f32; 4] = [0.0, 0.5, -1.0, 32_767.0 / 32_768.0];
+
+    fn chunk(name: &[u8; 4], length: u32, body: &[u8]) -> Vec<u8> {
+        [name, &length.to_le_bytes()[..], body].concat()
+    }
+
+    fn format(encoding: u16, channels: u16, bits: u16) -> Vec<u8> {
+        let frame = channels * bits / 8;
+        let mut body = [encoding.to_le_bytes(), channels.to_le_bytes()].concat();
+        body.extend([RATE, RATE * u32::from(frame)].map(u32::to_le_bytes).concat());
+        body.extend([frame, bits].map(u16::to_le_bytes).concat());
+        if encoding == EXTENSIBLE {
+            body.extend([22_u16, bits, 4, 0, PCM].map(u16::to_le_bytes).concat());
+            body.extend(b"\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71");
+        }
+        chunk(b"fmt ", body.len() as u32, &body)
+    }
+
+    fn bytes(samples: &[i16]) -> Vec<u8> {
+        samples.iter().flat_map(|sample| sample.to_le_bytes()).collect()
+    }
+
+    /// A file of these chunks; `length` is what its head says instead of its length.
+    fn file(chunks: &[Vec<u8>], length: Option<u32>) -> Vec<u8> {
+        let body = [b"WAVE", &chunks.concat()[..]].concat();
+        chunk(b"RIFF", length.unwrap_or(body.len() as u32), &body)
+    }
+
+    /// A plain file.
+    pub(crate) fn encode(samples: &[i16]) -> Vec<u8> {
+        let samples = bytes(samples);
+        file(&[format(PCM, 1, 16), chunk(b"data", samples.len() as u32, &samples)], None)
+    }
+
+    #[test]
+    fn files_of_all_encoders_are_read() {
+        let (plain, data) = (format(PCM, 1, 16), |length| chunk(b"data", length, &bytes(&SAMPLES)));
+        let odd = || chunk(b"LIST", 3, b"abc\0");
+        let cases = [
+            ("plain", encode(&SAMPLES)),
+            ("odd chunk before", file(&[odd(), plain.clone(), odd(), data(8)], None)),
+            (
+                "odd chunks without padding",
+                file(&[chunk(b"LIST", 3, b"abc"), plain.clone(), chunk(b"cue ", 1, b"a"), data(8)], None),
+            ),
+            ("chunks after", file(&[plain.clone(), data(8), odd()], None)),
+            ("chunk after, cut off", file(&[plain.clone(), data(8), chunk(b"LIST", 9, b"ab")], None)),
+            ("a pipe: ffmpeg", file(&[plain.clone(), data(u32::MAX)], Some(u32::MAX))),
+            ("a pipe: length of the data alone", file(&[plain.clone(), data(u32::MAX)], None)),
+            ("a pipe: SoX", file(&[plain.clone(), data(0x7FFF_F000)], Some(0x7FFF_F024))),
+            ("a pipe: arecord", file(&[plain.clone(), data(0x8000_0000)], Some(0x8000_0024))),
+            ("a pipe: zeros", file(&[plain.clone(), data(0)], Some(0))),
+            ("a pipe: lengths of an empty file", file(&[plain.clone(), data(0)], Some(36))),
+            ("a pipe: zero data of an unknown length", file(&[plain, data(0)], Some(u32::MAX))),
+            ("extensible", file(&[format(EXTENSIBLE, 1, 16), data(8)], None)),
+        ];
+        for (name, file) in cases {
+            let got = samples(&file, RATE).map_err(|error| error.to_string());
+            assert_eq!(got.as_deref(), Ok(&VALUES[..]), "{name}");
+        }
+    }
+
+    #[test]
+    fn broken_files_are_rejected() {
+        let (plain, data) = (format(PCM, 1, 16), |length| chunk(b"data", length, &bytes(&SAMPLES)));
+        let stereo = file(&[format(PCM, 2, 16), data(8)], None);
+        for (file, expected) in [
+            (Vec::new(), "not a WAV file"),
+            (b"RIFF\x04\0\0\0AVI ".to_vec(), "not a WAV file"),
+            (encode(&SAMPLES)[..40].to_vec(), "the file ends before its samples"),
+            (file(&[plain.clone()], None), "the file ends before its samples"),
+            (file(&[data(8)], None), "the samples come before their format"),
+            (encode(&SAMPLES)[..50].to_vec(), "cut off: its samples have 8 bytes, of which the file has 6"),
+            (file(&[chunk(b"LIST", 99, b"abc")], None), "the chunk \"LIST\" has 99 bytes, of which the file has 3"),
+            (file(&[chunk(b"fmt ", 2, b"ab"), data(8)], None), "the chunk \"fmt \" has 2 bytes, expected at least 16"),
+            (encode(&[]), "the recording is empty"),
+            // An empty recording with a chunk after it.
+            (
+                file(&[plain.clone(), chunk(b"data", 0, b""), chunk(b"LIST", 4, b"abcd")], None),
+                "the recording is empty",
+            ),
+            (file(&[plain.clone(), chunk(b"data", 3, b"abc\0")], None), "3 bytes, which is not a multiple of 2"),
+            (stereo, "got 8000 Hz, 2 channels, 16 bits and encoding 1"),
+            (file(&[format(3, 1, 32), data(8)], None), "got 8000 Hz, 1 channels, 32 bits and encoding 3"),
+        ] {
+            let error = samples(&file, RATE).err().map(|error| error.to_string()).unwrap_or_default();
+            assert!(error.contains(expected), "{error:?}, expected {expected:?}");
+        }
+        assert!(samples(&encode(&SAMPLES), 16_000).is_err());
+        // No prefix of a file, and no length in it, makes the reader panic.
+        let whole = file(&[chunk(b"LIST", 3, b"abc\0"), plain, data(8)], None);
+        for at in 0..whole.len() {
+            let mut other = whole.clone();
+            other[at] = 0xFF;
+            let _ = (samples(&whole[..at], RATE), samples(&other, RATE));
+        }
+    }
+}
