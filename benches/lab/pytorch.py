@@ -484,6 +484,19 @@ def measure(device, case, inputs, test, write):
     print(f"{case['operation']:6}{case['case']:28}{text}", flush=True)
 
 
+def records(path, lines):
+    """As the laboratory reads them: the last line of the file or of a run may be cut off."""
+    while lines and not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number + 1 < len(lines) and '"run"' not in lines[number + 1][:20]:
+                sys.exit(f"{path}: line {number + 1}: {error}")
+            print(f"warning: {path}: line {number + 1} is cut off, and left out", file=sys.stderr)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=pathlib.Path, metavar="FILE", help="gives the cases; records are appended")
@@ -499,7 +512,11 @@ def main():
     if options.library:
         Gradblend.library = c.CDLL(options.library)
     cases, commit = {}, None
-    for line in map(json.loads, options.results.read_text().splitlines()):
+    try:
+        text = options.results.read_text(errors="replace")
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    for line in records(options.results, text.split("\n")):
         if line["record"] == "run":
             commit = line["commit"]
         elif line["record"] == "case" and (not options.case or any(text in line["case"] for text in options.case)):
@@ -512,6 +529,8 @@ def main():
         def write(record):
             print(json.dumps(record), file=file, flush=True)
 
+        if not text.endswith("\n"):  # after a line that is cut off
+            print(file=file)
         date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         command = "python3 benches/lab/pytorch.py " + shlex.join(sys.argv[1:])
         machine = {"device": options.device, "name": device.name(), "driver": device.driver}
@@ -533,4 +552,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the end of `pytorch.py | head` is no traceback
     main()

@@ -11,6 +11,7 @@ Arrays are from numpy (1.23 or later) or, with --torch, from PyTorch, which may 
 import argparse
 import ctypes as c
 import pathlib
+import signal
 
 K = 2  # modalities
 LIBRARY = str(pathlib.Path(__file__).parents[2] / "target/release/libgradblend.so")
@@ -147,8 +148,8 @@ def main():
     assert blended.tolist() == [[0.75, 0.75], [0, 0]] and own.tolist() == [1.5, 2, 2.5]
 
     try:
-        gradblend.tensor(options.device, None, None, [v[0].T, None], None)
-        raise AssertionError("a transposed array was accepted")
+        gradblend.tensor(options.device, None, None, [v[0], v[1].T], None)
+        raise AssertionError("arrays with their elements in different orders were accepted")
     except RuntimeError as error:
         print("rejected:", error)
     gradblend.plan_destroy(plan)
@@ -156,4 +157,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the end of `step.py | head` is no traceback
     main()

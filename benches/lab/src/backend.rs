@@ -36,6 +36,13 @@ pub(crate) struct Entry<I> {
     pub(crate) make: Make<I>,
 }
 
+impl<I> Entry<I> {
+    /// Whether this is its name or kind.
+    pub(crate) fn is(&self, filter: &str) -> bool {
+        self.name == filter || format!("{:?}", self.kind).to_lowercase() == filter
+    }
+}
+
 /// Makes an implementation of an operation, ready to run.
 type Make<I> = Box<dyn Fn(&mut I, Operation) -> Result<Box<dyn Implementation<I>>>>;
 

@@ -29,6 +29,7 @@ enum Command {
 }
 
 fn main() -> anyhow::Result<()> {
+    sigpipe::reset(); // the end of `gradblend-lab | head` is no panic
     match Command::parse() {
         Command::Run(options) => run::run(&options),
         Command::Report(options) => report::report(&options),

@@ -2,7 +2,7 @@
 #![warn(clippy::missing_docs_in_private_items)]
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::Command;
 use std::time::SystemTime;
@@ -158,11 +158,16 @@ impl Log {
     /// Opens the file and appends the `run` record of this program.
     pub(crate) fn open(path: Option<&Path>, machine: Machine) -> Result<Self> {
         let Some(path) = path else { return Ok(Log(None)) };
+        let context = || path.display().to_string();
         if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
+            std::fs::create_dir_all(folder).with_context(context)?;
         }
-        let file = OpenOptions::new().create(true).append(true).open(path);
-        let mut log = Log(Some(file.with_context(|| path.display().to_string())?));
+        let mut file = OpenOptions::new().create(true).append(true).read(true).open(path).with_context(context)?;
+        // After a line that is cut off, the next record gets a line of its own.
+        if !ends_a_line(&mut file).with_context(context)? {
+            writeln!(file)?;
+        }
+        let mut log = Log(Some(file));
         let date = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
         let arguments: Vec<String> = std::env::args().skip(1).collect();
         let features = if cfg!(feature = "cuda") { " --features cuda" } else { "" };
@@ -178,6 +183,16 @@ impl Log {
         }
         Ok(())
     }
+}
+
+/// Whether a file is empty or ends with the end of a line.
+fn ends_a_line(file: &mut File) -> std::io::Result<bool> {
+    let mut last = *b"\n";
+    if file.seek(SeekFrom::End(0))? > 0 {
+        file.seek(SeekFrom::End(-1))?;
+        file.read_exact(&mut last)?;
+    }
+    Ok(last == *b"\n")
 }
 
 /// The commit, as `GRADBLEND_COMMIT` names it where there is no repository. New results do not make a tree dirty: they

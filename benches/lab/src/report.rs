@@ -1,6 +1,6 @@
 //! Tables of raw results, and the summary in a document.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -26,7 +26,8 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn report(options: &Options) -> Result<()> {
-    let mut document = options.write.as_ref().map(fs::read_to_string).transpose()?;
+    let read = |path: &PathBuf| fs::read_to_string(path).with_context(|| path.display().to_string());
+    let mut document = options.write.as_ref().map(read).transpose()?;
     let mut files = Vec::new();
     for path in &options.files {
         let name = path.file_stem().and_then(|stem| stem.to_str()).context("a results file has a name")?;
@@ -39,14 +40,28 @@ pub(crate) fn report(options: &Options) -> Result<()> {
         }
     }
     files.extend(options.write.clone().zip(document));
+    if !options.check {
+        files.iter().try_for_each(|(path, _)| check_writable(path))?;
+    }
     for (path, text) in files {
         if !options.check {
-            fs::write(&path, text)?;
+            fs::write(&path, text).with_context(|| path.display().to_string())?;
         } else if fs::read_to_string(&path).is_ok_and(|old| old == text) {
             println!("{}: up to date", path.display());
         } else {
             bail!("{} is not up to date: run the report without --check", path.display());
         }
+    }
+    Ok(())
+}
+
+/// Whether a file can be written, without changing it: all are written, or none.
+fn check_writable(path: &Path) -> Result<()> {
+    let existed = path.exists();
+    let opened = OpenOptions::new().append(true).create(true).open(path);
+    opened.with_context(|| format!("cannot write {}", path.display()))?;
+    if !existed {
+        fs::remove_file(path)?;
     }
     Ok(())
 }

@@ -34,12 +34,19 @@ pub(crate) struct Cell {
 
 impl Results {
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-        Results::parse(&text).with_context(|| path.display().to_string())
+        let context = || path.display().to_string();
+        let bytes = fs::read(path).with_context(context)?;
+        // A line that is cut off may end within a character.
+        let (results, cut_off) = Results::parse(&String::from_utf8_lossy(&bytes)).with_context(context)?;
+        for number in cut_off {
+            eprintln!("warning: {}: line {number} is cut off, and left out", path.display());
+        }
+        Ok(results)
     }
 
-    /// Later times of a program replace its earlier ones of the same operation and case, and what it skipped before.
-    pub(crate) fn parse(text: &str) -> Result<Self> {
+    /// Later times of a program replace its earlier ones of the same operation and case, and what it skipped before. Also
+    /// returns the numbers of the lines at which a program was stopped while it wrote.
+    pub(crate) fn parse(text: &str) -> Result<(Self, Vec<usize>)> {
         let mut runs: Vec<Run> = Vec::new();
         let mut cases: Vec<CaseRecord> = Vec::new();
         // Of one operation and case in one run, with its program.
@@ -47,8 +54,9 @@ impl Results {
         // By program, too.
         let mut skipped: Vec<(String, Skipped)> = Vec::new();
         let mut start = true;
-        for (number, line) in text.lines().enumerate() {
-            match serde_json::from_str(line).with_context(|| format!("line {}", number + 1))? {
+        let (records, cut_off) = records(text)?;
+        for (number, record) in records {
+            match record {
                 Record::Run(run) => {
                     runs.push(run);
                     start = true;
@@ -101,7 +109,8 @@ impl Results {
             rows.push(Row { case, cells });
         }
         ensure!(!rows.is_empty(), "no results");
-        Ok(Results { runs, rows, skipped: skipped.into_iter().map(|(_, one)| one).collect() })
+        let skipped = skipped.into_iter().map(|(_, one)| one).collect();
+        Ok((Results { runs, rows, skipped }, cut_off))
     }
 
     /// A line about machine, date and commits.
@@ -134,9 +143,31 @@ impl Row {
     }
 }
 
+/// Records with the numbers of their lines.
+type Numbered = Vec<(usize, Record)>;
+
+/// The records, and the numbers of lines that are cut off: the last one of the file or of a
+/// run may be. Any other line that is not a record is an error.
+fn records(text: &str) -> Result<(Numbered, Vec<usize>)> {
+    let (mut records, mut cut_off) = (Vec::new(), Vec::new());
+    let mut lines = (1..).zip(text.lines()).peekable();
+    while let Some((number, line)) = lines.next() {
+        match serde_json::from_str(line) {
+            Ok(record) => records.push((number, record)),
+            Err(error) => {
+                let starts_a_run = |line: &str| matches!(serde_json::from_str(line), Ok(Record::Run(_)));
+                let at_the_end = lines.peek().is_none_or(|(_, next)| starts_a_run(next));
+                ensure!(error.is_eof() && at_the_end, "line {number}: {error}");
+                cut_off.push(number);
+            }
+        }
+    }
+    Ok((records, cut_off))
+}
+
 /// What the command of the last run starts with, for a record of a line.
 fn program(runs: &[Run], number: usize) -> Result<String> {
-    let run = runs.last().with_context(|| format!("line {}: no run before it", number + 1))?;
+    let run = runs.last().with_context(|| format!("line {number}: no run before it"))?;
     Ok(run.command.split(' ').next().unwrap_or_default().to_owned())
 }
 
@@ -187,7 +218,34 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn parse(lines: &[&str]) -> Result<Results> {
-        Results::parse(&lines.iter().map(|line| line.replace('\n', "")).collect::<Vec<_>>().join("\n"))
+        Ok(Results::parse(&text(lines))?.0)
+    }
+
+    fn text(lines: &[&str]) -> String {
+        lines.iter().map(|line| line.replace('\n', "")).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn the_last_line_of_a_run_may_be_cut_off() -> Result<()> {
+        let ours = time(OURS, "ours", "[10]");
+        let whole = text(&[RUN, CASE, &ours]);
+        let start = text(&[RUN, CASE]).len() + 1;
+        for end in start + 1..whole.len() {
+            let (results, cut_off) = Results::parse(&whole[..end])?;
+            assert_eq!((cut_off, results.rows[0].cells.len()), (vec![3], 0), "{}", &whole[start..end]);
+        }
+        let (results, cut_off) = Results::parse(&text(&[RUN, CASE, &ours[..30], RUN, CASE, &ours, "{\"record"]))?;
+        assert_eq!((cut_off, results.rows[0].cells.len()), (vec![3, 7], 1));
+        for (lines, expected) in [
+            ([RUN, &CASE[..30], &ours], "line 2: EOF"),
+            ([RUN, CASE, "{}"], "line 3: missing field `record`"),
+            ([RUN, "", CASE], "line 2: EOF"),
+            ([RUN, CASE, "x"], "line 3: expected value"),
+        ] {
+            let error = Results::parse(&text(&lines)).err().map(|error| error.to_string()).unwrap_or_default();
+            assert!(error.starts_with(expected), "{error}");
+        }
+        Ok(())
     }
 
     #[test]

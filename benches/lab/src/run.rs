@@ -81,16 +81,31 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 fn run_on<B: Backend>(options: &Options, backend: &B) -> Result<()> {
     let machine = backend.machine();
     println!("{}: {}", machine.device, machine.name);
-    let mut log = Log::open(options.results.as_deref(), machine)?;
     let cases = match (options.test, options.quick) {
         (true, _) => case::test_cases(),
         (false, true) => case::quick_cases(),
         (false, false) => case::full_cases(),
     };
+    for filter in &options.case {
+        ensure!(
+            cases.iter().any(|case| case.to_string().contains(filter)),
+            "no case has a name that contains {filter:?}"
+        );
+    }
     let wanted =
         |case: &Case| options.case.is_empty() || options.case.iter().any(|filter| case.to_string().contains(filter));
     let cases: Vec<Case> = cases.into_iter().filter(wanted).collect();
-    ensure!(!cases.is_empty(), "no case has a name that contains {}", options.case.join(" or "));
+    let entries =
+        |case: &Case| options.operations().flat_map(|one| backend.entries(one, case.dtype)).collect::<Vec<_>>();
+    let entries: Vec<_> = cases.iter().flat_map(entries).collect();
+    if let Some(filter) = options.implementation.iter().find(|filter| !entries.iter().any(|entry| entry.is(filter))) {
+        let reason = format!("no implementation has the name or kind {filter:?}");
+        // It may be one of the other device.
+        ensure!(options.device == DeviceOption::All, "{reason}");
+        println!("skipped: {reason}");
+        return Ok(());
+    }
+    let mut log = Log::open(options.results.as_deref(), machine)?;
     let start = Instant::now();
     for case in cases {
         let over = options.budget.is_some_and(|budget| start.elapsed() >= Duration::from_secs(budget));
@@ -118,13 +133,13 @@ struct Running<I> {
     time: Time,
 }
 
-impl<B: Backend> Measurement<'_, B> {
+impl Options {
     fn operations(&self) -> impl Iterator<Item = Operation> {
-        Operation::ALL
-            .into_iter()
-            .filter(|one| self.options.operation.is_empty() || self.options.operation.contains(one))
+        Operation::ALL.into_iter().filter(|one| self.operation.is_empty() || self.operation.contains(one))
     }
+}
 
+impl<B: Backend> Measurement<'_, B> {
     fn run(&self, log: &mut Log) -> Result<()> {
         let elements: usize = self.case.tensors()?.iter().map(|tensor| tensor.len).sum();
         let needed = elements as u64 * self.case.dtype.bytes() * (self.case.modalities as u64 + 3);
@@ -141,7 +156,7 @@ impl<B: Backend> Measurement<'_, B> {
             Ok(inputs) => inputs,
             Err(reason) => return self.skip(log, None, None, &format!("{reason:#}")),
         };
-        for operation in self.operations() {
+        for operation in self.options.operations() {
             log.write(&Record::Case(self.record(operation, &weights, &exact)?))?;
             let mut running = self.check_all(operation, &mut inputs, &exact, log)?;
             self.rounds(&mut inputs, &mut running)?;
@@ -163,8 +178,7 @@ impl<B: Backend> Measurement<'_, B> {
     ) -> Result<Vec<Running<B::Inputs>>> {
         let wanted = |entry: &Entry<_>| {
             let filters = &self.options.implementation;
-            let kind = format!("{:?}", entry.kind).to_lowercase();
-            filters.is_empty() || filters.iter().any(|filter| entry.name == filter || kind == *filter)
+            filters.is_empty() || filters.iter().any(|filter| entry.is(filter))
         };
         let mut running = Vec::new();
         for entry in self.backend.entries(operation, self.case.dtype).into_iter().filter(wanted) {
@@ -281,7 +295,7 @@ impl<B: Backend> Measurement<'_, B> {
         reason: &str,
     ) -> Result<()> {
         let case = self.case.to_string();
-        for operation in self.operations().filter(|one| operation.is_none_or(|only| only == *one)) {
+        for operation in self.options.operations().filter(|one| operation.is_none_or(|only| only == *one)) {
             println!("{operation:<6}{case:<28}{} skipped: {reason}", implementation.unwrap_or("all"));
             let (case, implementation, reason) = (case.clone(), implementation.map(str::to_owned), reason.to_owned());
             log.write(&Record::Skipped(Skipped { operation, case, implementation, reason }))?;
