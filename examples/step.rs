@@ -7,6 +7,7 @@
 use gradblend::{Blender, Config, Device, Result, Schedule, Stream, TensorGrads};
 
 fn main() -> Result<()> {
+    sigpipe::reset(); // the end of `step | head` is no panic
     let stream = Stream::default();
     let mut blender = Blender::new(&Device::cpu(), Config::new(3))?; // audio, video, fused
     let schedule = Schedule::online(10, 5)?;

@@ -43,8 +43,9 @@ static void *driver;
     } while (0)
 
 int main(int argc, char **argv) {
-    int32_t device = argc == 3 && strcmp(argv[1], "--device") == 0 ? atoi(argv[2]) : GRADBLEND_CPU;
-    if (argc != 1 && argc != 3) {
+    int device = GRADBLEND_CPU;
+    char rest; /* after a number there is nothing */
+    if (argc != 1 && (argc != 3 || strcmp(argv[1], "--device") != 0 || sscanf(argv[2], "%d%c", &device, &rest) != 1)) {
         fprintf(stderr, "usage: %s [--device N]\n", argv[0]);
         return 2;
     }

@@ -229,6 +229,10 @@ std::vector<Sample> read_samples(std::mt19937 &random) {
     for (std::string line; std::getline(file, line);) {
         Sample sample{{Floats(INPUTS[0]), Floats(INPUTS[1])}, 0};
         const char *field = line.c_str();
+        if (std::count(line.begin(), line.end(), ',') != 64) {
+            const std::string number = std::to_string(samples.size() + 1);
+            throw std::runtime_error(DATA + (": line " + number) + ": expected 64 pixels and the digit");
+        }
         for (std::size_t i = 0; i < 64; i++, field = std::strchr(field, ',') + 1) {
             const float pixel = (std::strtof(field, nullptr) - 5 + noise(random)) / 8;
             (i < 32 ? sample.views[0][i] : sample.views[1][i % 8]) += i < 32 ? pixel : pixel / 2;
@@ -292,9 +296,11 @@ double train(unsigned seed, bool blends, std::int32_t device) {
 int main(int count, char **arguments) {
     std::int32_t device = GRADBLEND_CPU;
     unsigned seeds = 4;
+    char rest; // after a number there is nothing
     for (int i = 1; i < count; i++) {
-        if (arguments[i] == std::string("--device") && i + 1 < count) {
-            device = std::atoi(arguments[++i]);
+        if (arguments[i] == std::string("--device") && i + 1 < count &&
+            std::sscanf(arguments[i + 1], "%d%c", &device, &rest) == 1) {
+            i++;
         } else if (arguments[i] == std::string("--quick")) {
             seeds = 1;
         } else {

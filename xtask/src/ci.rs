@@ -1,6 +1,8 @@
 //! Everything that must pass before a change lands, in an order that fails early.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
@@ -15,14 +17,18 @@ use crate::{cuda, emulator, ffi, gpu_bundle, machine_code, mutants, rules, tools
 /// A named part. It runs its commands, then its function.
 type Section = (&'static str, &'static [&'static str], fn(&Shell) -> Result<()>);
 
+/// The signal of a write into a pipe that nobody reads.
+const SIGPIPE: i32 = 13;
+
 /// What could not be checked on this machine, printed at the end.
 static NOT_CHECKED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-const SECTIONS: [Section; 17] = [
+const SECTIONS: [Section; 18] = [
     ("rules", &[], |_| rules::check()),
     ("format", &["cargo fmt --all --check"], |_| Ok(())),
     ("clippy", CLIPPY, |_| Ok(())),
     ("tests", &["cargo test --locked --workspace"], |_| Ok(())),
+    ("closed-pipes", CLOSED_PIPES, closed_pipes),
     ("docs", &["cargo doc --locked --workspace --no-deps"], package),
     ("minimum-rust", &[], minimum_rust),
     ("cuda", &[], cuda),
@@ -47,6 +53,8 @@ const OPTIMISED: &[&str] = &[
     "cargo run --locked --release --package gradblend-candle --example late_fusion -- --quick",
     "cargo bench --locked --package gradblend -- --test",
 ];
+/// All programs that print, as the tests have built what they consist of.
+const CLOSED_PIPES: &[&str] = &["cargo build --locked --workspace --exclude gradblend-fuzz --bins --examples"];
 /// Test programs that run kernels, on several orders of threads.
 const SANITIZED: [&str; 7] = ["step", "blend", "observe", "cuda", "graph", "traffic", "driver"];
 /// More of them, on one order: they take longer, or add little to those above. `alloc` has an allocator of its own.
@@ -191,14 +199,34 @@ fn laboratory(sh: &Shell) -> Result<()> {
     Ok(cmd!(sh, "python3 -m py_compile benches/lab/pytorch.py").env("PYTHONPYCACHEPREFIX", python).run()?)
 }
 
+/// A program whose reader has gone, as in `PROGRAM | head -1`, ends without a word.
+fn closed_pipes(_: &Shell) -> Result<()> {
+    let programs: [(&str, &[&str]); 4] = [
+        ("examples/step", &[]),
+        ("examples/late_fusion", &["--quick"]),
+        ("gradblend-lab", &["run", "--device=cpu", "--test"]),
+        ("xtask", &["ci", "format"]),
+    ];
+    for (name, arguments) in programs {
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let mut program = Command::new(tools::target()?.join("debug").join(name));
+        let output =
+            program.args(arguments).current_dir(tools::root()).stdout(writer).stderr(Stdio::piped()).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.signal() == Some(SIGPIPE) && said.is_empty(), "{name}: {}: {said}", output.status);
+    }
+    Ok(())
+}
+
 /// Runs each fuzz target for its part of a time.
-pub(crate) fn fuzz(seconds: usize) -> Result<()> {
+pub(crate) fn fuzz(seconds: u32) -> Result<()> {
     let sh = tools::shell()?;
     sh.set_var("PATH", format!("{}:{}", tools::cargo_fuzz(&sh)?.display(), sh.var("PATH")?));
     // Lets a stable compiler take the flags of sanitizers.
     sh.set_var("RUSTC_BOOTSTRAP", "1");
     let targets = tools::files(&tools::root().join("fuzz/fuzz_targets"), &["rs"])?;
-    let each = format!("-max_total_time={}", seconds.div_ceil(targets.len().max(1)));
+    let each = format!("-max_total_time={}", seconds.div_ceil(targets.len().max(1) as u32));
     for target in targets {
         let name = target.file_stem().context("a fuzz target without a name")?;
         cmd!(sh, "cargo fuzz run --fuzz-dir fuzz {name} -- {each} -timeout=20").run()?;

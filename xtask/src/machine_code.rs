@@ -89,6 +89,9 @@ fn registers(text: &str) -> HashSet<u32> {
 
 /// Checks images: of kernels that were just built, unless some are given.
 pub(crate) fn run(images: &[PathBuf]) -> Result<()> {
+    for image in images {
+        ensure!(image.is_file(), "{} is not a file", image.display());
+    }
     let sh = tools::shell()?;
     let cuobjdump = tools::nvcc(&sh)?.with_file_name("cuobjdump");
     let images = if images.is_empty() { cuda::kernels()?.images()? } else { images.to_vec() };

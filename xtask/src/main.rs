@@ -47,7 +47,11 @@ enum Command {
     /// Build the library for C; run the tests and examples in C, C++ and Python
     Ffi,
     /// Run each fuzz target for its part of a time
-    Fuzz { seconds: usize },
+    Fuzz {
+        // 0 would be no limit.
+        #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+        seconds: u32,
+    },
     /// Pack test programs and laboratory for a machine that has a GPU but no Rust; `run.sh` in the folder runs them
     GpuBundle {
         /// Without optimisation: quick to build, slow to run
@@ -65,6 +69,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    sigpipe::reset(); // the end of `cargo xtask | head` is no panic
     match run(Command::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

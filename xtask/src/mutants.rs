@@ -53,8 +53,10 @@ impl Mutant {
 pub(crate) fn run(names: &[String]) -> Result<()> {
     let text = fs::read_to_string(tools::root().join("tests/emulator/mutants.toml"))?;
     let mut mutants = toml::from_str::<List>(&text)?.mutant;
+    for name in names {
+        ensure!(mutants.iter().any(|mutant| mutant.name.contains(name)), "no mutant has a name that contains {name:?}");
+    }
     mutants.retain(|mutant| names.is_empty() || names.iter().any(|name| mutant.name.contains(name)));
-    ensure!(!mutants.is_empty(), "no mutant has such a name");
     let kernels = tools::root().join("kernels");
     for mutant in &mutants {
         mutant.break_text(&fs::read_to_string(kernels.join(&mutant.file))?)?;
