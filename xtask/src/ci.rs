@@ -104,6 +104,7 @@ fn package(sh: &Shell) -> Result<()> {
     for file in ["README.md", "build.rs", "kernels/pass.cu", "include/gradblend.h"] {
         ensure!(package.lines().any(|line| line == file), "the package lacks {file}");
     }
+    rules::check_links(&package)?;
     // Rejects a manifest that cannot be packaged. The packaged crate is not compiled again.
     Ok(cmd!(sh, "cargo package --locked --allow-dirty --no-verify").run()?)
 }

@@ -126,3 +126,26 @@ pub(crate) fn check() -> Result<()> {
 fn layer(module: &str) -> Option<usize> {
     LAYERS.iter().position(|layer| layer.contains(&module))
 }
+
+/// Checks that a page of the package links to files or folders of the package, or to other sites. `package` lists its files.
+pub(crate) fn check_links(package: &str) -> Result<()> {
+    let link = Regex::new(r"\]\(([^)#:]+)(#[^)]*)?\)")?;
+    for page in package.lines().filter(|file| file.ends_with(".md")) {
+        for found in link.captures_iter(&fs::read_to_string(tools::root().join(page))?) {
+            let mut path: Vec<&str> = page.split('/').collect();
+            path.pop();
+            for part in found[1].split('/') {
+                match part {
+                    ".." => drop(path.pop()),
+                    _ => path.push(part),
+                }
+            }
+            let path = path.join("/");
+            let has = package
+                .lines()
+                .any(|file| file.strip_prefix(&path).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')));
+            ensure!(has, "{page}: the package lacks {path}, to which it links");
+        }
+    }
+    Ok(())
+}
