@@ -509,13 +509,12 @@ def main():
 
     torch.set_grad_enabled(False)
     device = Gpu() if options.device == "cuda" else Cpu()
-    if options.library:
-        Gradblend.library = c.CDLL(options.library)
-    cases, commit = {}, None
     try:
+        Gradblend.library = c.CDLL(options.library) if options.library else None
         text = options.results.read_text(errors="replace")
     except OSError as error:
-        sys.exit(f"error: {error}")
+        parser.error(str(error))
+    cases, commit = {}, None
     for line in records(options.results, text.split("\n")):
         if line["record"] == "run":
             commit = line["commit"]

@@ -121,7 +121,10 @@ def main():
 
         array = lambda values: numpy.array(values, dtype=numpy.float32)
 
-    gradblend = Gradblend(options.library)
+    try:
+        gradblend = Gradblend(options.library)
+    except OSError as error:
+        parser.error(f"cannot load the library: {error}")
     config, blender, plan, report = Config(), c.c_void_p(), c.c_void_p(), Report()
     gradblend.config_default(K, c.byref(config))
     # The library fills the fields of version 0.1.0; the others are zeros already.
