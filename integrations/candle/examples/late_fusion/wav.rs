@@ -161,7 +161,7 @@ pub(crate) mod tests {
             (Vec::new(), "not a WAV file"),
             (b"RIFF\x04\0\0\0AVI ".to_vec(), "not a WAV file"),
             (encode(&SAMPLES)[..40].to_vec(), "the file ends before its samples"),
-            (file(&[plain.clone()], None), "the file ends before its samples"),
+            (file(std::slice::from_ref(&plain), None), "the file ends before its samples"),
             (file(&[data(8)], None), "the samples come before their format"),
             (encode(&SAMPLES)[..50].to_vec(), "cut off: its samples have 8 bytes, of which the file has 6"),
             (file(&[chunk(b"LIST", 99, b"abc")], None), "the chunk \"LIST\" has 99 bytes, of which the file has 3"),
