@@ -1,7 +1,9 @@
 //! Everything that must pass before a change lands, in an order that fails early.
 
+use std::env;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -28,7 +30,6 @@ const SECTIONS: [Section; 18] = [
     ("format", &["cargo fmt --all --check"], |_| Ok(())),
     ("clippy", CLIPPY, |_| Ok(())),
     ("tests", &["cargo test --locked --workspace"], |_| Ok(())),
-    ("closed-pipes", CLOSED_PIPES, closed_pipes),
     ("docs", &["cargo doc --locked --workspace --no-deps"], package),
     ("minimum-rust", &[], minimum_rust),
     ("cuda", &[], cuda),
@@ -39,6 +40,7 @@ const SECTIONS: [Section; 18] = [
     ("install", &[], install),
     ("optimised", OPTIMISED, |_| Ok(())),
     ("laboratory", &[], laboratory),
+    ("closed-pipes", CLOSED_PIPES, closed_pipes),
     ("fuzz", &[], |_| fuzz(30)),
     ("mutants", &[], |_| mutants::run(&[])),
     ("gpu-bundle", &[], bundle),
@@ -53,8 +55,11 @@ const OPTIMISED: &[&str] = &[
     "cargo run --locked --release --package gradblend-candle --example late_fusion -- --quick",
     "cargo bench --locked --package gradblend -- --test",
 ];
-/// All programs that print, as the tests have built what they consist of.
-const CLOSED_PIPES: &[&str] = &["cargo build --locked --workspace --exclude gradblend-fuzz --bins --examples"];
+const CLOSED_PIPES: &[&str] = &[
+    "cargo build --locked --release --package gradblend --example step",
+    "cargo build --locked --release --package gradblend-candle --example late_fusion",
+    "cargo build --locked --release --package gradblend-lab",
+];
 /// Test programs that run kernels, on several orders of threads.
 const SANITIZED: [&str; 7] = ["step", "blend", "observe", "cuda", "graph", "traffic", "driver"];
 /// More of them, on one order: they take longer, or add little to those above. `alloc` has an allocator of its own.
@@ -202,20 +207,22 @@ fn laboratory(sh: &Shell) -> Result<()> {
 
 /// A program whose reader has gone, as in `PROGRAM | head -1`, ends without a word.
 fn closed_pipes(_: &Shell) -> Result<()> {
-    let programs: [(&str, &[&str]); 4] = [
-        ("examples/step", &[]),
-        ("examples/late_fusion", &["--quick"]),
-        ("gradblend-lab", &["run", "--device=cpu", "--test"]),
-        ("xtask", &["ci", "format"]),
+    let built = tools::target()?.join("release");
+    let programs: [(PathBuf, &[&str]); 4] = [
+        (built.join("examples/step"), &[]),
+        (built.join("examples/late_fusion"), &["--quick"]),
+        (built.join("gradblend-lab"), &["run", "--device=cpu", "--test"]),
+        (env::current_exe()?, &["ci", "format"]),
     ];
-    for (name, arguments) in programs {
+    for (program, arguments) in programs {
         let (reader, writer) = std::io::pipe()?;
         drop(reader);
-        let mut program = Command::new(tools::target()?.join("debug").join(name));
-        let output =
-            program.args(arguments).current_dir(tools::root()).stdout(writer).stderr(Stdio::piped()).output()?;
+        let mut command = Command::new(&program);
+        command.args(arguments).current_dir(tools::root()).stdout(writer).stderr(Stdio::piped());
+        let output = command.output().with_context(|| program.display().to_string())?;
         let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.signal() == Some(SIGPIPE) && said.is_empty(), "{name}: {}: {said}", output.status);
+        let quiet = output.status.signal() == Some(SIGPIPE) && said.is_empty();
+        ensure!(quiet, "{}: {}: {said}", program.display(), output.status);
     }
     Ok(())
 }

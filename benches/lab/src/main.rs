@@ -17,6 +17,8 @@ mod report;
 mod results;
 mod run;
 
+use std::process::ExitCode;
+
 use clap::Parser;
 
 /// The laboratory of gradblend: benches/README.md describes the implementations, the inputs and the raw results.
@@ -28,10 +30,17 @@ enum Command {
     Report(report::Options),
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     sigpipe::reset(); // the end of `gradblend-lab | head` is no panic
-    match Command::parse() {
+    let result = match Command::parse() {
         Command::Run(options) => run::run(&options),
         Command::Report(options) => report::report(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

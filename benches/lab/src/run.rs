@@ -57,17 +57,21 @@ const MOST_SETS: usize = 256;
 const SLOW: f64 = 0.4;
 const SLOW_ROUNDS: usize = 3;
 
+const NONE_RAN: &str = "no device has these implementations";
+
 pub(crate) fn run(options: &Options) -> Result<()> {
     ensure!(options.results.is_none() || options.device != DeviceOption::All, "--results needs --device cpu or cuda");
-    if options.device != DeviceOption::Cuda {
-        run_on(options, &crate::cpu::Cpu)?;
-    }
+    let ran = options.device != DeviceOption::Cuda && run_on(options, &crate::cpu::Cpu)?;
     if options.device == DeviceOption::Cpu {
+        ensure!(ran, NONE_RAN);
         return Ok(());
     }
     #[cfg(feature = "cuda")]
     let reason = match crate::cuda::Cuda::new() {
-        Ok(cuda) => return run_on(options, &cuda),
+        Ok(cuda) => {
+            ensure!(run_on(options, &cuda)? || ran, NONE_RAN);
+            return Ok(());
+        }
         Err(reason) => format!("no CUDA device: {reason:#}"),
     };
     #[cfg(not(feature = "cuda"))]
@@ -75,10 +79,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let required = std::env::var("GRADBLEND_REQUIRE_CUDA").is_ok_and(|value| value == "1");
     ensure!(options.device == DeviceOption::All && !required, "{reason}");
     println!("cuda: skipped: {reason}");
+    ensure!(ran, NONE_RAN);
     Ok(())
 }
 
-fn run_on<B: Backend>(options: &Options, backend: &B) -> Result<()> {
+/// Returns whether the device has the implementations that are asked for.
+fn run_on<B: Backend>(options: &Options, backend: &B) -> Result<bool> {
     let machine = backend.machine();
     println!("{}: {}", machine.device, machine.name);
     let cases = match (options.test, options.quick) {
@@ -99,11 +105,8 @@ fn run_on<B: Backend>(options: &Options, backend: &B) -> Result<()> {
         |case: &Case| options.operations().flat_map(|one| backend.entries(one, case.dtype)).collect::<Vec<_>>();
     let entries: Vec<_> = cases.iter().flat_map(entries).collect();
     if let Some(filter) = options.implementation.iter().find(|filter| !entries.iter().any(|entry| entry.is(filter))) {
-        let reason = format!("no implementation has the name or kind {filter:?}");
-        // It may be one of the other device.
-        ensure!(options.device == DeviceOption::All, "{reason}");
-        println!("skipped: {reason}");
-        return Ok(());
+        println!("{}: no implementation has the name or kind {filter:?}", machine.device);
+        return Ok(false);
     }
     let mut log = Log::open(options.results.as_deref(), machine)?;
     let start = Instant::now();
@@ -116,7 +119,7 @@ fn run_on<B: Backend>(options: &Options, backend: &B) -> Result<()> {
             measurement.run(&mut log).with_context(|| case.to_string())?;
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 /// A case on a backend.

@@ -187,7 +187,8 @@ fn write_json<'a>(path: &'a Path, summary: &Summary) -> Result<&'a Path> {
     Ok(path)
 }
 
-/// Runs each method on the samples of each seed, `threads` runs at a time. Which thread does a run, and when, has no effect on results.
+/// Runs each method on the samples of each seed, `threads` runs at a time. Which thread does a run, and when, has no effect
+/// on results.
 fn run_all<'a>(
     settings: &Settings,
     samples: &[Data],
