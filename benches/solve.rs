@@ -9,6 +9,7 @@ use gradblend_testkit::Random;
 const PROBLEMS: usize = 64;
 
 fn solve(c: &mut Criterion) {
+    sigpipe::reset(); // the end of `cargo bench | head` is no panic
     let mut group = c.benchmark_group("solve");
     group.throughput(Throughput::Elements(PROBLEMS as u64));
     for overfitting in [Overfitting::Uncorrelated, Overfitting::Correlated] {

@@ -17,6 +17,7 @@ pub(crate) fn run(
     extra_buffers: usize,
     call: fn(&mut Blender, &Plan<'_>) -> Result<()>,
 ) {
+    sigpipe::reset(); // the end of `cargo bench | head` is no panic
     let mut group = Group { criterion: c.benchmark_group(operation), extra_buffers, call };
     group.criterion.sample_size(20);
     for (size, len) in [("cache", SMALL), ("memory", LARGE)] {

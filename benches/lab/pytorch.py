@@ -484,17 +484,31 @@ def measure(device, case, inputs, test, write):
     print(f"{case['operation']:6}{case['case']:28}{text}", flush=True)
 
 
+def is_cut_off(line):
+    return line.startswith("{") and line.count("{") > line.count("}")
+
+
 def records(path, lines):
     """As the laboratory reads them: the last line of the file or of a run may be cut off."""
-    while lines and not lines[-1]:
-        lines.pop()
-    for number, line in enumerate(lines):
+    numbered = [(number, line.strip("\0 ")) for number, line in enumerate(lines, 1) if line.strip("\0 ")]
+    for i, (number, line) in enumerate(numbered):
         try:
-            yield json.loads(line)
+            record = json.loads(line)
+            if not isinstance(record, dict) or "record" not in record:
+                sys.exit(f"{path}: line {number} is not a record")
+            yield record
         except ValueError as error:
-            if number + 1 < len(lines) and '"run"' not in lines[number + 1][:20]:
-                sys.exit(f"{path}: line {number + 1}: {error}")
-            print(f"warning: {path}: line {number + 1} is cut off, and left out", file=sys.stderr)
+            following = numbered[i + 1][1] if i + 1 < len(numbered) else None
+            at_the_end = following is None or '"run"' in following[:20] or is_cut_off(following)
+            if not is_cut_off(line) or not at_the_end:
+                sys.exit(f"{path}: line {number}: {error}")
+            print(f"warning: {path}: line {number} is cut off, and left out", file=sys.stderr)
+
+
+def seconds(text):
+    if not float(text) >= 0:
+        raise ValueError
+    return float(text)
 
 
 def main():
@@ -503,16 +517,19 @@ def main():
     parser.add_argument("--library", metavar="PATH", help="libgradblend.so, without which no ratio can be reported")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--case", action="append", metavar="FILTER", help="only cases whose name contains this")
-    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="start no case after this")
+    parser.add_argument("--budget", type=seconds, default=math.inf, metavar="SECONDS", help="start no case after this")
     parser.add_argument("--test", action="store_true", help="check and time once; such times mean nothing")
     options = parser.parse_args()
 
     torch.set_grad_enabled(False)
     device = Gpu() if options.device == "cuda" else Cpu()
     try:
-        Gradblend.library = c.CDLL(options.library) if options.library else None
-        text = options.results.read_text(errors="replace")
-    except OSError as error:
+        if options.library:
+            Gradblend.library = c.CDLL(options.library)
+            Gradblend.library.gradblend_step  # of another library there is none
+        text = options.results.read_text(encoding="utf-8-sig", errors="replace")
+        file = options.results.open("a")
+    except (AttributeError, OSError) as error:
         parser.error(str(error))
     cases, commit = {}, None
     for line in records(options.results, text.split("\n")):
@@ -520,10 +537,11 @@ def main():
             commit = line["commit"]
         elif line["record"] == "case" and (not options.case or any(text in line["case"] for text in options.case)):
             cases.setdefault(line["case"], {})[line["operation"]] = line
-    if not cases:
-        sys.exit(f"{options.results} has no such cases")
+    for wanted in options.case or [""]:
+        if not any(wanted in case for case in cases):
+            sys.exit(f"{options.results} has no case whose name contains {wanted!r}")
     deadline = time.monotonic() + options.budget
-    with options.results.open("a") as file:
+    with file:
 
         def write(record):
             print(json.dumps(record), file=file, flush=True)

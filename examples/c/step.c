@@ -45,7 +45,7 @@ static void *driver;
 int main(int argc, char **argv) {
     int device = GRADBLEND_CPU;
     char rest; /* after a number there is nothing */
-    if (argc != 1 && (argc != 3 || strcmp(argv[1], "--device") != 0 || sscanf(argv[2], "%d%c", &device, &rest) != 1)) {
+    if (argc != 1 && (argc != 3 || strcmp(argv[1], "--device") != 0 || sscanf(argv[2], "%9d%c", &device, &rest) != 1)) {
         fprintf(stderr, "usage: %s [--device N]\n", argv[0]);
         return 2;
     }

@@ -299,7 +299,7 @@ int main(int count, char **arguments) {
     char rest; // after a number there is nothing
     for (int i = 1; i < count; i++) {
         if (arguments[i] == std::string("--device") && i + 1 < count &&
-            std::sscanf(arguments[i + 1], "%d%c", &device, &rest) == 1) {
+            std::sscanf(arguments[i + 1], "%9d%c", &device, &rest) == 1) {
             i++;
         } else if (arguments[i] == std::string("--quick")) {
             seeds = 1;

@@ -111,6 +111,10 @@ def main():
     parser.add_argument("--torch", action="store_true", help="use PyTorch arrays, not numpy arrays")
     parser.add_argument("--device", type=int, default=-1, help="a CUDA device; with --torch")
     options = parser.parse_args()
+    try:
+        gradblend = Gradblend(options.library)
+    except OSError as error:
+        parser.error(f"cannot load the library: {error}")
     if options.torch:
         import torch
 
@@ -121,10 +125,6 @@ def main():
 
         array = lambda values: numpy.array(values, dtype=numpy.float32)
 
-    try:
-        gradblend = Gradblend(options.library)
-    except OSError as error:
-        parser.error(f"cannot load the library: {error}")
     config, blender, plan, report = Config(), c.c_void_p(), c.c_void_p(), Report()
     gradblend.config_default(K, c.byref(config))
     # The library fills the fields of version 0.1.0; the others are zeros already.

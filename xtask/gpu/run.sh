@@ -22,7 +22,7 @@ while (($#)); do
     esac
     shift
 done
-[[ $budget =~ ^[0-9]+$ ]] || { echo "--budget $budget: expected a number of seconds" >&2 && exit 2; }
+[[ $budget =~ ^(0|[1-9][0-9]{0,8})$ ]] || { echo "--budget $budget: expected a number of seconds" >&2 && exit 2; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 out=${OUT:-results-$(date -u +%Y%m%dT%H%M%SZ)}

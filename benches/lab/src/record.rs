@@ -1,7 +1,7 @@
 //! Raw results: one JSON object a line. `record` says which kind; the fields of a kind are those of its type below.
 #![warn(clippy::missing_docs_in_private_items)]
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::Command;
@@ -160,11 +160,11 @@ impl Log {
         let Some(path) = path else { return Ok(Log(None)) };
         let context = || path.display().to_string();
         if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder).with_context(context)?;
+            fs::create_dir_all(folder).with_context(context)?;
         }
-        let mut file = OpenOptions::new().create(true).append(true).read(true).open(path).with_context(context)?;
+        let mut file = OpenOptions::new().create(true).append(true).open(path).with_context(context)?;
         // After a line that is cut off, the next record gets a line of its own.
-        if !ends_a_line(&mut file).with_context(context)? {
+        if !ends_a_line(path).with_context(context)? {
             writeln!(file)?;
         }
         let mut log = Log(Some(file));
@@ -185,10 +185,12 @@ impl Log {
     }
 }
 
-/// Whether a file is empty or ends with the end of a line.
-fn ends_a_line(file: &mut File) -> std::io::Result<bool> {
+/// Whether a file is empty or ends with the end of a line. What is no file, such as a pipe, does.
+fn ends_a_line(path: &Path) -> std::io::Result<bool> {
     let mut last = *b"\n";
-    if file.seek(SeekFrom::End(0))? > 0 {
+    let metadata = fs::metadata(path)?;
+    if metadata.is_file() && metadata.len() > 0 {
+        let mut file = File::open(path)?;
         file.seek(SeekFrom::End(-1))?;
         file.read_exact(&mut last)?;
     }

@@ -1,6 +1,7 @@
 //! Tables of raw results, and the summary in a document.
 
 use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -30,38 +31,36 @@ pub(crate) fn report(options: &Options) -> Result<()> {
     let mut document = options.write.as_ref().map(read).transpose()?;
     let mut files = Vec::new();
     for path in &options.files {
-        let name = path.file_stem().and_then(|stem| stem.to_str()).context("a results file has a name")?;
+        let name = path.file_stem().and_then(|stem| stem.to_str());
+        let name = name.with_context(|| format!("{} is not a file of raw results", path.display()))?;
+        let is_written = path.extension().is_some_and(|end| end == "md" || end == "svg");
+        ensure!(!is_written, "{}: the report would replace it; name raw results NAME.jsonl", path.display());
         let results = Results::read(path)?;
         files.push((path.with_extension("md"), results.page(name)));
         files.push((path.with_extension("svg"), plot::draw(&results)?));
         if let (Some(text), Some(target)) = (&mut document, &options.write) {
             let page = relative(target, &path.with_extension("md"))?;
-            *text = replace(text, name, &results.summary(&page))?;
+            *text = replace(text, name, &results.summary(&page)).with_context(|| target.display().to_string())?;
         }
     }
     files.extend(options.write.clone().zip(document));
     if !options.check {
-        files.iter().try_for_each(|(path, _)| check_writable(path))?;
+        // All are opened before any is changed.
+        let open = |path| OpenOptions::new().write(true).create(true).truncate(false).open(path);
+        let context = |path: &Path| format!("cannot write {}", path.display());
+        let opened = files.iter().map(|(path, _)| open(path).with_context(|| context(path)));
+        let opened = opened.collect::<Result<Vec<_>>>()?;
+        for (mut file, (path, text)) in opened.into_iter().zip(&files) {
+            file.set_len(0).and_then(|()| file.write_all(text.as_bytes())).with_context(|| context(path))?;
+        }
+        return Ok(());
     }
     for (path, text) in files {
-        if !options.check {
-            fs::write(&path, text).with_context(|| path.display().to_string())?;
-        } else if fs::read_to_string(&path).is_ok_and(|old| old == text) {
+        if fs::read_to_string(&path).is_ok_and(|old| old == text) {
             println!("{}: up to date", path.display());
         } else {
             bail!("{} is not up to date: run the report without --check", path.display());
         }
-    }
-    Ok(())
-}
-
-/// Whether a file can be written, without changing it: all are written, or none.
-fn check_writable(path: &Path) -> Result<()> {
-    let existed = path.exists();
-    let opened = OpenOptions::new().append(true).create(true).open(path);
-    opened.with_context(|| format!("cannot write {}", path.display()))?;
-    if !existed {
-        fs::remove_file(path)?;
     }
     Ok(())
 }
@@ -192,8 +191,8 @@ fn markdown(rows: &[Vec<String>]) -> String {
 /// `document` with new text between the markers of `name`.
 fn replace(document: &str, name: &str, text: &str) -> Result<String> {
     let (begin, end) = (format!("<!-- report: begin {name} -->\n"), format!("<!-- report: end {name} -->"));
-    let (before, rest) = document.split_once(&begin).with_context(|| format!("the document has no line {begin}"))?;
-    let (_, after) = rest.split_once(&end).with_context(|| format!("the document has no line {end}"))?;
+    let (before, rest) = document.split_once(&begin).with_context(|| format!("no line {}", begin.trim()))?;
+    let (_, after) = rest.split_once(&end).with_context(|| format!("no line {end}"))?;
     Ok(format!("{before}{begin}{text}{end}{after}"))
 }
 

@@ -37,16 +37,15 @@ impl Results {
         let context = || path.display().to_string();
         let bytes = fs::read(path).with_context(context)?;
         // A line that is cut off may end within a character.
-        let (results, cut_off) = Results::parse(&String::from_utf8_lossy(&bytes)).with_context(context)?;
+        let (records, cut_off) = records(&String::from_utf8_lossy(&bytes)).with_context(context)?;
         for number in cut_off {
             eprintln!("warning: {}: line {number} is cut off, and left out", path.display());
         }
-        Ok(results)
+        Results::new(records).with_context(context)
     }
 
-    /// Later times of a program replace its earlier ones of the same operation and case, and what it skipped before. Also
-    /// returns the numbers of the lines at which a program was stopped while it wrote.
-    pub(crate) fn parse(text: &str) -> Result<(Self, Vec<usize>)> {
+    /// Later times of a program replace its earlier ones of the same operation and case, and what it skipped before.
+    fn new(records: Numbered) -> Result<Self> {
         let mut runs: Vec<Run> = Vec::new();
         let mut cases: Vec<CaseRecord> = Vec::new();
         // Of one operation and case in one run, with its program.
@@ -54,7 +53,6 @@ impl Results {
         // By program, too.
         let mut skipped: Vec<(String, Skipped)> = Vec::new();
         let mut start = true;
-        let (records, cut_off) = records(text)?;
         for (number, record) in records {
             match record {
                 Record::Run(run) => {
@@ -110,7 +108,7 @@ impl Results {
         }
         ensure!(!rows.is_empty(), "no results");
         let skipped = skipped.into_iter().map(|(_, one)| one).collect();
-        Ok((Results { runs, rows, skipped }, cut_off))
+        Ok(Results { runs, rows, skipped })
     }
 
     /// A line about machine, date and commits.
@@ -146,18 +144,26 @@ impl Row {
 /// Records with the numbers of their lines.
 type Numbered = Vec<(usize, Record)>;
 
-/// The records, and the numbers of lines that are cut off: the last one of the file or of a
-/// run may be. Any other line that is not a record is an error.
+/// The records, and the numbers of the lines at which a program was stopped while it wrote: the last one of the file, or one
+/// before a run. Any other line that is not a record is an error.
 fn records(text: &str) -> Result<(Numbered, Vec<usize>)> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    // A machine that lost its power may leave zero bytes.
+    let lines = (1..).zip(text.lines().map(|line| line.trim_matches('\0').trim()));
+    let parsed = lines.filter(|(_, line)| !line.is_empty()).map(|(number, line)| (number, serde_json::from_str(line)));
+    let mut parsed = parsed.peekable();
     let (mut records, mut cut_off) = (Vec::new(), Vec::new());
-    let mut lines = (1..).zip(text.lines()).peekable();
-    while let Some((number, line)) = lines.next() {
-        match serde_json::from_str(line) {
+    while let Some((number, record)) = parsed.next() {
+        match record {
             Ok(record) => records.push((number, record)),
             Err(error) => {
-                let starts_a_run = |line: &str| matches!(serde_json::from_str(line), Ok(Record::Run(_)));
-                let at_the_end = lines.peek().is_none_or(|(_, next)| starts_a_run(next));
-                ensure!(error.is_eof() && at_the_end, "line {number}: {error}");
+                let at_the_end = parsed.peek().is_none_or(|(_, next)| match next {
+                    Ok(next) => matches!(next, Record::Run(_)),
+                    Err(next) => next.is_eof(),
+                });
+                let reason = error.to_string();
+                let reason = reason.split(" at line ").next().unwrap_or_default();
+                ensure!(error.is_eof() && at_the_end, "line {number}, column {}: {reason}", error.column());
                 cut_off.push(number);
             }
         }
@@ -218,7 +224,7 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn parse(lines: &[&str]) -> Result<Results> {
-        Ok(Results::parse(&text(lines))?.0)
+        Results::new(records(&text(lines))?.0)
     }
 
     fn text(lines: &[&str]) -> String {
@@ -226,23 +232,37 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_last_line_of_a_run_may_be_cut_off() -> Result<()> {
-        let ours = time(OURS, "ours", "[10]");
-        let whole = text(&[RUN, CASE, &ours]);
-        let start = text(&[RUN, CASE]).len() + 1;
-        for end in start + 1..whole.len() {
-            let (results, cut_off) = Results::parse(&whole[..end])?;
-            assert_eq!((cut_off, results.rows[0].cells.len()), (vec![3], 0), "{}", &whole[start..end]);
+    fn lines_that_are_cut_off_are_left_out() -> Result<()> {
+        let ours = time(OURS, "ours", "[10]").replace("\"kind\"", "\"µ\":1,\"kind\"");
+        let whole = text(&[RUN, CASE, &ours, RUN, CASE, &ours]);
+        let lines: Vec<&str> = whole.lines().collect();
+        for end in 1..whole.len() {
+            // What a program leaves that was stopped, and what the next one appends, which was stopped as well.
+            let start = String::from_utf8_lossy(&whole.as_bytes()[..end]).into_owned();
+            let (kept, cut_off) = records(&start)?;
+            let complete = lines
+                .iter()
+                .scan(0, |at, line| {
+                    *at += line.len() + 1;
+                    Some(*at)
+                })
+                .filter(|at| at - 1 <= end)
+                .count();
+            let is_cut = !start.ends_with('\n') && !lines.contains(&start.lines().last().unwrap_or_default());
+            assert_eq!((kept.len(), cut_off.len()), (complete, usize::from(is_cut)), "{start}");
+            let again = format!("{}\n{}", start.trim_end(), &whole[..whole.len() / 2 + 30]);
+            assert_eq!(records(&again)?.0.len(), complete + 3, "{again}");
         }
-        let (results, cut_off) = Results::parse(&text(&[RUN, CASE, &ours[..30], RUN, CASE, &ours, "{\"record"]))?;
-        assert_eq!((cut_off, results.rows[0].cells.len()), (vec![3, 7], 1));
+        let zeros = text(&[RUN, CASE, &ours, "\0\0\0"]);
+        assert_eq!(records(&zeros)?.0.len(), 3);
+        assert_eq!(records(&format!("\u{feff}{RUN}\n\n", RUN = RUN.replace('\n', "")))?.0.len(), 1);
         for (lines, expected) in [
-            ([RUN, &CASE[..30], &ours], "line 2: EOF"),
-            ([RUN, CASE, "{}"], "line 3: missing field `record`"),
-            ([RUN, "", CASE], "line 2: EOF"),
-            ([RUN, CASE, "x"], "line 3: expected value"),
+            ([RUN, &CASE[..30], &ours], "line 2, column 30: EOF"),
+            ([RUN, CASE, "{}"], "line 3, column 2: missing field `record`"),
+            ([RUN, CASE, "x"], "line 3, column 1: expected value"),
+            (["{\"a", "{\"b", CASE], "line 2, column 3: EOF"),
         ] {
-            let error = Results::parse(&text(&lines)).err().map(|error| error.to_string()).unwrap_or_default();
+            let error = records(&text(&lines)).err().map(|error| error.to_string()).unwrap_or_default();
             assert!(error.starts_with(expected), "{error}");
         }
         Ok(())

@@ -8,6 +8,10 @@ use clap::{Args, ValueEnum};
 
 use crate::backend::{Backend, Entry, Implementation, Missing};
 use crate::case::{self, Case, Operation};
+#[cfg(not(feature = "cuda"))]
+use crate::cpu::Cpu as Cuda; // as there is none
+#[cfg(feature = "cuda")]
+use crate::cuda::Cuda;
 use crate::inputs::{Inputs, with_dtype};
 use crate::oracle::{self, Exact};
 use crate::record::{CaseRecord, Errors, Kind, Log, Record, Skipped, Time};
@@ -57,69 +61,81 @@ const MOST_SETS: usize = 256;
 const SLOW: f64 = 0.4;
 const SLOW_ROUNDS: usize = 3;
 
-const NONE_RAN: &str = "no device has these implementations";
+#[cfg(feature = "cuda")]
+fn cuda() -> Result<Cuda, String> {
+    Cuda::new().map_err(|reason| format!("no CUDA device: {reason:#}"))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> Result<Cuda, String> {
+    Err("this program was built without the CUDA backend: add `--features cuda` before the `--` of cargo run".into())
+}
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     ensure!(options.results.is_none() || options.device != DeviceOption::All, "--results needs --device cpu or cuda");
-    let ran = options.device != DeviceOption::Cuda && run_on(options, &crate::cpu::Cpu)?;
-    if options.device == DeviceOption::Cpu {
-        ensure!(ran, NONE_RAN);
-        return Ok(());
-    }
-    #[cfg(feature = "cuda")]
-    let reason = match crate::cuda::Cuda::new() {
-        Ok(cuda) => {
-            ensure!(run_on(options, &cuda)? || ran, NONE_RAN);
-            return Ok(());
+    let cases = options.cases()?;
+    let cpu = (options.device != DeviceOption::Cuda).then_some(crate::cpu::Cpu);
+    let cuda = match (options.device != DeviceOption::Cpu).then(cuda).transpose() {
+        Ok(cuda) => cuda,
+        Err(reason) => {
+            let required = std::env::var("GRADBLEND_REQUIRE_CUDA").is_ok_and(|value| value == "1");
+            ensure!(options.device == DeviceOption::All && !required, "{reason}");
+            println!("cuda: skipped: {reason}");
+            None
         }
-        Err(reason) => format!("no CUDA device: {reason:#}"),
     };
-    #[cfg(not(feature = "cuda"))]
-    let reason = "this program was built without the CUDA backend: add `--features cuda` before the `--` of cargo run";
-    let required = std::env::var("GRADBLEND_REQUIRE_CUDA").is_ok_and(|value| value == "1");
-    ensure!(options.device == DeviceOption::All && !required, "{reason}");
-    println!("cuda: skipped: {reason}");
-    ensure!(ran, NONE_RAN);
-    Ok(())
+    for filter in &options.implementation {
+        let known = cpu.as_ref().is_some_and(|cpu| options.selects(filter, &cases, cpu))
+            || cuda.as_ref().is_some_and(|cuda| options.selects(filter, &cases, cuda));
+        ensure!(known, "no implementation of these cases has the name or kind {filter:?}");
+    }
+    cpu.map_or(Ok(()), |cpu| run_on(options, &cases, &cpu))?;
+    cuda.map_or(Ok(()), |cuda| run_on(options, &cases, &cuda))
 }
 
-/// Returns whether the device has the implementations that are asked for.
-fn run_on<B: Backend>(options: &Options, backend: &B) -> Result<bool> {
+fn run_on<B: Backend>(options: &Options, cases: &[Case], backend: &B) -> Result<()> {
     let machine = backend.machine();
     println!("{}: {}", machine.device, machine.name);
-    let cases = match (options.test, options.quick) {
-        (true, _) => case::test_cases(),
-        (false, true) => case::quick_cases(),
-        (false, false) => case::full_cases(),
-    };
-    for filter in &options.case {
-        ensure!(
-            cases.iter().any(|case| case.to_string().contains(filter)),
-            "no case has a name that contains {filter:?}"
-        );
-    }
-    let wanted =
-        |case: &Case| options.case.is_empty() || options.case.iter().any(|filter| case.to_string().contains(filter));
-    let cases: Vec<Case> = cases.into_iter().filter(wanted).collect();
-    let entries =
-        |case: &Case| options.operations().flat_map(|one| backend.entries(one, case.dtype)).collect::<Vec<_>>();
-    let entries: Vec<_> = cases.iter().flat_map(entries).collect();
-    if let Some(filter) = options.implementation.iter().find(|filter| !entries.iter().any(|entry| entry.is(filter))) {
-        println!("{}: no implementation has the name or kind {filter:?}", machine.device);
-        return Ok(false);
-    }
     let mut log = Log::open(options.results.as_deref(), machine)?;
     let start = Instant::now();
     for case in cases {
         let over = options.budget.is_some_and(|budget| start.elapsed() >= Duration::from_secs(budget));
-        let measurement = Measurement { options, backend, case: &case };
+        let measurement = Measurement { options, backend, case };
         if over {
             measurement.skip(&mut log, None, None, "the budget is spent")?;
         } else {
             measurement.run(&mut log).with_context(|| case.to_string())?;
         }
     }
-    Ok(true)
+    Ok(())
+}
+
+impl Options {
+    /// The cases that are asked for.
+    fn cases(&self) -> Result<Vec<Case>> {
+        let mut cases = match (self.test, self.quick) {
+            (true, _) => case::test_cases(),
+            (false, true) => case::quick_cases(),
+            (false, false) => case::full_cases(),
+        };
+        for filter in &self.case {
+            let known = cases.iter().any(|case| case.to_string().contains(filter));
+            ensure!(known, "no case has a name that contains {filter:?}");
+        }
+        cases.retain(|case| self.case.is_empty() || self.case.iter().any(|filter| case.to_string().contains(filter)));
+        Ok(cases)
+    }
+
+    fn operations(&self) -> impl Iterator<Item = Operation> {
+        Operation::ALL.into_iter().filter(|one| self.operation.is_empty() || self.operation.contains(one))
+    }
+
+    /// Whether a backend has an implementation of this name or kind.
+    fn selects<B: Backend>(&self, filter: &str, cases: &[Case], backend: &B) -> bool {
+        let entries =
+            |case: &Case| self.operations().flat_map(|one| backend.entries(one, case.dtype)).collect::<Vec<_>>();
+        cases.iter().flat_map(entries).any(|entry| entry.is(filter))
+    }
 }
 
 /// A case on a backend.
@@ -134,12 +150,6 @@ struct Running<I> {
     implementation: Box<dyn Implementation<I>>,
     rounds: usize,
     time: Time,
-}
-
-impl Options {
-    fn operations(&self) -> impl Iterator<Item = Operation> {
-        Operation::ALL.into_iter().filter(|one| self.operation.is_empty() || self.operation.contains(one))
-    }
 }
 
 impl<B: Backend> Measurement<'_, B> {
