@@ -85,7 +85,9 @@ fn step_on_cpu(blender: &mut Blender, host: &[Vec<f32>]) -> Result<Vec<Vec<f32>>
 
 fn main() -> Result<()> {
     sigpipe::reset(); // the end of `cuda_step | head` is no panic
-    let ordinal = std::env::args().nth(1).map_or(Ok(0), |word| word.parse().map_err(|_| format!("no number of a device: {word:?}")))?;
+    let ordinal = std::env::args()
+        .nth(1)
+        .map_or(Ok(0), |word| word.parse().map_err(|_| format!("no number of a device: {word:?}")))?;
     let mut reference = Blender::new(&Device::cpu(), Config::new(K as u32))?;
     // Before cudarc is used: it panics where there is no driver, and this is an error.
     let mut blender = Blender::new(&Device::cuda(ordinal)?, Config::new(K as u32))?;

@@ -229,16 +229,23 @@ std::vector<Sample> read_samples(std::mt19937 &random) {
     for (std::string line; std::getline(file, line);) {
         Sample sample{{Floats(INPUTS[0]), Floats(INPUTS[1])}, 0};
         const char *field = line.c_str();
-        if (std::count(line.begin(), line.end(), ',') != 64) {
-            const std::string number = std::to_string(samples.size() + 1);
-            throw std::runtime_error(DATA + (": line " + number) + ": expected 64 pixels and the digit");
-        }
-        for (std::size_t i = 0; i < 64; i++, field = std::strchr(field, ',') + 1) {
-            const float pixel = (std::strtof(field, nullptr) - 5 + noise(random)) / 8;
+        // The next number of the line, which is from 0 to `limit`.
+        const auto number = [&](float limit) {
+            char *end;
+            const float value = std::strtof(field, &end);
+            if (end == field || !(value >= 0 && value <= limit) || (*end != ',' && *end != '\r' && *end != 0)) {
+                const std::string where = std::string(DATA) + ": line " + std::to_string(samples.size() + 1);
+                throw std::runtime_error(where + ": expected 64 pixels from 0 to 16 and a digit");
+            }
+            field = *end == ',' ? end + 1 : end;
+            return value;
+        };
+        for (std::size_t i = 0; i < 64; i++) {
+            const float pixel = (number(16) - 5 + noise(random)) / 8;
             (i < 32 ? sample.views[0][i] : sample.views[1][i % 8]) += i < 32 ? pixel : pixel / 2;
             sample.views[1][8 + i / 8 % 4] += i < 32 ? 0 : pixel / 3;
         }
-        sample.label = std::strtol(field, nullptr, 10);
+        sample.label = static_cast<std::ptrdiff_t>(number(CLASSES - 1));
         samples.push_back(sample);
     }
     if (samples.size() < SAMPLES) {

@@ -1,5 +1,6 @@
 //! Spoken digits from WAV files, as log-mel energies.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -33,7 +34,10 @@ pub(crate) fn read_recordings(folder: &Path) -> Result<Vec<Recording>> {
     let context = || format!("cannot read the audio folder {}", folder.display());
     let entries = fs::read_dir(&folder).with_context(context)?;
     let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<PathBuf>>>()?;
-    paths.retain(|path| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("wav")));
+    // Systems leave hidden files with the same names in folders that they copy.
+    let hidden = |path: &Path| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+    let wav = |end: &OsStr| end.eq_ignore_ascii_case("wav") || end.eq_ignore_ascii_case("wave");
+    paths.retain(|path| path.extension().is_some_and(wav) && !hidden(path));
     paths.sort();
     ensure!(!paths.is_empty(), "no WAV file in {} (or in its folder `recordings`)", folder.display());
     let mut mel = LogMel::new();

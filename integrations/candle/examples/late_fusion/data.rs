@@ -10,7 +10,7 @@
 //! With files, `audio` (160 log-mel energies of a spoken digit) and `image` (64 noisy pixels), paired by label. No speaker
 //! and no image is in both training and test samples. Held-out samples have the speakers of the training samples.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{Device, Tensor};
 use clap::builder::RangedU64ValueParser;
 use rand::seq::SliceRandom;
@@ -95,35 +95,72 @@ impl Image {
 }
 
 /// Parses one image per line: 64 pixels from 0 to 16, row by row, and the label. As table programs write it: numbers may be
-/// quoted or have decimals, and the first line may be a heading.
-pub(crate) fn parse_images(text: &str) -> Result<Vec<Image>> {
+/// quoted or have decimals, a separator may end the line, and the first line may be a heading.
+pub(crate) fn parse_images(bytes: &[u8]) -> Result<Vec<Image>> {
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        let line = bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count() + 1;
+        anyhow!("line {line}: expected UTF-8")
+    })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let rows: Vec<(usize, Vec<&str>)> = lines.map(|(number, line)| (number + 1, fields(line))).collect();
-    let no_number = |row: &&(usize, Vec<&str>)| row.1.iter().all(|field| field.parse::<f32>().is_err());
-    let heading = rows.first().filter(|row| row.0 == 1).filter(no_number);
-    let rows = &rows[usize::from(heading.is_some())..];
-    ensure!(!rows.is_empty(), "there is no image");
-    rows.iter().map(|(number, fields)| parse_image(fields).with_context(|| format!("line {number}"))).collect()
+    let mut images = Vec::new();
+    let mut first = true;
+    for (number, line) in (1..).zip(text.lines()) {
+        let context = || format!("line {number}");
+        let mut fields = fields(line).with_context(context)?;
+        if fields.iter().all(|field| field.is_empty()) {
+            continue;
+        }
+        if fields.len() == PIXELS + 2 && fields[PIXELS + 1].is_empty() {
+            fields.pop();
+        }
+        let len = fields.len();
+        ensure!(len == PIXELS + 1, "line {number}: expected {} fields (64 pixels and a label), got {len}", PIXELS + 1);
+        if !first || !is_heading(&fields) {
+            images.push(parse_image(&fields).with_context(context)?);
+        }
+        first = false;
+    }
+    ensure!(!images.is_empty(), "there is no image");
+    Ok(images)
 }
 
-fn fields(line: &str) -> Vec<&str> {
-    line.split(',').map(|field| field.trim().trim_matches('"').trim()).collect()
+/// The fields of a line. One in quotes may have commas.
+fn fields(line: &str) -> Result<Vec<&str>> {
+    let (mut fields, mut rest) = (Vec::new(), line);
+    loop {
+        let next;
+        if let Some(quoted) = rest.trim_start().strip_prefix('"') {
+            let (field, after) = quoted.split_once('"').context("a quote has no end")?;
+            fields.push(field.trim());
+            let after = after.trim();
+            next = after.strip_prefix(',');
+            ensure!(next.is_some() || after.is_empty(), "expected a comma after a quote, got {after:?}");
+        } else {
+            let (field, after) = rest.split_once(',').map_or((rest, None), |(field, after)| (field, Some(after)));
+            fields.push(field.trim());
+            next = after;
+        }
+        let Some(after) = next else { return Ok(fields) };
+        rest = after;
+    }
+}
+
+/// Whether no pixel is a number, or pixels have the numbers of their columns, as tables without names do.
+fn is_heading(fields: &[&str]) -> bool {
+    let pixels = || fields[..PIXELS].iter().enumerate();
+    let counts = |from: usize| pixels().all(|(i, field)| field.parse() == Ok(i + from));
+    pixels().all(|(_, field)| !field.is_empty() && field.parse::<f64>().is_err()) || counts(0) || counts(1)
 }
 
 fn parse_image(fields: &[&str]) -> Result<Image> {
-    ensure!(fields.len() == PIXELS + 1, "expected {PIXELS} pixels and a label, got {} fields", fields.len());
-    let (pixels, label) = fields.split_at(PIXELS);
-    let pixel = |(i, field): (usize, &&str)| {
-        let value = field.parse().ok().filter(|value| (0.0..=16.0).contains(value));
-        value.with_context(|| format!("field {} is {field:?}, expected 0 to 16", i + 1))
+    let number = |i: usize, is_right: fn(&f64) -> bool, expected: &str| {
+        let value = fields[i].parse().ok().filter(is_right);
+        value.with_context(|| format!("field {} is {:?}, expected {expected}", i + 1, fields[i]))
     };
-    let pixels = pixels.iter().enumerate().map(pixel).collect::<Result<Vec<f32>>>()?;
-    let value =
-        label[0].parse::<f32>().ok().filter(|value| value.fract() == 0.0 && (0.0..CLASSES as f32).contains(value));
-    let label =
-        value.with_context(|| format!("field {} is {:?}, expected a digit from 0 to 9", PIXELS + 1, label[0]))?;
-    Ok(Image { pixels, label: label as usize })
+    let pixel = |i| Ok(number(i, |value| (0.0..=16.0).contains(value), "0 to 16")? as f32);
+    let is_digit = |value: &f64| value.fract() == 0.0 && (0.0..CLASSES as f64).contains(value);
+    let pixels = (0..PIXELS).map(pixel).collect::<Result<_>>()?;
+    Ok(Image { pixels, label: number(PIXELS, is_digit, "a digit from 0 to 9")? as usize })
 }
 
 /// Where samples are drawn from.
@@ -141,7 +178,7 @@ struct Sample {
 impl Source {
     /// The digits of `examples/data`.
     pub(crate) fn bundled() -> Result<Self> {
-        Ok(Source::Views { images: parse_images(include_str!("../data/digits.csv"))? })
+        Ok(Source::Views { images: parse_images(include_bytes!("../data/digits.csv"))? })
     }
 
     /// Recordings and images. The last `test_speakers` in order of name are for testing.
@@ -151,7 +188,7 @@ impl Source {
         speakers.dedup();
         ensure!(
             (1..speakers.len()).contains(&test_speakers),
-            "cannot test on {test_speakers} of {} speakers: both training and testing need one",
+            "--test-speakers {test_speakers}: there are {} speakers, of which training and testing need at least one each",
             speakers.len()
         );
         let test_speakers = speakers.split_off(speakers.len() - test_speakers);
@@ -224,11 +261,11 @@ impl Source {
                 (pair(&train, train_images, noise, rng), pair(&test, test_images, noise, rng))
             }
         };
+        let (train_len, test_len) = (train.len(), test.len());
         ensure!(
-            train.len() >= train_wanted && test.len() >= options.test,
-            "there are {} samples to train on and hold out and {} to test on, not {train_wanted} and {}",
-            train.len(),
-            test.len(),
+            train_len >= train_wanted && test_len >= options.test,
+            "--train and --held-out want {train_wanted} samples, of which there are {train_len}, and --test wants {}, of \
+             which there are then {test_len}",
             options.test
         );
         train.truncate(train_wanted);

@@ -25,7 +25,8 @@ mod tests;
 mod train;
 mod wav;
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File};
+use std::io::Write;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -33,7 +34,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -80,7 +81,7 @@ struct Args {
     images: Option<PathBuf>,
     /// With --audio: how many speakers, the last by name, are for testing only; with 4 of 6, audio overfits to the other
     /// two
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, requires = "audio")]
     test_speakers: usize,
     /// Also runs online-gradient-epoch and -step without taking the overfitting of modalities as uncorrelated
     #[arg(long)]
@@ -114,14 +115,11 @@ fn main() -> ExitCode {
 fn compare(args: &Args) -> Result<Summary> {
     let Args { options, settings, .. } = args;
     let start = Instant::now();
-    fs::create_dir_all(&args.out).with_context(|| format!("cannot write the folder {}", args.out.display()))?;
-    plots::paths(&args.out).iter().chain(&args.json).try_for_each(|path| check_writable(path))?;
     let source = match (&args.audio, &args.images) {
         (Some(audio), Some(images)) => {
             let recordings = audio::read_recordings(audio)?;
             let context = || format!("cannot read the images {}", images.display());
-            let images =
-                data::parse_images(&fs::read_to_string(images).with_context(context)?).with_context(context)?;
+            let images = data::parse_images(&fs::read(images).with_context(context)?).with_context(context)?;
             Source::pairs(recordings, images, args.test_speakers)?
         }
         _ => Source::bundled()?,
@@ -132,6 +130,7 @@ fn compare(args: &Args) -> Result<Summary> {
     let methods = Method::all(&modalities, args.correlated || options.nuisance.is_some(), settings)?;
     let samples = (0..seeds).map(|seed| source.draw(options, seed).with_context(|| format!("seed {seed}")));
     let samples = samples.collect::<Result<Vec<Data>>>()?;
+    let json = open_outputs(args)?;
     let data = source.describe(options);
     println!("data: {data}");
     let (train, held_out) = (options.train, options.held_out);
@@ -156,8 +155,8 @@ fn compare(args: &Args) -> Result<Summary> {
         train_batch: settings.train_batch,
         methods: outcomes.iter().map(|outcome| Row::new(outcome, settings.train_batch)).collect(),
     };
-    // Files first: the reader of the table may have gone. And the table even where a file cannot be written.
-    let json = args.json.as_ref().map(|path| write_json(path, &summary)).transpose();
+    // Before the table, whose reader may have gone; and the table even where a file cannot be written.
+    let json = json.map(|(path, file)| write_json(path, file, &summary)).transpose();
     println!("{}", summary.table()?);
     println!("`late_fusion --help` explains the columns");
     for path in plots.with_context(|| format!("cannot draw plots in {}", args.out.display()))? {
@@ -170,20 +169,32 @@ fn compare(args: &Args) -> Result<Summary> {
     Ok(summary)
 }
 
-/// Whether a file can be written, without changing it: better told before the work than after it.
-fn check_writable(path: &Path) -> Result<()> {
-    let existed = path.exists();
-    let opened = OpenOptions::new().append(true).create(true).open(path);
-    opened.with_context(|| format!("cannot write {}", path.display()))?;
-    if !existed {
-        fs::remove_file(path)?;
+/// Opens what will be written, without changing it, so that a mistake is told before the work. Returns the file of --json.
+fn open_outputs(args: &Args) -> Result<Option<(&Path, File)>> {
+    let open = |path: &Path| -> Result<File> {
+        let file = File::options().write(true).create(true).truncate(false).open(path);
+        file.with_context(|| format!("cannot write {}", path.display()))
+    };
+    fs::create_dir_all(&args.out).with_context(|| format!("cannot write the folder {}", args.out.display()))?;
+    let plots = plots::paths(&args.out);
+    plots.iter().try_for_each(|path| open(path).map(drop))?;
+    let Some(path) = &args.json else { return Ok(None) };
+    let file = open(path)?;
+    let same =
+        |other: &&PathBuf| other.canonicalize().ok().is_some_and(|other| path.canonicalize().ok() == Some(other));
+    if let Some(other) = plots.iter().chain(&args.images).find(same) {
+        bail!("--json {} would replace {}", path.display(), other.display());
     }
-    Ok(())
+    Ok(Some((path, file)))
 }
 
-fn write_json<'a>(path: &'a Path, summary: &Summary) -> Result<&'a Path> {
+fn write_json<'a>(path: &'a Path, mut file: File, summary: &Summary) -> Result<&'a Path> {
     let json = serde_json::to_string_pretty(summary)? + "\n";
-    fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+    // What is no file, such as a pipe, has no length.
+    let cleared = if file.metadata().is_ok_and(|metadata| metadata.is_file()) { file.set_len(0) } else { Ok(()) };
+    cleared
+        .and_then(|()| file.write_all(json.as_bytes()))
+        .with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
 }
 

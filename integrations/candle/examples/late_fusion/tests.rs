@@ -117,7 +117,7 @@ fn spoken_digits_are_read_from_wav_files() {
 fn images_are_read_as_table_programs_write_them() {
     let row = format!("{}3", "16,".repeat(64));
     let read = |text: &str| -> Vec<(Vec<f32>, usize)> {
-        let images = data::parse_images(text).unwrap_or_else(|error| panic!("{text:?}: {error:#}"));
+        let images = data::parse_images(text.as_bytes()).unwrap_or_else(|error| panic!("{text:?}: {error:#}"));
         images.into_iter().map(|image| (image.pixels, image.label)).collect()
     };
     let want = vec![(vec![16.0; 64], 3); 2];
@@ -130,6 +130,10 @@ fn images_are_read_as_table_programs_write_them() {
         format!("\u{feff}{heading}\n{row}\n{row}\n"),
         format!("{0}\n{0}\n", row.replace(',', ".0, ").replace('3', "3.0")),
         format!("{0}\r\n{0}", format!("\"{}\"", row.replace(',', "\",\""))),
+        format!("\n{heading}\n{row},\r\n{row} ,\n{}\n", ",".repeat(64)),
+        format!("{}\n{row}\n{row}\n", (0..65).map(|i| i.to_string()).collect::<Vec<_>>().join(",")),
+        format!("{}label\n{row}\n{row}\n", (1..65).map(|i| format!("\"{i}\",")).collect::<String>()),
+        format!("{}\n{row}\n{row}\n", heading.replace("pixel 7", "\"pixel 0, 7\"")),
     ] {
         assert_eq!(read(&text), want, "{text:?}");
     }
@@ -141,7 +145,14 @@ fn a_bad_image_names_its_line() {
     let good = format!("{}3\n", "1,".repeat(64));
     let heading = format!("{}label\n", "pixel,".repeat(64));
     for (text, expected) in [
-        (good.clone() + "1,2", "line 2: expected 64 pixels and a label, got 2 fields"),
+        (good.clone() + "1,2", "line 2: expected 65 fields (64 pixels and a label), got 2"),
+        (good.replace(',', ";"), "line 1: expected 65 fields (64 pixels and a label), got 1"),
+        ("oops\n".to_owned() + &good, "line 1: expected 65 fields (64 pixels and a label), got 1"),
+        (good.replacen('1', "\"1", 1), "line 1: a quote has no end"),
+        (good.replacen('1', "\"\"\"1\"\"\"", 1), "line 1: expected a comma after a quote, got \"\\\"1"),
+        (good.replacen('1', "16.0000001", 1), "line 1: field 1 is \"16.0000001\", expected 0 to 16"),
+        (good.replace('3', "8.99999999999"), "line 1: field 65 is \"8.99999999999\", expected a digit from 0 to 9"),
+        (good.replace('1', ""), "line 1: field 1 is \"\", expected 0 to 16"),
         (good.clone() + "\r\n" + &good.replacen('1', "17", 1), "line 3: field 1 is \"17\", expected 0 to 16"),
         (good.clone() + &good.replacen('1', "nan", 1), "line 2: field 1 is \"nan\", expected 0 to 16"),
         (good.clone() + &good.replacen('1', "", 1), "line 2: field 1 is \"\", expected 0 to 16"),
@@ -152,9 +163,11 @@ fn a_bad_image_names_its_line() {
         (heading, "there is no image"),
         (String::new(), "there is no image"),
     ] {
-        let error = format!("{:#}", data::parse_images(&text).err().unwrap());
-        assert_eq!(error, expected);
+        let error = format!("{:#}", data::parse_images(text.as_bytes()).err().unwrap());
+        assert!(error.starts_with(expected), "{error}, expected {expected}");
     }
+    let error = data::parse_images(&[good.as_bytes(), b"1,\xFF"].concat()).err().unwrap();
+    assert_eq!(error.to_string(), "line 2: expected UTF-8");
 }
 
 /// The message for a command line that cannot be carried out.
@@ -171,14 +184,16 @@ fn every_path_and_number_is_checked_before_training() {
     fs::write(&file, "kept").unwrap();
     let path = |path: PathBuf| path.to_str().unwrap().to_owned();
     let (missing, within) = (path(folder.join("nowhere/x.json")), path(file.join("x")));
+    let plot = path(out.join("weights.svg"));
     let (out, file_name, folder_name) = (path(out), path(file.clone()), path(folder.clone()));
     // So long that the test would not end if training started.
     let long = ["--epochs", "100000", "--out"];
     for (words, expected) in [
         (["--json", &missing], format!("cannot write {missing}")),
         (["--json", &folder_name], format!("cannot write {folder_name}")),
-        (["--train", "1500"], "there are 1600 samples to train on".into()),
-        (["--test", "1198"], "there are 600 samples to train on".into()),
+        (["--json", &plot], format!("--json {plot} would replace {plot}")),
+        (["--train", "1500"], "--train and --held-out want 1600 samples, of which there are 1600".into()),
+        (["--test", "1198"], "--test wants 1198, of which there are then 1197".into()),
     ] {
         let error = rejected(&[&long[..], &[&out], &words].concat());
         assert!(error.contains(&expected), "{words:?}: {error}");
@@ -209,6 +224,31 @@ fn every_path_and_number_is_checked_before_training() {
         }
     }
     assert_eq!(fs::read_to_string(&file).unwrap(), "kept");
-    assert_eq!(fs::read_dir(&out).unwrap().count(), 0, "a check left a file");
+    // Images that the results would replace, found when all else was right.
+    let images = path(folder.join("images.csv"));
+    fs::copy(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/digits.csv"), &images).unwrap();
+    let audio = path(folder.join("audio"));
+    fs::create_dir(&audio).unwrap();
+    for name in ["0_a_0", "0_b_0", "0_c_0", "._0_a_0"] {
+        fs::write(format!("{audio}/{name}.wav"), wav::tests::encode(&[1; 300])).unwrap();
+    }
+    let sizes = [
+        "--train",
+        "1",
+        "--held-out",
+        "1",
+        "--test",
+        "1",
+        "--test-speakers",
+        "1",
+        "--images",
+        &images,
+        "--audio",
+        &audio,
+    ];
+    let words = [&long[..], &[&out], &sizes];
+    let error = rejected(&[&words.concat()[..], &["--json", &images]].concat());
+    assert_eq!(error, format!("--json {images} would replace {images}"));
+    assert!(fs::read_to_string(&images).unwrap().lines().count() > 1000);
     fs::remove_dir_all(folder).unwrap();
 }

@@ -13,35 +13,36 @@ const EXTENSIBLE_FORMAT: usize = 40;
 
 /// The samples of a file of one channel and 16 bits, from -1 to 1.
 pub(crate) fn samples(file: &[u8], rate: u32) -> Result<Vec<f32>> {
-    ensure!(
-        file.starts_with(b"RIFF") && file.get(8..12) == Some(b"WAVE"),
-        "not a WAV file: no RIFF and WAVE at its start"
-    );
-    let (mut at, mut format) = (12, None);
+    let starts = [b"RIFF", b"RF64", b"BW64"].iter().any(|name| file.starts_with(*name));
+    ensure!(starts && file.get(8..12) == Some(b"WAVE"), "not a WAV file: no RIFF and WAVE at its start");
+    let (mut at, mut format, mut long) = (12, None, None);
     loop {
         let Some(head) = file.get(at..at + 8) else { bail!("the file ends before its samples") };
         let (name, length) = (&head[..4], u32_at(head, 4) as usize);
         let body = &file[at + 8..];
         if name == b"data" {
             check_format(format.context("the samples come before their format")?, rate)?;
-            let of_file = u32_at(file, 4) as usize;
-            return decode(data(body, length, of_file <= at || of_file >= UNKNOWN)?);
+            return decode(data(body, long.filter(|_| length == u32::MAX as usize).unwrap_or(length))?);
         }
         let Some(chunk) = body.get(..length) else {
-            bail!(
-                "the chunk {:?} has {length} bytes, of which the file has {}",
-                name.escape_ascii().to_string(),
-                body.len()
-            )
+            let name = name.escape_ascii();
+            bail!("the chunk \"{name}\" has {length} bytes, of which the file has {}", body.len())
         };
-        if name == b"fmt " {
-            format = Some(chunk);
+        match name {
+            b"fmt " => format = Some(chunk),
+            // Lengths of 64 bits, that of the samples after that of the file.
+            b"ds64" if length >= 16 => long = Some(u32_at(chunk, 8) as usize | (u32_at(chunk, 12) as usize) << 32),
+            _ => {}
         }
-        // A chunk of odd length is followed by a byte of padding, which some programs leave out.
-        let next = body.get(length..length + 4);
-        let padded = length % 2 == 1 && next != Some(b"data") && next != Some(b"fmt ");
+        // A chunk of odd length is followed by a zero byte, which some programs leave out.
+        let padded = length % 2 == 1 && !is_name(&body[length..]);
         at += 8 + length + usize::from(padded);
     }
+}
+
+/// Whether bytes start with the name of a chunk.
+fn is_name(bytes: &[u8]) -> bool {
+    bytes.len() >= 4 && bytes[..4].iter().all(|byte| byte.is_ascii_graphic() || *byte == b' ')
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
@@ -61,27 +62,30 @@ fn check_format(format: &[u8], rate: u32) -> Result<()> {
     let (channels, hertz, bits) = (u16_at(format, 2), u32_at(format, 4), u16_at(format, 14));
     ensure!(
         (encoding, channels, hertz, bits) == (PCM, 1, rate, 16),
-        "expected {rate} Hz, 1 channel, 16 bits and encoding {PCM} (PCM), got {hertz} Hz, {channels} channels, {bits} bits \
-         and encoding {encoding}"
+        "expected encoding {PCM} (PCM), channels 1, rate {rate} Hz, bits 16; got encoding {encoding}, channels {channels}, \
+         rate {hertz} Hz, bits {bits}"
     );
     Ok(())
 }
 
-/// The bytes of the samples. `rest` is the file after the head of their chunk, `length` what the head says. `unfilled`:
-/// the length of the whole file, at its start, does not reach up to here, so nobody has filled in the lengths.
-fn data(rest: &[u8], length: usize, unfilled: bool) -> Result<&[u8]> {
+/// The bytes of the samples. `rest` is the file after the head of their chunk, `length` what the head says.
+fn data(rest: &[u8], length: usize) -> Result<&[u8]> {
+    let other_chunks = is_name(rest) && rest.len() >= 8 && u32_at(rest, 4) as usize <= rest.len() - 8;
     match rest.get(..length) {
-        Some(data) if length > 0 || !unfilled => Ok(data),
-        None if length < UNKNOWN => {
-            bail!("cut off: its samples have {length} bytes, of which the file has {}", rest.len())
+        Some([]) if !rest.is_empty() && !other_chunks => {}
+        Some(data) => {
+            ensure!(length.is_multiple_of(2), "its samples have {length} bytes, which is not a multiple of 2");
+            return Ok(data);
         }
-        _ => Ok(rest),
+        None if length >= UNKNOWN => {}
+        None => bail!("cut off: its samples have {length} bytes, of which the file has {}", rest.len()),
     }
+    // An encoder that was stopped may have written half of its last sample.
+    Ok(&rest[..rest.len() / 2 * 2])
 }
 
 fn decode(data: &[u8]) -> Result<Vec<f32>> {
     ensure!(!data.is_empty(), "the recording is empty");
-    ensure!(data.len().is_multiple_of(2), "its samples have {} bytes, which is not a multiple of 2", data.len());
     Ok(data.chunks_exact(2).map(|sample| f32::from(u16_at(sample, 0) as i16) / 32_768.0).collect())
 }
 
@@ -134,7 +138,16 @@ pub(crate) mod tests {
             ("odd chunk before", file(&[odd(), plain.clone(), odd(), data(8)], None)),
             (
                 "odd chunks without padding",
-                file(&[chunk(b"LIST", 3, b"abc"), plain.clone(), chunk(b"cue ", 1, b"a"), data(8)], None),
+                file(
+                    &[
+                        chunk(b"LIST", 3, b"abc"),
+                        plain.clone(),
+                        chunk(b"fact", 1, b"a"),
+                        chunk(b"LIST", 1, b"a"),
+                        data(8),
+                    ],
+                    None,
+                ),
             ),
             ("chunks after", file(&[plain.clone(), data(8), odd()], None)),
             ("chunk after, cut off", file(&[plain.clone(), data(8), chunk(b"LIST", 9, b"ab")], None)),
@@ -144,7 +157,16 @@ pub(crate) mod tests {
             ("a pipe: arecord", file(&[plain.clone(), data(0x8000_0000)], Some(0x8000_0024))),
             ("a pipe: zeros", file(&[plain.clone(), data(0)], Some(0))),
             ("a pipe: lengths of an empty file", file(&[plain.clone(), data(0)], Some(36))),
-            ("a pipe: zero data of an unknown length", file(&[plain, data(0)], Some(u32::MAX))),
+            ("a pipe: zero data of an unknown length", file(&[plain.clone(), data(0)], Some(u32::MAX))),
+            ("a pipe: zero data in a file of its right length", file(&[plain.clone(), data(0)], None)),
+            ("a pipe: stopped within a sample", [file(&[plain.clone(), data(u32::MAX)], None), vec![7]].concat()),
+            ("lengths of 64 bits", {
+                let lengths =
+                    chunk(b"ds64", 28, &[[99_u64, 8, 4, 0].map(u64::to_le_bytes).concat()[..28].to_vec()].concat());
+                let mut file = file(&[lengths, plain, data(u32::MAX), chunk(b"LIST", 4, b"abcd")], Some(u32::MAX));
+                file[..4].copy_from_slice(b"RF64");
+                file
+            }),
             ("extensible", file(&[format(EXTENSIBLE, 1, 16), data(8)], None)),
         ];
         for (name, file) in cases {
@@ -173,8 +195,8 @@ pub(crate) mod tests {
                 "the recording is empty",
             ),
             (file(&[plain.clone(), chunk(b"data", 3, b"abc\0")], None), "3 bytes, which is not a multiple of 2"),
-            (stereo, "got 8000 Hz, 2 channels, 16 bits and encoding 1"),
-            (file(&[format(3, 1, 32), data(8)], None), "got 8000 Hz, 1 channels, 32 bits and encoding 3"),
+            (stereo, "got encoding 1, channels 2, rate 8000 Hz, bits 16"),
+            (file(&[format(3, 1, 32), data(8)], None), "got encoding 3, channels 1, rate 8000 Hz, bits 32"),
         ] {
             let error = samples(&file, RATE).err().map(|error| error.to_string()).unwrap_or_default();
             assert!(error.contains(expected), "{error:?}, expected {expected:?}");
