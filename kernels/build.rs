@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nvcc::{NVCC_VARIABLES, Nvcc};
+use nvcc::Nvcc;
 
 /// The sources that become images; they include the `.cuh` files.
 const SOURCES: [&str; 2] = ["kernels/pass.cu", "kernels/state.cu"];
@@ -47,7 +47,7 @@ fn compile() -> Result<(), String> {
     }
     let nvcc = Nvcc::find()?;
     let flags: Vec<String> = FLAGS.map(String::from).into_iter().chain(nvcc.target_flags()).collect();
-    let key = key(&nvcc.version_text, &flags, &header)?;
+    let key = nvcc.key(&flags, &header)?;
     if !has_images(&out, &key) {
         // The key is written last, so that interrupted work does not count.
         write(&key_file, &[])?;
@@ -71,23 +71,6 @@ fn compile_images(nvcc: &Nvcc, flags: &[String], out: &Path) -> Result<(), Strin
         }
     }
     Ok(())
-}
-
-/// All that decides the contents of the images. The environment does so only by these variables: another `PATH` with
-/// the same version of nvcc does not compile again.
-fn key(version: &str, flags: &[String], header: &str) -> Result<String, String> {
-    let mut key = format!("{version}\n{flags:?}\n{header}\n");
-    for name in NVCC_VARIABLES {
-        key += &format!("{name}={:?}\n", env::var_os(name));
-    }
-    let folder = fs::read_dir("kernels").map_err(|error| format!("kernels: {error}"))?;
-    let mut paths: Vec<PathBuf> = folder.filter_map(|entry| Some(entry.ok()?.path())).collect();
-    paths.sort();
-    for path in paths.iter().filter(|path| path.extension().is_some_and(|end| end == "cu" || end == "cuh")) {
-        let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-        key += &format!("{}\n{text}\n", path.display());
-    }
-    Ok(key)
 }
 
 /// Whether a folder has the images that `key` describes.

@@ -1,6 +1,7 @@
 //! Finds nvcc, and the architectures to compile for. The build scripts of gradblend and of benches/lab include this file.
 
 use std::env;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -9,7 +10,7 @@ const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 /// Variables that this file reads.
 const OWN_VARIABLES: [&str; 6] = ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "GRADBLEND_CUDA_ARCHS", "DOCS_RS"];
 /// Variables that nvcc reads itself.
-pub(crate) const NVCC_VARIABLES: [&str; 3] = ["NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN"];
+const NVCC_VARIABLES: [&str; 3] = ["NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS", "NVCC_CCBIN"];
 
 /// A toolkit's compiler, and what it is to compile for.
 pub(crate) struct Nvcc {
@@ -48,6 +49,23 @@ impl Nvcc {
             format!("-gencode=arch=compute_{},code=[{}]", family[0], codes.join(","))
         };
         self.architectures.chunk_by(|before, after| (*before < 100) == (*after < 100)).map(flag).collect()
+    }
+
+    /// All that decides the contents of images of the folder `kernels`; `header` is one that is not there. The environment
+    /// does so only by these variables: another `PATH` with the same version of nvcc does not compile again.
+    pub(crate) fn key(&self, flags: &[String], header: &str) -> Result<String, String> {
+        let mut key = format!("{}\n{flags:?}\n{header}\n", self.version_text);
+        for name in NVCC_VARIABLES {
+            key += &format!("{name}={:?}\n", env::var_os(name));
+        }
+        let folder = fs::read_dir("kernels").map_err(|error| format!("kernels: {error}"))?;
+        let mut paths: Vec<PathBuf> = folder.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        paths.sort();
+        for path in paths.iter().filter(|path| path.extension().is_some_and(|end| end == "cu" || end == "cuh")) {
+            let text = fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+            key += &format!("{}\n{text}\n", path.display());
+        }
+        Ok(key)
     }
 }
 
@@ -95,6 +113,9 @@ fn find() -> Result<PathBuf, String> {
 }
 
 fn reason_not_to_run(nvcc: &Path) -> Option<String> {
+    if nvcc.is_dir() {
+        return Some("it is a folder, not the program".into());
+    }
     match Command::new(nvcc).arg("--version").output() {
         Ok(output) => (!output.status.success()).then(|| output.status.to_string()),
         Err(error) => Some(error.to_string()),
@@ -125,6 +146,9 @@ fn architectures(supported: &[u32], version: &str) -> Result<Vec<u32>, String> {
     };
     chosen.sort_unstable();
     chosen.dedup();
+    if chosen.is_empty() && env::var("GRADBLEND_CUDA_ARCHS").is_ok_and(|list| !list.trim().is_empty()) {
+        return Err("GRADBLEND_CUDA_ARCHS has no compute capability; expected some such as \"80 90\"".into());
+    }
     if chosen.is_empty() {
         return Err(format!("nvcc {version} knows none of the architectures {ARCHITECTURES:?}; a newer one is needed"));
     }
@@ -133,7 +157,7 @@ fn architectures(supported: &[u32], version: &str) -> Result<Vec<u32>, String> {
 
 /// The output of a command, stdout then stderr. An error gives it before the command, which is long.
 pub(crate) fn run(command: &mut Command) -> Result<String, String> {
-    let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
+    let output = command.output().map_err(|error| format!("{error}: {command:?}"))?;
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     let failed = || format!("{}\n{} of {command:?}", text.trim_end(), output.status);
     if output.status.success() { Ok(text) } else { Err(failed()) }

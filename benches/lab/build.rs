@@ -6,6 +6,7 @@
 mod nvcc;
 
 use std::env;
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -25,11 +26,19 @@ fn main() {
 
 fn compile() -> Result<(), String> {
     let image = Path::new(&env::var_os("OUT_DIR").unwrap_or_default()).join("naive.fatbin");
+    let key_file = image.with_extension("key");
+    let write = |path: &Path, text: &str| fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()));
     if nvcc::is_docs_rs() {
-        return std::fs::write(&image, []).map_err(|error| format!("{}: {error}", image.display()));
+        write(&key_file, "")?;
+        return write(&image, "");
     }
     let nvcc = nvcc::Nvcc::find()?;
-    let mut command = Command::new(&nvcc.path);
-    command.args(["-std=c++17", "-O3", "-fatbin"]).args(nvcc.target_flags());
-    nvcc::run(command.args(["kernels/naive.cu", "-o"]).arg(&image)).map(|_| ())
+    let flags: Vec<String> =
+        ["-std=c++17", "-O3", "-fatbin"].map(String::from).into_iter().chain(nvcc.target_flags()).collect();
+    let key = nvcc.key(&flags, "")?;
+    if image.exists() && fs::read_to_string(&key_file).is_ok_and(|kept| kept == key) {
+        return Ok(());
+    }
+    nvcc::run(Command::new(&nvcc.path).args(&flags).args(["kernels/naive.cu", "-o"]).arg(&image))?;
+    write(&key_file, &key)
 }
