@@ -213,7 +213,9 @@ fn laboratory(sh: &Shell) -> Result<()> {
 /// A program whose reader has gone, as in `PROGRAM | head -1`, ends without a word.
 fn closed_pipes(_: &Shell) -> Result<()> {
     let built = tools::target()?.join("release");
-    let programs: [(PathBuf, &[&str]); 4] = [
+    let bench = cuda::build(&tools::shell()?, &["bench", "--no-run", "--package=gradblend", "--bench=solve"])?;
+    let programs: [(PathBuf, &[&str]); 5] = [
+        (bench.program("solve")?.clone(), &["--bench", "--list"]),
         (built.join("examples/step"), &[]),
         (built.join("examples/late_fusion"), &["--quick"]),
         (built.join("gradblend-lab"), &["run", "--device=cpu", "--test"]),

@@ -68,7 +68,7 @@ const STUB: &str = "extern \"C\" int NAME() { return 34; }\n";
 pub(crate) fn build(detect: Detect, out: Option<PathBuf>) -> Result<PathBuf> {
     let out = out.map_or_else(|| tools::target().map(|target| target.join(detect.folder())), Ok)?;
     for folder in ["incomplete", "stub"] {
-        fs::create_dir_all(out.join(folder))?;
+        fs::create_dir_all(out.join(folder)).with_context(|| out.display().to_string())?;
     }
     let out = out.canonicalize()?;
     if fs::read_to_string(out.join("abi.cuh")).ok().as_deref() != Some(header::header().as_str()) {

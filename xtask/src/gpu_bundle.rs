@@ -23,7 +23,9 @@ const FILES: [&str; 7] = [
 pub(crate) fn build(debug: bool, out: Option<PathBuf>) -> Result<()> {
     let sh = cuda::shell()?;
     let out = std::path::absolute(out.map_or_else(|| tools::target().map(|target| target.join("gpu-bundle")), Ok)?)?;
-    let ours = !out.exists() || out.join("MANIFEST").exists() || fs::read_dir(&out)?.next().is_none();
+    let empty =
+        || -> Result<bool> { Ok(fs::read_dir(&out).with_context(|| out.display().to_string())?.next().is_none()) };
+    let ours = !out.exists() || out.join("MANIFEST").exists() || empty()?;
     ensure!(ours, "{} is not empty and has no MANIFEST: name another folder", out.display());
     let profile = if debug { "--profile=dev" } else { "--profile=release" };
     // No unit tests: those of the C ABI compile the header where it was built. `--test '*'` is all files of `tests`.

@@ -134,7 +134,7 @@ pub(crate) fn check_links(package: &str) -> Result<()> {
         for found in link.captures_iter(&fs::read_to_string(tools::root().join(page))?) {
             let mut path: Vec<&str> = page.split('/').collect();
             path.pop();
-            for part in found[1].split('/') {
+            for part in found[1].trim_end_matches('/').split('/') {
                 match part {
                     ".." => drop(path.pop()),
                     _ => path.push(part),
