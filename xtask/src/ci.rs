@@ -210,7 +210,7 @@ fn laboratory(sh: &Shell) -> Result<()> {
     Ok(cmd!(sh, "python3 -m py_compile benches/lab/pytorch.py").env("PYTHONPYCACHEPREFIX", python).run()?)
 }
 
-/// A program whose reader has gone, as in `PROGRAM | head -1`, ends without a word.
+/// A program whose reader has gone, as in `PROGRAM | head -1`, ends without an error.
 fn closed_pipes(_: &Shell) -> Result<()> {
     let built = tools::target()?.join("release");
     let bench = cuda::build(&tools::shell()?, &["bench", "--no-run", "--package=gradblend", "--bench=solve"])?;
@@ -228,8 +228,8 @@ fn closed_pipes(_: &Shell) -> Result<()> {
         command.args(arguments).current_dir(tools::root()).stdout(writer).stderr(Stdio::piped());
         let output = command.output().with_context(|| program.display().to_string())?;
         let said = String::from_utf8_lossy(&output.stderr);
-        let quiet = output.status.signal() == Some(SIGPIPE) && said.is_empty();
-        ensure!(quiet, "{}: {}: {said}", program.display(), output.status);
+        let ended = output.status.signal() == Some(SIGPIPE) && !said.contains("panicked") && !said.contains("error");
+        ensure!(ended, "{}: {}: {said}", program.display(), output.status);
     }
     Ok(())
 }
