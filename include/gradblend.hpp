@@ -9,8 +9,9 @@
  *
  * Errors.    With exceptions, as above, functions throw Error. With -fno-exceptions they return a Result: a value or an
  *            Error. Return<T> is T or Result<T>. The two variants live in inline namespaces of different names, so that
- *            translation units of both kinds can be linked into one program. Each method only calls the C function; the
- *            header allocates memory for vectors and error messages alone.
+ *            translation units of both kinds can be linked into one program. To declare a class ahead, name its namespace:
+ *            namespace gradblend { inline namespace with_exceptions { class Blender; } }. Each method only calls the C
+ *            function; the header allocates memory for vectors and error messages alone.
  * Ownership. A Blender and a Plan own their handle and nothing else. Gradients and streams stay the caller's, and
  *            gradients must stay valid until the plan is updated or destroyed. A plan and its blender may be destroyed
  *            in either order.

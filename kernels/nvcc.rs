@@ -56,7 +56,7 @@ impl Nvcc {
     pub(crate) fn key(&self, flags: &[String], header: &str) -> Result<String, String> {
         let mut key = format!("{}\n{flags:?}\n{header}\n", self.version_text);
         for name in NVCC_VARIABLES {
-            key += &format!("{name}={:?}\n", env::var_os(name));
+            key += &format!("{name}={:?}\n", env::var_os(name).unwrap_or_default());
         }
         let folder = fs::read_dir("kernels").map_err(|error| format!("kernels: {error}"))?;
         let mut paths: Vec<PathBuf> = folder.filter_map(|entry| Some(entry.ok()?.path())).collect();

@@ -274,27 +274,33 @@ fn check_device(ordinal: Option<i32>, role: Role, device: DLDevice) -> Result<()
         return Ok(());
     }
     let expected = ordinal.map_or("memory of the CPU".into(), |ordinal| format!("memory of CUDA device {ordinal}"));
+    // By the numbers of dlpack.h.
     let got = match device.device_type {
         CPU => "memory of the CPU".into(),
         CUDA => format!("memory of CUDA device {}", device.device_id),
-        other => format!("device type {other}"),
+        8 => "memory of Metal".into(),
+        10 | 11 => "memory of ROCm".into(),
+        14 => "memory of oneAPI".into(),
+        other => format!("memory of device type {other}"),
     };
     Err(bad(role, expected, got))
 }
 
-/// Name of an element type.
+/// Name of an element type, by the numbers of dlpack.h.
 fn type_name(code: u8, bits: u8, lanes: u16) -> String {
-    let kind = match code {
-        0 => "int",
-        1 => "uint",
-        2 => "float",
-        3 => "handle",
-        4 => "bfloat",
-        5 => "complex",
-        6 => "bool",
-        _ => return format!("type code {code}, {bits} bits, {lanes} lanes"),
+    const NUMBERS: [&str; 6] = ["int", "uint", "float", "handle", "bfloat", "complex"];
+    #[rustfmt::skip]
+    const OTHERS: [&str; 12] = [
+        "bool", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2",
+        "float8_e5m2fnuz", "float8_e8m0fnu", "float6_e2m3fn", "float6_e3m2fn", "float4_e2m1fn",
+    ];
+    let code = usize::from(code);
+    let name = match (NUMBERS.get(code), OTHERS.get(code.wrapping_sub(NUMBERS.len()))) {
+        (Some(number), _) => format!("{number}{bits}"),
+        (_, Some(other)) => (*other).to_owned(),
+        _ => format!("type code {code} of {bits} bits"),
     };
-    if lanes == 1 { format!("{kind}{bits}") } else { format!("vectors of {lanes} {kind}{bits}") }
+    if lanes == 1 { name } else { format!("vectors of {lanes} {name}") }
 }
 
 /// Where the elements of an array are.

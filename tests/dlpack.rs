@@ -165,8 +165,14 @@ fn faults(face: Face) -> Outcome {
     };
     check_accepted(face, 6, &|a| displaced(a, 6))?;
     check_rejected(face, "aligned to 4 bytes", &|a| displaced(a, 8));
-    for device_type in [0, 4, 7, 10, 12, 14, 16, -1] {
-        check_rejected(face, &format!("device type {device_type}"), &|a| a.tensor.device.device_type = device_type);
+    for device_type in [0, 4, 7, 8, 10, 11, 12, 14, 16, -1] {
+        let name = match device_type {
+            8 => "memory of Metal".into(),
+            10 | 11 => "memory of ROCm".into(),
+            14 => "memory of oneAPI".into(),
+            _ => format!("memory of device type {device_type}"),
+        };
+        check_rejected(face, &name, &|a| a.tensor.device.device_type = device_type);
     }
     for lanes in [0, 2, 257] {
         check_rejected(face, &format!("vectors of {lanes} float32"), &|a| a.tensor.dtype.lanes = lanes);
@@ -276,9 +282,18 @@ fn dtypes(face: Face) -> Outcome {
                 (2, 16) => DType::F16,
                 (4, 16) => DType::BF16,
                 _ => {
-                    let names = ["int", "uint", "float", "handle", "bfloat", "complex", "bool"];
-                    let name = names.get(usize::from(code)).map(|name| format!("got {name}{bits}"));
-                    let name = name.unwrap_or_else(|| format!("type code {code}, {bits} bits"));
+                    let names = ["int", "uint", "float", "handle", "bfloat", "complex"];
+                    let name = match code {
+                        6 => "got bool".into(),
+                        // As PyTorch calls them, from dlpack.h.
+                        8 => "got float8_e4m3".into(),
+                        10 => "got float8_e4m3fn".into(),
+                        12 => "got float8_e5m2".into(),
+                        17 => "got float4_e2m1fn".into(),
+                        7..17 => "got float".into(),
+                        18.. => format!("got type code {code} of {bits} bits"),
+                        _ => format!("got {}{bits}", names[usize::from(code)]),
+                    };
                     let words = format!("{}: |{name}", ROLES[role]);
                     rejected_as(result, INVALID_ARGUMENT, &words);
                     continue;

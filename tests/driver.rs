@@ -1,6 +1,7 @@
 //! Faults of a driver or a device: each is a typed error that leaves everything usable.
 #![cfg(feature = "cuda")]
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -98,17 +99,22 @@ impl Drop for Folder {
 }
 
 /// Output of `with_another_driver` in a process that looks for its driver in these folders.
-fn with_drivers(folders: &[&Folder], loaded: Option<&Path>) -> std::result::Result<String, Box<dyn std::error::Error>> {
+fn with_drivers(folders: &[&Folder], loaded: &[&Path]) -> std::result::Result<String, Box<dyn std::error::Error>> {
+    with_search(&std::env::join_paths(folders.iter().map(|folder| &folder.0))?, loaded)
+}
+
+/// The same, of these folders as the loader reads them. The process has loaded some libraries before.
+fn with_search(folders: &OsStr, loaded: &[&Path]) -> std::result::Result<String, Box<dyn std::error::Error>> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["--exact", "with_another_driver", "--nocapture"]).env(CHILD, "1");
-    command.env("LD_LIBRARY_PATH", std::env::join_paths(folders.iter().map(|folder| &folder.0))?);
-    if let Some(library) = loaded {
-        // After the runtime of a sanitizer.
-        let mut first = std::env::var_os("LD_PRELOAD").unwrap_or_default();
+    command.env("LD_LIBRARY_PATH", folders);
+    // After the runtime of a sanitizer.
+    let mut first = std::env::var_os("LD_PRELOAD").unwrap_or_default();
+    for library in loaded {
         first.push(" ");
         first.push(library);
-        command.env("LD_PRELOAD", first);
     }
+    command.env("LD_PRELOAD", first);
     let output = command.output()?;
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && printed.matches(CHILD).count() == 2, "{output:?}");
@@ -140,7 +146,7 @@ fn no_driver() -> Outcome {
     for name in ["libcuda.so", "libcuda.so.1"] {
         std::fs::write(folder.0.join(name), "")?;
     }
-    let printed = with_drivers(&[&folder], None)?;
+    let printed = with_drivers(&[&folder], &[])?;
     assert!(printed.contains("libcuda.so.1"), "{printed}");
     let Some(Drivers { incomplete, stub, .. }) = Drivers::find() else {
         return without_emulator("no drivers that do not work lie beside the driver");
@@ -148,7 +154,7 @@ fn no_driver() -> Outcome {
     let both = |library: &PathBuf| Folder::new(&[("libcuda.so", library.clone()), ("libcuda.so.1", library.clone())]);
     let (incomplete, both, one) = (both(&incomplete)?, both(&stub)?, Folder::new(&[("libcuda.so", stub)])?);
     for stub in [&both, &one] {
-        let printed = with_drivers(&[stub, &incomplete], None)?;
+        let printed = with_drivers(&[stub, &incomplete], &[])?;
         let named = format!("{} is the stub of a toolkit", stub.0.join("libcuda.so").display());
         assert!(printed.contains(&named) || printed.contains(&named.replace(".so", ".so.1")), "{printed}");
         assert!(printed.contains(&format!("{}/libcuda.so.1 has no cu", incomplete.0.display())), "{printed}");
@@ -168,14 +174,19 @@ fn driver_among_others() -> Outcome {
     let names: [&[&str]; 3] = [&["libcuda.so"], &["libcuda.so.1"], &["libcuda.so", "libcuda.so.1"]];
     for driver_names in names {
         let driver = folder(&emulator, driver_names)?;
-        let mut cases = vec![("alone".to_owned(), with_drivers(&[&driver], None)?)];
-        for (what, other) in [("stub", &stub), ("incomplete", &incomplete)] {
+        let mut cases = vec![("alone".to_owned(), with_drivers(&[&driver], &[])?)];
+        for (what, file) in [("stub", &stub), ("incomplete", &incomplete)] {
             for other_names in names {
-                let other = folder(other, other_names)?;
+                let other = folder(file, other_names)?;
                 let case = format!("{driver_names:?} with {what} {other_names:?}");
-                cases.push((format!("{case} after it"), with_drivers(&[&driver, &other], None)?));
-                cases.push((format!("{case} loaded before"), with_drivers(&[&other], Some(&emulator))?));
-                cases.push((case, with_drivers(&[&other, &driver], None)?));
+                cases.push((format!("{case} after it"), with_drivers(&[&driver, &other], &[])?));
+                cases.push((format!("{case} loaded before"), with_drivers(&[&other], &[&emulator])?));
+                cases.push((format!("{case} before it, and loaded"), with_drivers(&[&other, &driver], &[file])?));
+                cases.push((format!("{case} loaded before it"), with_drivers(&[&other], &[file, &emulator])?));
+                for separator in [":", ";"] {
+                    let folders = [other.0.as_os_str(), driver.0.as_os_str()].join(OsStr::new(separator));
+                    cases.push((format!("{case} and {separator}"), with_search(&folders, &[])?));
+                }
             }
         }
         for (case, printed) in cases {

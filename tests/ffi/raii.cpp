@@ -1,5 +1,16 @@
 // The classes of gradblend.hpp on the CPU, with exceptions and without; `status_of` and `value` hide the difference.
 
+// Declared ahead, as the header says.
+namespace gradblend {
+#if defined(__cpp_exceptions)
+inline namespace with_exceptions {
+#else
+inline namespace without_exceptions {
+#endif
+class Blender;
+} // namespace
+} // namespace gradblend
+
 #include "gradblend.hpp"
 
 #include <cmath>

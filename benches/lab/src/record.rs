@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::SystemTime;
 
@@ -152,7 +152,7 @@ pub(crate) struct Skipped {
 }
 
 /// Appends records to a file, if there is one.
-pub(crate) struct Log(Option<File>);
+pub(crate) struct Log(Option<(PathBuf, File)>);
 
 impl Log {
     /// Opens the file and appends the `run` record of this program.
@@ -167,7 +167,7 @@ impl Log {
         if !ends_a_line(path).with_context(context)? {
             writeln!(file)?;
         }
-        let mut log = Log(Some(file));
+        let mut log = Log(Some((path.to_owned(), file)));
         let date = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
         let arguments: Vec<String> = std::env::args().skip(1).collect();
         let features = if cfg!(feature = "cuda") { " --features cuda" } else { "" };
@@ -178,8 +178,9 @@ impl Log {
 
     /// Appends a record.
     pub(crate) fn write(&mut self, record: &Record) -> Result<()> {
-        if let Some(file) = &mut self.0 {
-            writeln!(file, "{}", serde_json::to_string(record)?)?;
+        if let Some((path, file)) = &mut self.0 {
+            let line = serde_json::to_string(record)?;
+            writeln!(file, "{line}").with_context(|| path.display().to_string())?;
         }
         Ok(())
     }

@@ -34,14 +34,7 @@ pub(crate) struct Cell {
 
 impl Results {
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let context = || path.display().to_string();
-        let bytes = fs::read(path).with_context(context)?;
-        // A line that is cut off may end within a character.
-        let (records, cut_off) = records(&String::from_utf8_lossy(&bytes)).with_context(context)?;
-        for number in cut_off {
-            eprintln!("warning: {}: line {number} is cut off, and left out", path.display());
-        }
-        Results::new(records).with_context(context)
+        Results::new(read(path)?).with_context(|| path.display().to_string())
     }
 
     /// Later times of a program replace its earlier ones of the same operation and case, and what it skipped before.
@@ -139,6 +132,23 @@ impl Row {
         let timed = limits.filter_map(|cell| Some((cell, cell.ratio?)));
         timed.min_by(|(_, a), (_, b)| a.total_cmp(b))
     }
+}
+
+/// Checks that a file has raw results, if it is there: what a run appends to another file would be lost in it.
+pub(crate) fn check(path: &Path) -> Result<()> {
+    if path.is_file() { read(path).map(drop) } else { Ok(()) }
+}
+
+/// The records of a file. Warns of lines that are cut off.
+fn read(path: &Path) -> Result<Numbered> {
+    let context = || path.display().to_string();
+    let bytes = fs::read(path).with_context(context)?;
+    // A line that is cut off may end within a character.
+    let (records, cut_off) = records(&String::from_utf8_lossy(&bytes)).with_context(context)?;
+    for number in cut_off {
+        eprintln!("warning: {}: line {number} is cut off, and left out", path.display());
+    }
+    Ok(records)
 }
 
 /// Records with the numbers of their lines.

@@ -73,6 +73,7 @@ fn cuda() -> Result<Cuda, String> {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     ensure!(options.results.is_none() || options.device != DeviceOption::All, "--results needs --device cpu or cuda");
+    options.results.as_deref().map_or(Ok(()), crate::results::check)?;
     let cases = options.cases()?;
     let cpu = (options.device != DeviceOption::Cuda).then_some(crate::cpu::Cpu);
     let cuda = match (options.device != DeviceOption::Cpu).then(cuda).transpose() {

@@ -2,6 +2,7 @@
 
 use std::env;
 use std::ffi::{c_int, c_uint};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -94,15 +95,37 @@ fn find() -> std::result::Result<(), String> {
     Err(reasons.join("; "))
 }
 
-/// The names, which the loader searches, then their paths: the loader's search ends at the first file, which can be a stub.
-fn candidates() -> impl Iterator<Item = PathBuf> {
+/// Libraries that are loaded; the one that the loader finds; then all files in the folders that it searches, as its search
+/// ends at the first file, which can be a stub. The second name comes last: the loader would remember it of a stub.
+fn candidates() -> Vec<PathBuf> {
     let searched = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    let searched: Vec<PathBuf> = env::split_paths(&searched).filter(|folder| folder.is_absolute()).collect();
-    let paths = searched
-        .into_iter()
-        .chain(FOLDERS.map(PathBuf::from))
-        .flat_map(|folder| NAMES.iter().map(move |name| folder.join(name)).filter(|path| path.exists()));
-    NAMES.iter().map(PathBuf::from).chain(paths)
+    let searched = searched.to_string_lossy();
+    // An empty part is the current folder.
+    let searched = searched.split([':', ';']).filter(|_| !searched.is_empty());
+    let in_folder =
+        |folder| NAMES.iter().filter_map(move |name| std::path::absolute(Path::new(folder).join(name)).ok());
+    let paths = searched.flat_map(in_folder).chain(cached()).chain(FOLDERS.into_iter().flat_map(in_folder));
+    let mut names = NAMES.iter().map(PathBuf::from);
+    let first = loaded().into_iter().chain(names.next());
+    first.chain(paths.filter(|path| path.exists())).chain(names).collect()
+}
+
+/// Files of a name of the driver, or such a name with a version, that this process has loaded.
+fn loaded() -> Vec<PathBuf> {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let files = maps.lines().filter_map(|line| line.find('/').map(|start| PathBuf::from(&line[start..])));
+    let named = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("libcuda.so"));
+    let mut files: Vec<PathBuf> = files.filter(named).collect();
+    files.dedup();
+    files
+}
+
+/// Files of the driver's names in the loader's cache, which has the paths of all libraries as strings that end with 0.
+fn cached() -> Vec<PathBuf> {
+    let cache = fs::read("/etc/ld.so.cache").unwrap_or_default();
+    let strings = cache.split(|byte| *byte == 0).filter_map(|string| std::str::from_utf8(string).ok());
+    let paths = strings.filter(|string| string.starts_with('/')).map(PathBuf::from);
+    paths.filter(|path| NAMES.iter().any(|name| path.file_name().is_some_and(|file| file == *name))).collect()
 }
 
 /// Opens a library, if it is a driver with all functions.
@@ -160,9 +183,7 @@ fn make_cudarc_use(library: &Library, path: &Path) -> std::result::Result<(), St
     // SAFETY: cudarc loads the same.
     let opened = || CUDARC_NAMES.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
     let used = || opened().is_some_and(|opened| address(&opened, "cuInit") == driver);
-    if used() {
-        return Ok(());
-    }
+    // Before anybody asks the loader for this name: it would remember the name of a stub that it finds.
     let made = alias::load(CUDARC_NAMES[0], path);
     if used() {
         return Ok(());

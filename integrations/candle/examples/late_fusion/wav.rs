@@ -34,15 +34,17 @@ pub(crate) fn samples(file: &[u8], rate: u32) -> Result<Vec<f32>> {
             b"ds64" if length >= 16 => long = Some(u32_at(chunk, 8) as usize | (u32_at(chunk, 12) as usize) << 32),
             _ => {}
         }
-        // A chunk of odd length is followed by a zero byte, which some programs leave out.
-        let padded = length % 2 == 1 && !is_name(&body[length..]);
+        // A chunk of odd length is followed by a byte of padding, which some programs leave out.
+        let padded =
+            length % 2 == 1 && (is_chunk(body.get(length + 1..).unwrap_or_default()) || !is_chunk(&body[length..]));
         at += 8 + length + usize::from(padded);
     }
 }
 
-/// Whether bytes start with the name of a chunk.
-fn is_name(bytes: &[u8]) -> bool {
-    bytes.len() >= 4 && bytes[..4].iter().all(|byte| byte.is_ascii_graphic() || *byte == b' ')
+/// Whether bytes look like a chunk: a name, and a length that they have, or that its program did not know.
+fn is_chunk(bytes: &[u8]) -> bool {
+    let named = bytes.len() >= 8 && bytes[..4].iter().all(|byte| byte.is_ascii_graphic() || *byte == b' ');
+    named && (u32_at(bytes, 4) as usize <= bytes.len() - 8 || u32_at(bytes, 4) as usize >= UNKNOWN)
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
@@ -70,9 +72,8 @@ fn check_format(format: &[u8], rate: u32) -> Result<()> {
 
 /// The bytes of the samples. `rest` is the file after the head of their chunk, `length` what the head says.
 fn data(rest: &[u8], length: usize) -> Result<&[u8]> {
-    let other_chunks = is_name(rest) && rest.len() >= 8 && u32_at(rest, 4) as usize <= rest.len() - 8;
     match rest.get(..length) {
-        Some([]) if !rest.is_empty() && !other_chunks => {}
+        Some([]) if !rest.is_empty() && !is_chunk(rest) => {}
         Some(data) => {
             ensure!(length.is_multiple_of(2), "its samples have {length} bytes, which is not a multiple of 2");
             return Ok(data);
@@ -149,6 +150,7 @@ pub(crate) mod tests {
                     None,
                 ),
             ),
+            ("odd chunk with a printable padding", file(&[chunk(b"LIST", 3, b"abcX"), plain.clone(), data(8)], None)),
             ("chunks after", file(&[plain.clone(), data(8), odd()], None)),
             ("chunk after, cut off", file(&[plain.clone(), data(8), chunk(b"LIST", 9, b"ab")], None)),
             ("a pipe: ffmpeg", file(&[plain.clone(), data(u32::MAX)], Some(u32::MAX))),
