@@ -140,15 +140,16 @@ fn architectures(supported: &[u32], version: &str) -> Result<Vec<u32>, String> {
                 Ok(number)
             };
             let words = list.split(|c: char| c == ',' || c == ';' || c.is_whitespace()).filter(|word| !word.is_empty());
-            words.map(parse).collect::<Result<Vec<u32>, String>>()?
+            let chosen = words.map(parse).collect::<Result<Vec<u32>, String>>()?;
+            if chosen.is_empty() {
+                return Err("GRADBLEND_CUDA_ARCHS has no compute capability; expected some such as \"80 90\"".into());
+            }
+            chosen
         }
         _ => ARCHITECTURES.into_iter().filter(|architecture| supported.contains(architecture)).collect(),
     };
     chosen.sort_unstable();
     chosen.dedup();
-    if chosen.is_empty() && env::var("GRADBLEND_CUDA_ARCHS").is_ok_and(|list| !list.trim().is_empty()) {
-        return Err("GRADBLEND_CUDA_ARCHS has no compute capability; expected some such as \"80 90\"".into());
-    }
     if chosen.is_empty() {
         return Err(format!("nvcc {version} knows none of the architectures {ARCHITECTURES:?}; a newer one is needed"));
     }

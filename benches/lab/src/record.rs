@@ -2,7 +2,7 @@
 #![warn(clippy::missing_docs_in_private_items)]
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::SystemTime;
@@ -163,9 +163,10 @@ impl Log {
             fs::create_dir_all(folder).with_context(context)?;
         }
         let mut file = OpenOptions::new().create(true).append(true).open(path).with_context(context)?;
-        // After a line that is cut off, the next record gets a line of its own.
-        if !ends_a_line(path).with_context(context)? {
-            writeln!(file)?;
+        // After a line that is cut off, the next record gets a line of its own. A pipe has no lines before.
+        let before = if path.is_file() { fs::read(path).with_context(context)? } else { Vec::new() };
+        if before.last().is_some_and(|last| *last != b'\n') {
+            writeln!(file).with_context(context)?;
         }
         let mut log = Log(Some((path.to_owned(), file)));
         let date = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
@@ -184,18 +185,6 @@ impl Log {
         }
         Ok(())
     }
-}
-
-/// Whether a file is empty or ends with the end of a line. What is no file, such as a pipe, does.
-fn ends_a_line(path: &Path) -> std::io::Result<bool> {
-    let mut last = *b"\n";
-    let metadata = fs::metadata(path)?;
-    if metadata.is_file() && metadata.len() > 0 {
-        let mut file = File::open(path)?;
-        file.seek(SeekFrom::End(-1))?;
-        file.read_exact(&mut last)?;
-    }
-    Ok(last == *b"\n")
 }
 
 /// The commit, as `GRADBLEND_COMMIT` names it where there is no repository. New results do not make a tree dirty: they

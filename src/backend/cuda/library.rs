@@ -179,17 +179,15 @@ fn path(_: &Library) -> Option<PathBuf> {
 
 /// Makes cudarc use this library, as far as cudarc loads one and is not linked to it.
 fn make_cudarc_use(library: &Library, path: &Path) -> std::result::Result<(), String> {
-    let driver = address(library, "cuInit");
-    // SAFETY: cudarc loads the same.
-    let opened = || CUDARC_NAMES.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
-    let used = || opened().is_some_and(|opened| address(&opened, "cuInit") == driver);
     // Before anybody asks the loader for this name: it would remember the name of a stub that it finds.
     let made = alias::load(CUDARC_NAMES[0], path);
-    if used() {
+    // SAFETY: cudarc loads the same.
+    let other = CUDARC_NAMES.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
+    if other.as_ref().is_some_and(|other| address(other, "cuInit") == address(library, "cuInit")) {
         return Ok(());
     }
     let (path, why) = (path.display(), made.err().unwrap_or_else(|| "it was loaded before".into()));
-    let other = opened().as_ref().and_then(self::path).unwrap_or_default();
+    let other = other.as_ref().and_then(self::path).unwrap_or_default();
     Err(format!("{} would be used instead of the driver {path}: {why}", other.display()))
 }
 

@@ -232,20 +232,7 @@ fn every_path_and_number_is_checked_before_training() {
     for name in ["0_a_0", "0_b_0", "0_c_0", "._0_a_0"] {
         fs::write(format!("{audio}/{name}.wav"), wav::tests::encode(&[1; 300])).unwrap();
     }
-    let sizes = [
-        "--train",
-        "1",
-        "--held-out",
-        "1",
-        "--test",
-        "1",
-        "--test-speakers",
-        "1",
-        "--images",
-        &images,
-        "--audio",
-        &audio,
-    ];
+    let sizes = ["--train=1", "--held-out=1", "--test=1", "--test-speakers=1", "--images", &images, "--audio", &audio];
     let words = [&long[..], &[&out], &sizes];
     let error = rejected(&[&words.concat()[..], &["--json", &images]].concat());
     assert_eq!(error, format!("--json {images} would replace {images}"));
