@@ -1,0 +1,3 @@
+//! The shared library of the Python package: the C functions of gradblend, and nothing else.
+
+pub use gradblend::ffi;
