@@ -80,7 +80,7 @@ class GradBlend:
         self._kinds = [(param.dtype, param.device, param.shape) for param in self._params]
         #: The operations that this object is made of.
         self.blender = Blender(num_losses, device=self._device, **options)
-        self._calls = 0
+        self._calls = self._observations = 0
         self._weights: Tensor = self.blender.weights.torch()
         self._host = _HostCopy(self._weights)
         self._scale: Tensor | None = None
@@ -91,6 +91,11 @@ class GradBlend:
     def weights(self) -> Tensor:
         """w_k in force: a new float32 tensor of shape [K] on the parameters' device."""
         return self._weights.clone()
+
+    @property
+    def observations(self) -> int:
+        """Calls of this object that observed, skipped observations included."""
+        return self._observations
 
     @property
     def copied(self) -> int:
@@ -164,6 +169,7 @@ class GradBlend:
         else:
             self._weighted(roots)
         self._calls += 1
+        self._observations += observes
         if observes and self._on_observation is not None:
             self._on_observation(self.report())
         return observes
