@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use xshell::{Cmd, Shell, cmd};
 
 use crate::emulator::Detect;
-use crate::{cuda, emulator, ffi, gpu_bundle, machine_code, mutants, rules, tools};
+use crate::{cuda, emulator, ffi, gpu_bundle, machine_code, mutants, python, rules, tools};
 
 /// A named part. It runs its commands, then its function.
 type Section = (&'static str, &'static [&'static str], fn(&Shell) -> Result<()>);
@@ -25,7 +25,7 @@ const SIGPIPE: i32 = 13;
 /// What could not be checked on this machine, printed at the end.
 static NOT_CHECKED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-const SECTIONS: [Section; 18] = [
+const SECTIONS: [Section; 19] = [
     ("rules", &[], |_| rules::check()),
     ("format", &["cargo fmt --all --check"], |_| Ok(())),
     ("clippy", CLIPPY, |_| Ok(())),
@@ -37,6 +37,7 @@ const SECTIONS: [Section; 18] = [
     ("emulator", &[], on_emulator),
     ("sanitizers", &[], sanitizers),
     ("ffi", &[], ffi::run),
+    ("python", &[], python::run),
     ("install", &[], install),
     ("optimised", OPTIMISED, |_| Ok(())),
     ("laboratory", &[], laboratory),
@@ -81,6 +82,8 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
         // These take minutes to compile on a fresh machine, and some of what runs meanwhile keeps one core busy. A
         // section that needs them waits, and reports an error.
         thread::spawn(|| tools::cargo_c(&tools::shell()?).and_then(|_| tools::cargo_fuzz(&tools::shell()?)));
+        // Gigabytes to download.
+        thread::spawn(|| tools::python(&tools::shell()?));
     }
     for (name, commands, function) in SECTIONS {
         if names.is_empty() || names.iter().any(|wanted| wanted == name) {

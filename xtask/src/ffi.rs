@@ -13,7 +13,7 @@ use crate::{cuda, emulator, tools};
 const C: [&str; 5] = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror"];
 const CPP: [&str; 5] = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"];
 
-/// Builds the library and runs everything that uses it from C, C++ and Python.
+/// Builds the library and runs everything that uses it from C and C++.
 pub(crate) fn run(sh: &Shell) -> Result<()> {
     tools::packages(sh, &["clang-14", "libclang-rt-14-dev", "valgrind", "libc6-dbg", "binutils"])?;
     for kind in ["cdylib", "staticlib"] {
@@ -35,8 +35,7 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     let readme = fs::read_to_string(tools::root().join("README.md"))?;
     let script = Regex::new(r"(?s)\n## From C.*?\n```sh\n(.*?)\n```")?;
     let script = script.captures(&readme).context("README has no commands for C")?[1].to_owned();
-    let python = tools::numpy(sh)?;
-    cmd!(sh, "bash -euxo pipefail -c {script}").env_remove("CARGO_TARGET_DIR").env("PYTHONPATH", python).run()?;
+    cmd!(sh, "bash -euxo pipefail -c {script}").env_remove("CARGO_TARGET_DIR").run()?;
 
     for (cc, cxx) in [("gcc", "g++"), ("clang-14", "clang++-14")] {
         examples(sh, cc, cxx, &library, "-1")?;

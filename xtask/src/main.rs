@@ -7,6 +7,7 @@ mod ffi;
 mod gpu_bundle;
 mod machine_code;
 mod mutants;
+mod python;
 mod rules;
 mod tools;
 
@@ -44,7 +45,7 @@ enum Command {
         /// Images of kernels [default: those of a build]
         images: Vec<PathBuf>,
     },
-    /// Build the library for C; run the tests and examples in C, C++ and Python
+    /// Build the library for C; run the tests and examples in C and C++
     Ffi,
     /// Run each fuzz target for its part of a time
     Fuzz {

@@ -11,7 +11,6 @@ use xshell::{Cmd, Shell, cmd};
 /// cargo-c, and the cargo that it is built around.
 const CARGO_C: &str = "0.10.24+cargo-0.98.0";
 const CARGO_FUZZ: &str = "0.13.2";
-const NUMPY: &str = "2.2.6";
 
 /// The root of the repository.
 pub(crate) fn root() -> &'static Path {
@@ -76,12 +75,12 @@ pub(crate) fn nvcc(sh: &Shell) -> Result<PathBuf> {
     Ok(folder.join("nvidia/cu13/bin/nvcc"))
 }
 
-/// The folder to put into PYTHONPATH for numpy.
-pub(crate) fn numpy(sh: &Shell) -> Result<PathBuf> {
+/// The folder to put into PYTHONPATH for what checks the Python package.
+pub(crate) fn python(sh: &Shell) -> Result<PathBuf> {
+    let list = root().canonicalize()?.join("integrations/python/requirements.txt");
     let python = cmd!(sh, "python3 -c 'import sys; print(sys.implementation.cache_tag)'").quiet().read()?;
-    let package = format!("numpy=={NUMPY}");
-    cached(&format!("numpy-{python}"), &package, |folder| {
-        Ok(cmd!(sh, "python3 -m pip install --quiet --target {folder} {package}").run()?)
+    cached(&format!("python-{python}"), &fs::read_to_string(&list)?, |folder| {
+        Ok(cmd!(sh, "python3 -m pip install --quiet --target {folder} --requirement {list}").run()?)
     })
 }
 

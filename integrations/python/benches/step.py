@@ -58,8 +58,7 @@ class Bench:
         self.model = Network()
         self.params = list(self.model.parameters())
         self.batches = [
-            (torch.randn(batch, 1, 64, 64), torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,)))
-            for _ in range(4)
+            (torch.randn(batch, 1, 64, 64), torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))) for _ in range(4)
         ]
         self.optimizer = torch.optim.SGD(self.params, lr=1e-3, momentum=0.9)
         self.steps = 0
@@ -157,6 +156,11 @@ def seconds(bench: Bench, running: Iterator[None], steps: int) -> float:
     return (time.perf_counter() - started) / steps
 
 
+def processor() -> str:
+    text = pathlib.Path("/proc/cpuinfo").read_text()
+    return next((line.split(": ")[1] for line in text.splitlines() if line.startswith("model name")), platform.processor())
+
+
 def memory(field: str) -> float:
     """MiB of this process: VmRSS now, VmHWM at its peak."""
     status = pathlib.Path("/proc/self/status").read_text()
@@ -210,9 +214,7 @@ def main() -> None:
         }
         ratios[name] = over
     machine: dict[str, Any] = {
-        "processor": next(
-            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
-        ),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "gradblend": gradblend.__version__,

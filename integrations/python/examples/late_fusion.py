@@ -63,9 +63,7 @@ class Task:
                 extra += 10 * F.one_hot(shown, 20)
             scaled.append(extra)
         self.sizes = [view.shape[1] for view in scaled]
-        self.train, self.held_out, self.test = (
-            ([view[rows] for view in scaled], labels[rows]) for rows in (train, held, test)
-        )
+        self.train, self.held_out, self.test = (([view[rows] for view in scaled], labels[rows]) for rows in (train, held, test))
 
 
 class Network(nn.Module):

@@ -119,13 +119,17 @@ def ordinal(device: Any) -> int:
     if str(device) == "cpu" or (kind == "cpu" and index == "0"):
         return -1
     if kind == "cuda" and (index.isdigit() or not index):
-        return int(index) if index else _current_device()
+        if index:
+            return int(index)
+        cuda = _torch_cuda()
+        return int(cuda.current_device()) if cuda else 0
     raise Error(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N'")
 
 
-def _current_device() -> int:
+def _torch_cuda() -> Any:
+    """torch.cuda, if this process uses it."""
     torch = sys.modules.get("torch")
-    return int(torch.cuda.current_device()) if torch is not None and torch.cuda.is_available() else 0
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 class _Capsule:
@@ -238,9 +242,9 @@ class Blender:
     def _stream(self) -> Any:
         if self.device < 0:
             return ffi.NULL
-        stream, torch = self.stream, sys.modules.get("torch")
+        stream, cuda = self.stream, _torch_cuda()
         if stream is None:
-            stream = torch.cuda.current_stream(self.device).cuda_stream if torch is not None else 0
+            stream = cuda.current_stream(self.device).cuda_stream if cuda else 0
         return ffi.cast("void *", stream)
 
     def plan(self, tensors: Iterable[TensorGrads]) -> Plan:

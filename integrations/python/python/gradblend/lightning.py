@@ -11,7 +11,7 @@ from .trainer import GradBlend
 try:
     import lightning.pytorch as pl
 except ImportError:
-    import pytorch_lightning as pl  # the same library under its older name
+    import pytorch_lightning as pl  # type: ignore[no-redef]  # the same library under its older name
 
 __all__ = ["GradBlendCallback"]
 

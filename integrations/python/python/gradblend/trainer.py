@@ -193,17 +193,14 @@ class GradBlend:
             raise Error("no parameter requires a gradient")
         return trained
 
-    def _seed(self, loss: Tensor, factor: Tensor | None) -> Tensor | None:
-        """The gradient with respect to a loss itself: 1, or its factor times the scale."""
-        scale = self._scale if factor is None else factor if self._scale is None else factor * self._scale
-        return None if scale is None else scale.to(loss).reshape(loss.shape)
-
     def _weighted(self, losses: list[Tensor]) -> None:
         """One backward pass on sum_k w_k L_k. Leaves out losses of weight 0: 0 times an infinity is NaN."""
-        kept = [k for k, weight in enumerate(self._host.read()) if weight != 0]
-        if kept:
-            seeds = [self._seed(losses[k], self._weights[k]) for k in kept]
-            torch.autograd.backward([losses[k] for k in kept], seeds, inputs=self._trained())
+        in_force = self._host.read()
+        weights = self._weights if self._scale is None else self._weights * self._scale
+        terms = [weights[k].to(loss.device) * loss.reshape(()) for k, loss in enumerate(losses) if in_force[k] != 0]
+        if terms:
+            # One root: with several, autograd holds on to more gradients.
+            torch.autograd.backward(torch.stack(terms).sum(), inputs=self._trained())
 
     def _observe(self, losses: list[Tensor], held_out: Callable[[], Tensor] | None, train: Callable[[], Tensor] | None) -> None:
         for name, function in (("held_out", held_out), ("train", train)):
@@ -224,7 +221,7 @@ class GradBlend:
             grads = [self._gradients(loss, f"losses[{k}]", trained, k < last) for k, loss in enumerate(losses)]
             g = self._closure("held_out", held_out, trained)
             t = grads[last] if train is None else self._closure("train", train, trained)
-            blended = self._table.bind(grads, t, g)
+            blended, _bound = self._table.bind(grads, t, g)  # bound until the step is submitted
             if self._scale is not None:
                 self.blender.set_grad_scale(self._scale.data_ptr())
             self.blender.step(self._table.plan)
@@ -242,7 +239,8 @@ class GradBlend:
     def _gradients(self, loss: Tensor, what: str, trained: list[Tensor], retain: bool) -> Gradients:
         """The gradient of a loss for each parameter. By way of `.grad`, so autograd gives each a buffer of its own in the
         parameter's layout, and does not copy it."""
-        torch.autograd.backward(loss, self._seed(loss, None), retain_graph=retain, inputs=trained)
+        root = loss if self._scale is None else loss * self._scale.to(loss.device)
+        torch.autograd.backward(root, retain_graph=retain, inputs=trained)
         grads = [param.grad for param in self._params]
         for param in trained:
             param.grad = None
@@ -289,11 +287,13 @@ class _Table:
         self.plan = Plan(blender, self._records, None)
         self.copied = 0
 
-    def bind(self, grads: list[Gradients], t: Gradients, g: Gradients) -> Gradients:
-        """Binds v_k, t and g of each parameter. Returns where its blended gradient will be: in place of a v_k that is not
-        t as well, or in new memory. None if no loss reaches the parameter."""
+    def bind(self, grads: list[Gradients], t: Gradients, g: Gradients) -> tuple[Gradients, list[Gradients]]:
+        """Binds v_k, t and g of each parameter. Returns where its blended gradient will be, and all that is bound.
+
+        The blend is in place of a v_k that is not t as well, or in new memory; None if no loss reaches the parameter.
+        """
         blended: Gradients = []
-        keep: list[Tensor] = []
+        bound: list[Gradients] = []
         for i, (t_i, g_i, *v) in enumerate(zip(t, g, *grads)):
             out = next((grad for grad in v if grad is not None and grad is not t_i), None)
             reached = any(grad is not None for grad in v)
@@ -308,13 +308,13 @@ class _Table:
             if reached and row[0] is not None and out is None:
                 row[2] = torch.empty_like(row[0])
             blended.append(row[2])
-            keep += [grad for grad in row if grad is not None]
+            bound.append(row)
             record = self._records[i]
             addresses = [0 if grad is None else grad.data_ptr() for grad in row]
             record.train, record.valid, record.blended = (ffi.cast("void *", address) for address in addresses[:3])
             self._addresses[i * self._modalities : (i + 1) * self._modalities] = addresses[3:]
-        self.plan._bind(self._records, keep)
-        return blended
+        self.plan._bind(self._records, None)
+        return blended, bound
 
     def _in_one_order(self, grads: Gradients) -> Gradients:
         """Gradients of one parameter, copied if they do not all have their elements in the same order without gaps."""
