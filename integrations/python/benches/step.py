@@ -14,6 +14,7 @@ Needs torchvision, and torchjd with qpsolvers and quadprog.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import pathlib
 import platform
@@ -161,6 +162,13 @@ def processor() -> str:
     return next((line.split(": ")[1] for line in text.splitlines() if line.startswith("model name")), platform.processor())
 
 
+def commit() -> str:
+    """The commit of the clone that this file is in, with `-dirty` if files have changed since."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    return ended.stdout.strip() or "unknown"
+
+
 def memory(field: str) -> float:
     """MiB of this process: VmRSS now, VmHWM at its peak."""
     status = pathlib.Path("/proc/self/status").read_text()
@@ -216,11 +224,13 @@ def main() -> None:
     machine: dict[str, Any] = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
         "torch": torch.__version__,
         "gradblend": gradblend.__version__,
         "images": [batch, 3, size, size],
     }
-    print(f"\n{machine['processor']}, {machine['threads']} threads, PyTorch {machine['torch']}; images {machine['images']}\n")
+    print(f"\n{machine['processor']}, {machine['threads']} threads, PyTorch {machine['torch']}, {machine['date']}\n")
     print("| implementation | ms a step | over uniform | over its passes | peak MiB |")
     print("|---|---:|---:|---:|---:|")
     for name, times in turns.items():

@@ -142,6 +142,7 @@ def test_parameters(device: str) -> None:
 
     layer = nn.Linear(3, 2).to(device)
     rejects(layer, "params is a module, expected module.named_parameters()")
+    rejects(nn.LazyLinear(2).named_parameters(), "weight has no shape yet")
     rejects(layer.weight, "params is Parameter, expected an iterable")
     rejects(3, "params is int, expected an iterable")
     rejects([], "params has no tensor that requires a gradient")

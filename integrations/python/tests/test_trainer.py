@@ -172,20 +172,22 @@ def test_accumulates_as_backward_does(device: str) -> None:
 
 def test_frozen_unused_and_tied_parameters(device: str) -> None:
     model = Network(3).to(device)
+    empty = nn.Parameter(torch.zeros(0, 3, device=device))
     unused, frozen = nn.Linear(2, 2).to(device), model.encoders[0].weight.requires_grad_(False)
     integers = nn.Parameter(torch.zeros(3, dtype=torch.int8, device=device), requires_grad=False)
     model.heads[1].weight = model.heads[0].weight  # tied
     stream = batches(3, 2, device)
-    gb = GradBlend([*model.parameters(), *unused.parameters(), *model.parameters(), integers], 3)
+    gb = GradBlend([*model.parameters(), *unused.parameters(), *model.parameters(), integers, empty], 3)
     tied = model.heads[0].weight
     for _ in range(3):
-        losses = model.losses(next(stream))
+        losses = [loss + empty.sum() for loss in model.losses(next(stream))]
         v = [autograd(loss, [tied])[0] for loss in losses]
         in_force = weights_in_force(gb)
         model.zero_grad()
         held_out = next(stream)
         gb.backward(losses, held_out=lambda: model.losses(held_out)[-1])
         check_blend(tied.grad, in_force, v)
+        assert empty.grad is not None and empty.grad.shape == (0, 3)
         assert frozen.grad is None and integers.grad is None and all(param.grad is None for param in unused.parameters())
     frozen.requires_grad_(True)  # and it trains from then on
     gb.backward(model.losses(next(stream)), held_out=lambda: model.losses(next(stream))[-1])

@@ -197,7 +197,7 @@ class GradBlend:
         """One backward pass on sum_k w_k L_k. Leaves out losses of weight 0: 0 times an infinity is NaN."""
         in_force = self._host.read()
         weights = self._weights if self._scale is None else self._weights * self._scale
-        terms = [weights[k].to(loss.device) * loss.reshape(()) for k, loss in enumerate(losses) if in_force[k] != 0]
+        terms = [weights[k] * loss.reshape(()).to(self._device) for k, loss in enumerate(losses) if in_force[k] != 0]
         if terms:
             # One root: with several, autograd holds on to more gradients.
             torch.autograd.backward(torch.stack(terms).sum(), inputs=self._trained())
@@ -265,7 +265,7 @@ class _HostCopy:
     def refresh(self) -> None:
         if self._event is not None:
             self._copy.copy_(self._weights, non_blocking=True)
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self._weights.device))
 
     def read(self) -> list[float]:
         if self._event is not None:
@@ -310,7 +310,8 @@ class _Table:
             blended.append(row[2])
             bound.append(row)
             record = self._records[i]
-            addresses = [0 if grad is None else grad.data_ptr() for grad in row]
+            # A tensor without elements has no address.
+            addresses = [0 if grad is None or grad.numel() == 0 else grad.data_ptr() for grad in row]
             record.train, record.valid, record.blended = (ffi.cast("void *", address) for address in addresses[:3])
             self._addresses[i * self._modalities : (i + 1) * self._modalities] = addresses[3:]
         self.plan._bind(self._records, None)
@@ -346,6 +347,8 @@ def _parameters(params: Iterable[Any]) -> tuple[list[str], list[Tensor]]:
         name, param = entry if isinstance(entry, tuple) and len(entry) == 2 else (default, entry)
         if not isinstance(param, Tensor):
             raise Error(f"{default} is {type(param).__name__}, expected a tensor or a (name, tensor) pair")
+        if torch.nn.parameter.is_lazy(param):
+            raise Error(f"{name} has no shape yet: run a batch through the lazy module first")
         if not param.is_leaf:
             raise Error(f"{name} is no leaf: it is computed from other tensors, so it has no .grad")
         found.setdefault(id(param), (str(name), param))
