@@ -143,18 +143,19 @@ def plot(path: pathlib.Path, names: list[str], runs: dict[str, list[dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--seeds", type=int, help="[4]")
+    parser.add_argument("--epochs", type=int, help="[40]")
     parser.add_argument("--noise", type=float, default=1.5, help="standard deviation of the noise on all features [1.5]")
     parser.add_argument("--views", default=",".join(VIEWS), help="views to use [all: %(default)s]")
     parser.add_argument("--nuisance", choices=["noise", "shortcut"], help="add a bad modality")
     parser.add_argument("--min-fused", type=float, default=0.0, help="least weight of the fused loss [0]")
     parser.add_argument("--plot", type=pathlib.Path, help="write a plot of the weights (SVG, PNG or PDF)")
     parser.add_argument("--json", type=pathlib.Path, help="write all runs")
-    parser.add_argument("--quick", action="store_true", help="one seed of 4 epochs")
+    parser.add_argument("--quick", action="store_true", help="by default 1 seed of 10 epochs")
     options = parser.parse_args()
-    if options.quick:
-        options.seeds, options.epochs = 1, 4
+    seeds, epochs = (1, 10) if options.quick else (4, 40)
+    options.seeds = seeds if options.seeds is None else options.seeds
+    options.epochs = epochs if options.epochs is None else options.epochs
     if options.seeds < 1 or options.epochs < 1:
         parser.error("--seeds and --epochs are at least 1")
     views = options.views.split(",")
@@ -164,12 +165,17 @@ def main() -> None:
         parser.error("--noise is a number from 0")
     if not 0 <= options.min_fused < 1:
         parser.error("--min-fused is in [0, 1)")
+    if options.plot and options.plot == options.json:
+        parser.error("--plot and --json are the same file")
     try:
-        for path in filter(None, (options.plot, options.json)):
-            if path:
-                path.open("ab").close()
         if options.plot:
-            import matplotlib  # noqa: F401
+            from matplotlib.backend_bases import FigureCanvasBase
+
+            kinds = FigureCanvasBase.get_supported_filetypes()
+            if options.plot.suffix[1:] not in kinds:
+                parser.error(f"--plot is {options.plot}, expected a name that ends in one of {', '.join(sorted(kinds))}")
+        for path in filter(None, (options.plot, options.json)):
+            path.open("ab").close()
     except (OSError, ImportError) as error:
         parser.error(str(error))
 
@@ -194,16 +200,21 @@ def main() -> None:
         last = [run["weights"][-1] for run in runs[method] if run["weights"]]
         cells.append(", ".join(f"{statistics.mean(column):.2f}" for column in zip(*last)))
         print("| " + " | ".join(cells) + " |")
-    if options.plot:
-        plot(options.plot, names, runs)
-        print(f"weights over the steps: {options.plot}", file=sys.stderr)
-    if options.json:
-        options.json.write_text(json.dumps({"losses": names, "runs": runs}) + "\n")
+    try:
+        if options.json:
+            options.json.write_text(json.dumps({"losses": names, "runs": runs}) + "\n")
+        if options.plot:
+            plot(options.plot, names, runs)
+            print(f"weights over the steps: {options.plot}", file=sys.stderr)
+    except OSError as error:
+        sys.exit(f"error: {error}")
 
 
 def spread(values: list[float], sign: str = "", of_mean: bool = False) -> str:
-    """Mean and standard deviation, or standard error of the mean."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    """Mean and, of several seeds, standard deviation or standard error of the mean."""
+    if len(values) == 1:
+        return f"{values[0]:{sign}.3f}"
+    deviation = statistics.stdev(values)
     return f"{statistics.mean(values):{sign}.3f} ± {deviation / (len(values) ** 0.5 if of_mean else 1):.3f}"
 
 

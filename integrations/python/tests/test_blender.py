@@ -143,6 +143,22 @@ def test_rejections_name_the_tensor(change: Any, message: str) -> None:
     assert caught.value.status == Status.INVALID_ARGUMENT and message in str(caught.value), caught.value
 
 
+def test_rejections_of_calls() -> None:
+    blender = Blender(1)
+    with pytest.raises(Error, match="tensors is TensorGrads, expected a list"):
+        blender.plan(TensorGrads(None, None, [torch.ones(2)]))  # type: ignore[arg-type]
+    with pytest.raises(Error, match="plan is NoneType, expected Plan"):
+        blender.step(None)  # type: ignore[arg-type]
+    with pytest.raises(Error, match="state is str, expected bytes"):
+        blender.load("state")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected option 'decay', expected overfitting"):
+        gradblend.solve([1], [[1]], decay=0.9)  # type: ignore[call-arg]
+    with pytest.raises(Error, match="the losses of modality 1 are tuple, expected Losses"):
+        gradblend.ogr([gradblend.Losses(1, 1)] * 2, [gradblend.Losses(1, 1), (1, 1)])  # type: ignore[list-item]
+    with pytest.raises(Error, match="valid: expected 1 number"):
+        gradblend.Losses(1, None)  # type: ignore[arg-type]
+
+
 def test_solve_and_losses() -> None:
     assert gradblend.solve([1, 1], [[1, 0], [0, 3]]).weights == pytest.approx((0.75, 0.25))
     assert gradblend.solve(torch.tensor([2.0, 1.0]), np.eye(2)).weights == pytest.approx((2 / 3, 1 / 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import inspect
 import pathlib
 import re
@@ -74,3 +76,9 @@ def test_options_in_the_table_exist() -> None:
     known = {*inspect.signature(gradblend.GradBlend).parameters, *Options.__annotations__, *Policy.__annotations__}
     named = re.findall(r"^\| `(\w+)=", README, re.MULTILINE)
     assert named and set(named) <= known
+
+
+@pytest.mark.parametrize("name", ["losses", "schedule"])
+def test_docstrings(name: str) -> None:
+    tried = doctest.testmod(importlib.import_module(f"gradblend.{name}"))
+    assert tried.attempted > 0 and tried.failed == 0

@@ -94,3 +94,7 @@ def test_rejections(tmp_path: pathlib.Path) -> None:
         fit(Module(), tmp_path, 1, attribute="blend")
     with pytest.raises(Error, match="names has 1 entries, expected 3"):
         fit(Module(), tmp_path, 1, names=["audio"])
+    automatic = Module()
+    automatic.automatic_optimization = True
+    with pytest.raises(Error, match=r"Module\.automatic_optimization is True, expected False"):
+        fit(automatic, tmp_path, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -101,12 +102,64 @@ def test_missing_closures(trainer: Trainer) -> None:
 def test_an_exception_of_a_closure_passes_through(trainer: Trainer) -> None:
     before = trainer.state()
 
-    def stop() -> Tensor:
-        raise StopIteration("no more batches")
+    def fail() -> Tensor:
+        raise KeyError("no such batch")
 
-    with pytest.raises(StopIteration, match="no more batches"):
-        trainer.gb.backward(trainer.losses(), held_out=stop)
+    with pytest.raises(KeyError, match="no such batch"):
+        trainer.gb.backward(trainer.losses(), held_out=fail)
     assert trainer.state() == before
+    trainer.rejects("held_out raised StopIteration: its batches are used up", trainer.losses(), lambda: next(iter([])))
+
+
+def test_a_backward_pass_inside_a_closure(trainer: Trainer) -> None:
+    """Its gradients are not those of the held-out loss."""
+    twin = Trainer(trainer.model.fused.weight.device.type)
+    assert twin.gb.blender.save() == trainer.gb.blender.save()
+
+    def held_out() -> Tensor:
+        loss = trainer.held_out()
+        loss.backward(retain_graph=True)
+        return loss
+
+    trainer.gb.backward(trainer.losses(), held_out)
+    twin.gb.backward(twin.losses(), twin.held_out)
+    assert twin.gb.blender.save() == trainer.gb.blender.save()
+
+    def nested() -> Tensor:
+        trainer.gb.backward(trainer.losses(), trainer.held_out)
+        return trainer.held_out()
+
+    trainer.rejects("backward was called by held_out or train of another call", trainer.losses(), nested)
+
+
+def test_a_graph_that_is_gone(trainer: Trainer) -> None:
+    losses = trainer.losses()
+    losses[-1].backward()
+    trainer.rejects("losses[0]: another backward pass has run", [losses[-1], *trainer.losses()[1:]])
+    losses = trainer.losses()
+    trainer.rejects("held_out: another backward pass has run", losses, lambda: losses[-1])
+
+
+def test_parameters_that_were_replaced(device: str) -> None:
+    """Losses that reach none of the given parameters, in a call that does not observe too."""
+    layer = nn.Linear(3, 1).to(device)
+    gb = GradBlend(layer.parameters(), 1, every=2)
+    x = torch.randn(4, 3, device=device)
+    gb.backward([layer(x).sum()], held_out=lambda: layer(x).sum())
+    layer.zero_grad()
+    other = nn.Linear(3, 1).to(device)
+    with pytest.raises(Error, match="losses reach no parameter"):
+        gb.backward([other(x).sum()], held_out=lambda: other(x).sum())
+    assert gb.state_dict()["calls"] == 1
+
+
+def test_copies_are_made_of_states(trainer: Trainer) -> None:
+    for function in (copy.copy, copy.deepcopy, pickle.dumps):
+        for thing in (trainer.gb, trainer.gb.blender):
+            with pytest.raises(Error, match="cannot be copied or pickled"):
+                function(thing)
+    assert repr(trainer.gb).startswith("GradBlend(10 parameters, weights [")
+    assert repr(gradblend.Blender(2)) == "Blender(2, device='cpu')"
 
 
 def test_sparse_gradients(device: str) -> None:
@@ -177,9 +230,9 @@ def test_a_parameter_that_was_moved(device: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_losses": 0}, "modalities is 0, expected a whole number from 1 to 32"),
-        ({"num_losses": 33}, "modalities is 33, expected a whole number from 1 to 32"),
-        ({"num_losses": 2.0}, "modalities is 2.0, expected a whole number from 1 to 32"),
+        ({"num_losses": 0}, "num_losses is 0, expected a whole number from 1 to 32"),
+        ({"num_losses": 33}, "num_losses is 33, expected a whole number from 1 to 32"),
+        ({"num_losses": 2.0}, "num_losses is 2.0, expected a whole number from 1 to 32"),
         ({"every": 0}, "every is 0, expected a whole number from 1"),
         ({"every": 1.5}, "every is 1.5, expected a whole number from 1"),
         ({"decay": 1.0}, "decay"),
@@ -198,7 +251,8 @@ def test_a_parameter_that_was_moved(device: str) -> None:
         ({"threads": -1}, "threads is -1, expected a whole number from 0"),
         ({"threads": 5000}, "threads"),
         ({"schedule": 3}, "schedule is int, expected gradblend.Schedule"),
-        ({"scaler": 3}, "scaler is int, expected torch.amp.GradScaler"),
+        ({"scaler": 3}, "scaler is 3, expected a torch.amp.GradScaler"),
+        ({"scaler": int}, "scaler is <class 'int'>, expected a torch.amp.GradScaler"),
         ({"on_observation": 3}, "on_observation is int, expected a function"),
     ],
 )
@@ -208,6 +262,8 @@ def test_options(options: dict[str, Any], message: str) -> None:
     assert message in str(caught.value), caught.value
     with pytest.raises(TypeError, match="unexpected option 'momentum'"):
         GradBlend([nn.Parameter(torch.zeros(2))], 2, momentum=0.9)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected option 'device'"):
+        GradBlend([nn.Parameter(torch.zeros(2))], 2, device="cpu")  # type: ignore[call-arg]
 
 
 def test_states(trainer: Trainer) -> None:

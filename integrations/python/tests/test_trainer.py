@@ -277,12 +277,34 @@ def test_schedule_reweights_at_the_end_of_a_super_epoch(device: str) -> None:
         assert report.observed == (8 if epoch == 1 else 4)
         assert (weights_in_force(gb) == uniform) == (epoch < 2)
         expected = clamped(report.mean, gb.blender.second_moments())
-        if gb.end_epoch(epoch):
-            assert weights_in_force(gb) == pytest.approx(expected, rel=1e-6, abs=1e-12)
-            assert gb.report().observed == 0
-        else:
-            assert epoch == 0
-    assert not GradBlend(model.parameters(), 3).end_epoch(0)
+        ended = gb.end_epoch(epoch)
+        assert (ended is None) == (epoch == 0)
+        if ended is not None:
+            assert ended.weights == pytest.approx(expected, rel=1e-6, abs=1e-12) and ended.mean == report.mean
+            assert weights_in_force(gb) == pytest.approx(ended.weights) and gb.report().observed == 0
+    assert GradBlend(model.parameters(), 3).end_epoch(0) is None
+
+
+def test_reweights_on_request(device: str) -> None:
+    model = Network(3).to(device)
+    stream = batches(3, 6, device)
+    gb = GradBlend(model.parameters(), 3, cadence="on_request")
+    for _ in range(4):
+        gb.backward(model.losses(next(stream)), held_out=lambda: model.losses(next(stream))[-1])
+    assert weights_in_force(gb) == pytest.approx([1 / 3] * 3)
+    gb.reweight()
+    report = gb.report()
+    assert weights_in_force(gb) == pytest.approx(clamped(report.mean, gb.blender.second_moments()), rel=1e-6, abs=1e-12)
+
+
+def test_runs_where_gradients_are_switched_off(device: str) -> None:
+    model = Network(3).to(device)
+    stream = batches(3, 6, device)
+    gb = GradBlend(model.parameters(), 3, every=2)
+    for observes in (True, False):
+        losses = model.losses(next(stream))
+        with torch.no_grad():
+            assert gb.backward(losses, held_out=lambda: model.losses(next(stream))[-1]) == observes
 
 
 def test_offline_never_observes(device: str) -> None:
@@ -386,6 +408,10 @@ def test_autocast(device: str) -> None:
         moments.check(gb.report().mean, gb.blender.second_moments())
 
 
+needs_scaler = pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="PyTorch 2.2 has a GradScaler for CUDA only")
+
+
+@needs_scaler
 def test_grad_scaler(device: str) -> None:
     torch.manual_seed(5)
     model = Network(3).to(device)
@@ -418,7 +444,8 @@ def test_grad_scaler(device: str) -> None:
     assert scaler.get_scale() != 2.0**10
 
 
-def test_half_precision_parameters_with_a_scaler_off(device: str) -> None:
+@needs_scaler
+def test_a_scaler_that_is_off(device: str) -> None:
     model = Network(2).to(device)
     gb = GradBlend(model.parameters(), 2, scaler=torch.amp.GradScaler(device, enabled=False))
     stream = batches(2, 2, device)

@@ -29,7 +29,7 @@ class Pass(enum.IntFlag):
 
 @dataclasses.dataclass(frozen=True)
 class TensorGrads:
-    """The gradients of one parameter tensor: arrays of the same shape, dtype and order in memory.
+    """The gradients of one parameter tensor: arrays of the same length, dtype and order of elements in memory.
 
     Arrays are torch tensors or others with `__dlpack__` (numpy, CuPy, JAX): float32, float16 or bfloat16, dense, on the
     blender's device. They are not copied; a `Plan` keeps them alive.
@@ -205,6 +205,9 @@ class Plan:
         call(lib.gradblend_plan_create, blender._handle, records, len(records), plan)
         self._blender, self._handle, self._keep = blender, ffi.gc(plan[0], lib.gradblend_plan_destroy), keep
 
+    def __getstate__(self) -> object:
+        raise Error("Plan cannot be copied or pickled")
+
     def update(self, tensors: Iterable[TensorGrads]) -> None:
         """Binds other arrays of the same lengths and dtypes. Neither allocates on the device nor synchronizes.
 
@@ -215,6 +218,12 @@ class Plan:
     def _bind(self, records: Any, keep: Any) -> None:
         call(lib.gradblend_plan_update, self._handle, records, len(records), self._blender._stream())
         self._keep = keep
+
+
+def _handle(plan: Any) -> Any:
+    if not isinstance(plan, Plan):
+        raise Error(f"plan is {type(plan).__name__}, expected Plan")
+    return plan._handle
 
 
 class Blender:
@@ -239,6 +248,12 @@ class Blender:
         #: Address of the CUDA stream for all calls. None: torch's current stream, or the default one without torch.
         self.stream: int | None = None
 
+    def __repr__(self) -> str:
+        return f"Blender({self.modalities}, device={'cpu' if self.device < 0 else f'cuda:{self.device}'!r})"
+
+    def __getstate__(self) -> object:
+        raise Error("Blender cannot be copied or pickled: make another one, and use save() and load()")
+
     def _stream(self) -> Any:
         if self.device < 0:
             return ffi.NULL
@@ -250,18 +265,20 @@ class Blender:
     def plan(self, tensors: Iterable[TensorGrads]) -> Plan:
         """Checks the tensors and makes a plan for them. Reads no gradient.
 
-        `Error` names the tensor and the array's role: another device, dtype, shape or order of elements, `train`
+        `Error` names the tensor and the array's role: another device, dtype, length or order of elements, `train`
         without `valid` or the reverse, a `blended` that overlaps another array.
         """
+        if isinstance(tensors, TensorGrads):
+            raise Error("tensors is TensorGrads, expected a list of them")
         return Plan(self, *_records(self, list(tensors)))
 
     def run(self, plan: Plan, what: Pass) -> None:
         """Any combination of parts in one pass over memory (the C ABI's `gradblend_pass`)."""
-        call(lib.gradblend_pass, self._handle, plan._handle, number("what", what, 0, 2**32 - 1), self._stream())
+        call(lib.gradblend_pass, self._handle, _handle(plan), number("what", what, 0, 2**32 - 1), self._stream())
 
     def dot(self, plan: Plan) -> None:
         """Adds c_k = <g, v_k> and d_k = <t - g, v_k> to the pending sums. Callable many times before `observe`."""
-        call(lib.gradblend_dot, self._handle, plan._handle, self._stream())
+        call(lib.gradblend_dot, self._handle, _handle(plan), self._stream())
 
     def observe(self) -> None:
         """Takes the pending sums as one observation: n, m and S. Skips one that is not finite."""
@@ -273,11 +290,11 @@ class Blender:
 
     def blend(self, plan: Plan) -> None:
         """Writes sum_k w_k v_k to each `blended`. Does not read gradients of weight 0."""
-        call(lib.gradblend_blend, self._handle, plan._handle, self._stream())
+        call(lib.gradblend_blend, self._handle, _handle(plan), self._stream())
 
     def step(self, plan: Plan) -> None:
         """dot, blend and observe in one pass over memory, bit for bit."""
-        call(lib.gradblend_step, self._handle, plan._handle, self._stream())
+        call(lib.gradblend_step, self._handle, _handle(plan), self._stream())
 
     def reset(self) -> None:
         """Starts a new super-epoch: forgets the moments and the pending sums, keeps the weights."""
@@ -358,5 +375,7 @@ class Blender:
 
         `Error` for a state that is damaged or of another K, average or decay; the blender is then unchanged.
         """
+        if not isinstance(state, (bytes, bytearray, memoryview)):
+            raise Error(f"state is {type(state).__name__}, expected bytes")
         state = bytes(state)
         call(lib.gradblend_load, self._handle, state, len(state), self._stream())

@@ -17,7 +17,8 @@ __all__ = ["GradBlendCallback"]
 
 
 class GradBlendCallback(pl.Callback):
-    """For a LightningModule with manual optimisation that makes its `GradBlend` in `configure_optimizers`.
+    """For a LightningModule with manual optimisation that makes its `GradBlend` in `configure_optimizers`, where it is on
+    its device. With `precision="16-mixed"`, give it `scaler=self.trainer.precision_plugin.scaler`.
 
     After each observation it logs, to all loggers of the trainer, `gradblend/weight/NAME` and `gradblend/ogr/NAME` of
     each loss, `gradblend/ogr_blend`, `gradblend/ogr_uniform` and `gradblend/skipped`. At the end of each epoch it calls
@@ -38,6 +39,8 @@ class GradBlendCallback(pl.Callback):
         gb = getattr(pl_module, self._attribute, None)
         if not isinstance(gb, GradBlend):
             raise Error(f"{type(pl_module).__name__}.{self._attribute} is {type(gb).__name__}, expected GradBlend")
+        if pl_module.automatic_optimization:
+            raise Error(f"{type(pl_module).__name__}.automatic_optimization is True, expected False: call backward and step")
         k = gb.blender.modalities
         if self._names is not None and len(self._names) != k:
             raise Error(f"names has {len(self._names)} entries, expected {k}")

@@ -26,6 +26,13 @@ class Solution:
     flags: Flags
 
 
+def _config(modalities: int, policy: Policy) -> Any:
+    unknown = [name for name in policy if name not in Policy.__annotations__]
+    if unknown:
+        raise TypeError(f"unexpected option {unknown[0]!r}, expected {', '.join(Policy.__annotations__)}")
+    return config(modalities, **policy)
+
+
 def solve(
     numerator: Any,
     second_moment: Any,
@@ -40,15 +47,15 @@ def solve(
     `Error` for other counts, a number that is not finite, a negative diagonal, or an option out of range.
     Source: CVPR 2020 paper, proposition 1; docs/method.md for bounds and correlated overfitting.
 
-    >>> solve([1, 1], [[1, 0], [0, 3]]).weights
-    (0.75, 0.25)
+    >>> [round(weight, 9) for weight in solve([1, 1], [[1, 0], [0, 3]]).weights]
+    [0.75, 0.25]
     """
     try:
         k = len(numerator)
         rows = list(second_moment.tolist() if hasattr(second_moment, "tolist") else second_moment)
     except TypeError as error:
         raise Error(f"numerator and second_moment: expected K and K x K numbers: {error}") from None
-    record = config(k, **policy)
+    record = _config(k, policy)
     if len(rows) != k:
         raise Error(f"second_moment has {len(rows)} rows, expected {k}")
     square = [value for i, row in enumerate(rows) for value in floats(f"second_moment[{i}]", row, k)]
@@ -64,6 +71,10 @@ class Losses:
 
     train: float
     valid: float
+
+    def __post_init__(self) -> None:
+        for name in ("train", "valid"):
+            object.__setattr__(self, name, floats(name, [getattr(self, name)], 1)[0])
 
 
 class MeanLoss:
@@ -107,12 +118,15 @@ def ogr(before: Sequence[Losses], after: Sequence[Losses], **policy: Unpack[Poli
     k = number("the number of modalities", len(before), 1, lib.MAX_MODALITIES)
     if len(after) != k:
         raise Error(f"there are losses of {len(after)} modalities after training, expected {k}")
+    for i, losses in enumerate((*before, *after)):
+        if not isinstance(losses, Losses):
+            raise Error(f"the losses of modality {i % k} are {type(losses).__name__}, expected Losses")
     delta_g = [n.valid - m.valid for n, m in zip(before, after)]
     delta_o = [(m.valid - m.train) - (n.valid - n.train) for n, m in zip(before, after)]
-    for i, losses in enumerate(zip(before, after)):
+    for i, pair in enumerate(zip(before, after)):
         # Finite losses can have a difference that is not.
         if not all(map(math.isfinite, [delta_g[i], delta_o[i]])):
-            raise Error(f"modality {i}: losses are not finite: {losses[0]} before, {losses[1]} after training")
+            raise Error(f"modality {i}: losses are not finite: {pair[0]} before, {pair[1]} after training")
     # Scaling all gaps does not change the weights; near 1 their squares neither underflow nor overflow.
     largest = max(map(abs, delta_o)) or 1.0
     square = [[(o / largest) ** 2 if i == j else 0.0 for j in range(k)] for i, o in enumerate(delta_o)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 from torch import Tensor
 
-from ._library import Error, Options, ffi, number
+from ._library import Error, Options, ffi, lib, number
 from .blender import Blender, Plan, Report
 from .schedule import Schedule
 
@@ -49,7 +49,8 @@ class GradBlend:
             moments. Go on with `scaler.step(optimizer)` and `scaler.update()`.
         on_observation: Called with a `Report` after each observation. On CUDA the report synchronizes the stream.
         options: Of `Blender`: `decay`, `min_weight`, `overfitting`, `negative`, `average`, `damping`, `cadence`,
-            `threads`.
+            `threads`. The weights start at 1/K; `min_weight` bounds those that are found. `cadence` is
+            "every_observation" unless there is a schedule.
 
     Raises:
         Error: An option is out of range, or a parameter has another dtype or device, or is no leaf.
@@ -67,11 +68,14 @@ class GradBlend:
         **options: Unpack[Options],
     ) -> None:
         self._names, self._params = _parameters(params)
+        if "device" in options:
+            raise TypeError("unexpected option 'device': it is that of the parameters")
+        number("num_losses", num_losses, 1, lib.MAX_MODALITIES)
         self._every = number("every", every, 1, 2**63 - 1)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise Error(f"schedule is {type(schedule).__name__}, expected gradblend.Schedule")
-        if scaler is not None and not callable(getattr(scaler, "scale", None)):
-            raise Error(f"scaler is {type(scaler).__name__}, expected torch.amp.GradScaler")
+        if scaler is not None and (isinstance(scaler, type) or not callable(getattr(scaler, "scale", None))):
+            raise Error(f"scaler is {scaler!r}, expected a torch.amp.GradScaler")
         if on_observation is not None and not callable(on_observation):
             raise Error(f"on_observation is {type(on_observation).__name__}, expected a function")
         self._schedule, self._scaler, self._on_observation = schedule, scaler, on_observation
@@ -81,6 +85,7 @@ class GradBlend:
         #: The operations that this object is made of.
         self.blender = Blender(num_losses, device=self._device, **options)
         self._calls = self._observations = 0
+        self._running = False
         self._weights: Tensor = self.blender.weights.torch()
         self._host = _HostCopy(self._weights)
         self._scale: Tensor | None = None
@@ -107,19 +112,35 @@ class GradBlend:
         return self.blender.report()
 
     def set_weights(self, weights: Any) -> None:
-        """Puts K weights in force as given, as for offline blending with `gb_estimate`."""
+        """Puts K weights in force as given, until the next reweight: with `Schedule.offline()`, for good."""
         self.blender.set_weights(weights)
         self._host.refresh()
 
-    def end_epoch(self, epoch: int) -> bool:
-        """Tells the schedule that this epoch (from 0) has ended. At the end of a super-epoch reweights from its
-        observations, starts the next one, and returns True."""
-        ends = self._schedule is not None and self._schedule.ends(epoch)
-        if ends:
-            self.blender.reweight()
-            self.blender.reset()
-            self._host.refresh()
-        return ends
+    def reweight(self) -> None:
+        """Solves for the weights of the moments now; for `cadence="on_request"`, as after a number of observations."""
+        self.blender.reweight()
+        self._host.refresh()
+
+    def end_epoch(self, epoch: int) -> Report | None:
+        """Tells the schedule that this epoch, counted from 0, has ended.
+
+        At the end of a super-epoch reweights from its observations, starts the next one, and returns the report of the
+        one that ended, with the new weights. `Flags.HELD` in it: the weights are the old ones. None at other epochs.
+        """
+        epoch = number("epoch", epoch, 0, 2**63 - 2)
+        if self._schedule is None or not self._schedule.ends(epoch):
+            return None
+        self.reweight()
+        report = self.report()
+        self.blender.reset()
+        return report
+
+    def __repr__(self) -> str:
+        weights = ", ".join(f"{weight:.3f}" for weight in self._host.read())
+        return f"GradBlend({len(self._params)} parameters, weights [{weights}], {self._calls} calls)"
+
+    def __getstate__(self) -> object:
+        raise Error("GradBlend cannot be copied or pickled: make another one, and use state_dict() and load_state_dict()")
 
     def state_dict(self) -> dict[str, Any]:
         """The moments, the weights and the position among calls, for `load_state_dict`: continues bit for bit."""
@@ -145,9 +166,12 @@ class GradBlend:
     ) -> bool:
         """Adds the gradient of sum_k w_k L_k to `.grad`. Returns whether the call observed.
 
+        A parameter that only losses of weight 0 reach gets a gradient of 0 from a call that observes, and none from others.
+
         Args:
             losses: K scalars with a graph, which is freed; the last is the fused loss.
-            held_out: Computes the fused loss on a held-out batch. Called by observing calls only.
+            held_out: Computes the fused loss on a held-out batch, with the model in the mode that it is in. Called by
+                observing calls only.
             train: Computes the fused loss on a training batch drawn independently of the one behind `losses`. Called by
                 observing calls only, which then run one more backward pass. Without it t is the gradient of the fused
                 loss in `losses`: cheaper, but the noise of that batch counts as overfitting of the fused loss, which
@@ -158,7 +182,20 @@ class GradBlend:
                 such loss, a loss that reaches no parameter, or a gradient that is sparse or of another dtype. Names the
                 loss or the parameter; `.grad` and the state are unchanged.
         """
-        roots = self._roots(losses)
+        if self._running:
+            raise Error("backward was called by held_out or train of another call: return the loss instead")
+        self._running = True
+        try:
+            # As `backward` does, also where gradients are switched off.
+            with torch.enable_grad():
+                observes = self._backward(self._roots(losses), held_out, train)
+        finally:
+            self._running = False
+        if observes and self._on_observation is not None:
+            self._on_observation(self.report())
+        return observes
+
+    def _backward(self, roots: list[Tensor], held_out: Callable[[], Tensor] | None, train: Callable[[], Tensor] | None) -> bool:
         offline = self._schedule is not None and self._schedule == Schedule.offline()
         observes = not offline and self._calls % self._every == 0
         if self._scaler is not None:
@@ -170,8 +207,6 @@ class GradBlend:
             self._weighted(roots)
         self._calls += 1
         self._observations += observes
-        if observes and self._on_observation is not None:
-            self._on_observation(self.report())
         return observes
 
     def _roots(self, losses: Sequence[Tensor]) -> list[Tensor]:
@@ -198,9 +233,12 @@ class GradBlend:
         in_force = self._host.read()
         weights = self._weights if self._scale is None else self._weights * self._scale
         terms = [weights[k] * loss.reshape(()).to(self._device) for k, loss in enumerate(losses) if in_force[k] != 0]
+        trained = self._trained()
         if terms:
             # One root: with several, autograd holds on to more gradients.
-            torch.autograd.backward(torch.stack(terms).sum(), inputs=self._trained())
+            _run(torch.stack(terms).sum(), "losses", trained, retain=False)
+            if all(param.grad is None for param in trained):
+                raise Error("losses reach no parameter: all gradients are None")
 
     def _observe(self, losses: list[Tensor], held_out: Callable[[], Tensor] | None, train: Callable[[], Tensor] | None) -> None:
         for name, function in (("held_out", held_out), ("train", train)):
@@ -232,15 +270,20 @@ class GradBlend:
                 param.grad = grad
 
     def _closure(self, name: str, function: Any, trained: list[Tensor]) -> Gradients:
-        with torch.enable_grad():
-            loss = _root(f"the loss that {name} returned", function())
-        return self._gradients(loss, name, trained, retain=False)
+        try:
+            returned = function()
+        except StopIteration as error:
+            # It would end a generator or a loop around this call without a word.
+            raise Error(f"{name} raised StopIteration: its batches are used up") from error
+        for param in trained:
+            param.grad = None  # that a backward pass inside the function has left
+        return self._gradients(_root(f"the loss that {name} returned", returned), name, trained, retain=False)
 
     def _gradients(self, loss: Tensor, what: str, trained: list[Tensor], retain: bool) -> Gradients:
         """The gradient of a loss for each parameter. By way of `.grad`, so autograd gives each a buffer of its own in the
         parameter's layout, and does not copy it."""
         root = loss if self._scale is None else loss * self._scale.to(loss.device)
-        torch.autograd.backward(root, retain_graph=retain, inputs=trained)
+        _run(root, what, trained, retain)
         grads = [param.grad for param in self._params]
         for param in trained:
             param.grad = None
@@ -366,6 +409,16 @@ def _parameters(params: Iterable[Any]) -> tuple[list[str], list[Tensor]]:
     device = trained[0][1].device
     kept = [pair for pair in found.values() if pair[1].dtype in DTYPES and pair[1].device == device]
     return [name for name, _ in kept], [param for _, param in kept]
+
+
+def _run(root: Tensor, what: str, trained: list[Tensor], retain: bool) -> None:
+    """A backward pass that names the loss if its graph is gone."""
+    try:
+        torch.autograd.backward(root, retain_graph=retain, inputs=trained)
+    except RuntimeError as error:
+        if "second time" in str(error):
+            raise Error(f"{what}: another backward pass has run through this graph and freed it") from error
+        raise
 
 
 def _root(what: str, loss: Any) -> Tensor:
