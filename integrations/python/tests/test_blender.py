@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from typing import Any
 
 import gradblend
@@ -105,8 +106,18 @@ def test_memory_outlives_what_made_it() -> None:
     arrays = [numpy_array([1, 2]) for _ in range(3)]
     blender = Blender(1)
     plan = blender.plan([TensorGrads(arrays[0], arrays[1], [arrays[2]])])
+    references = [weakref.ref(array_) for array_ in arrays]
     del arrays
     gc.collect()
+    assert all(reference() is not None for reference in references)
+    owner = Blender(3)
+    alive, kept = weakref.ref(owner), owner.weights.torch()
+    del owner
+    gc.collect()
+    assert alive() is not None
+    del kept
+    gc.collect()
+    assert alive() is None
     assert weights.tolist() == pytest.approx([1 / 3] * 3) and array.tolist() == pytest.approx([1 / 3] * 3)
     blender.dot(plan)
     assert blender.pending_sums.torch().tolist() == [5, 0]
@@ -116,9 +127,24 @@ def test_memory_outlives_what_made_it() -> None:
         Blender(1).dot(plan)
 
 
+def test_a_blender_that_is_dropped_ends_its_threads() -> None:
+    def threads() -> int:
+        status = pathlib.Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Threads"))
+
+    before = threads()
+    blenders = [Blender(1, threads=3) for _ in range(5)]
+    assert threads() >= before + 10
+    del blenders
+    gc.collect()
+    assert threads() == before
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda a: TensorGrads(a(2), a(2), [a(2), torch._neg_view(a(2))]), "tensor 1, modality 1 is a lazy negation"),
+        (lambda a: TensorGrads(a(2), a(2), None), "tensor 1: modalities is NoneType, expected a list of 2"),
         (lambda a: TensorGrads(a(2), None, [a(2), None]), "tensor 1"),
         (lambda a: TensorGrads(a(2), a(2), [a(2)]), "tensor 1 has 1 modalities, expected 2"),
         (lambda a: TensorGrads(a(2), a(2), [a(2), a(3)]), "tensor 1: "),

@@ -35,12 +35,14 @@ class Trainer:
         grads = [None if param.grad is None else (id(param.grad), bits(param.grad)) for param in self.model.parameters()]
         return [grads, self.gb.state_dict()["calls"], self.gb.blender.save(), self.gb.copied]
 
-    def rejects(self, message: str, losses: Any, held_out: Any = None, **options: Any) -> None:
+    def rejects(self, message: str, losses: Any, held_out: Any = None, after: Any = None, **options: Any) -> None:
         before = self.state()
         with pytest.raises(Error) as caught:
             self.gb.backward(losses, held_out or self.held_out, **options)
         assert caught.value.status == Status.INVALID_ARGUMENT and message in str(caught.value), caught.value
         assert self.state() == before
+        if after is not None:
+            after()
         assert self.gb.backward(self.losses(), self.held_out)
 
 
@@ -185,6 +187,11 @@ def test_a_grad_that_cannot_be_added_to(trainer: Trainer) -> None:
     with pytest.raises(Error, match=r"fused\.weight\.grad is sparse"):
         trainer.gb.backward(trainer.losses(), trainer.held_out)
     assert weight.grad.is_sparse
+    with torch.inference_mode():
+        inference = torch.zeros_like(weight)
+    for grad in (torch.zeros(1, 1, device=weight.device).expand(weight.shape), inference):
+        weight.grad = grad
+        trainer.rejects(r"fused.weight.grad cannot be added to", trainer.losses(), after=lambda: setattr(weight, "grad", None))
 
 
 def test_parameters(device: str) -> None:
@@ -207,6 +214,11 @@ def test_parameters(device: str) -> None:
     rejects(nn.Linear(3, 2).to(device, torch.complex64).parameters(), "params[0] is complex64, expected float32, float16")
     rejects([("a", layer.weight), ("b", nn.Parameter(torch.zeros(2, device="meta")))], "b is on meta, but a is on")
     rejects(nn.Linear(3, 2, device="meta").parameters(), "device is device(type='meta'), expected 'cpu', 'cuda' or")
+    double = nn.Linear(3, 2, dtype=torch.float64).requires_grad_(False)
+    gb = GradBlend([*layer.named_parameters(), ("double.weight", double.weight)], 1)
+    double.weight.requires_grad_(True)
+    with pytest.raises(Error, match=r"double\.weight is float64 on cpu, expected float32, float16 or bfloat16 on"):
+        gb.backward([layer(torch.ones(1, 3, device=device)).sum()], held_out=lambda: None)
     frozen = nn.Linear(3, 2).requires_grad_(False)
     rejects(frozen.parameters(), "params has no tensor that requires a gradient")
     layer.requires_grad_(False)
@@ -279,6 +291,7 @@ def test_states(trainer: Trainer) -> None:
         ({**good, "calls": -1}, Status.INVALID_ARGUMENT),
         ({**good, "calls": None}, Status.INVALID_ARGUMENT),
         ({**good, "blender": b""}, Status.INVALID_ARGUMENT),
+        ({**good, "blender": good["blender"].float()}, Status.INVALID_ARGUMENT),
         ({**good, "blender": good["blender"][:-1]}, Status.CORRUPT_STATE),
         ({**good, "blender": damaged}, Status.CORRUPT_STATE),
         (other, Status.INVALID_ARGUMENT),

@@ -372,6 +372,7 @@ def test_compiled_modules(device: str) -> None:
     model = Network(3).to(device)
     twin = copy.deepcopy(model)
     gb, its = GradBlend(model.parameters(), 3, every=2), GradBlend(twin.parameters(), 3, every=2)
+    assert not torch._functorch.config.donated_buffer
     compiled = torch.compile(model)
     stream = batches(3, 2, device)
     for _ in range(4):
@@ -412,25 +413,31 @@ needs_scaler = pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="
 
 
 @needs_scaler
-def test_grad_scaler(device: str) -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_grad_scaler(device: str, every: int) -> None:
     torch.manual_seed(5)
     model = Network(3).to(device)
     params, stream = list(model.parameters()), batches(3, 2, device)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**10, growth_interval=2)
     optimizer = torch.optim.SGD(params, lr=0.1)
-    gb, moments = GradBlend(params, 3, decay=0.9, scaler=scaler), Moments(decay=0.9)
+    gb, moments = GradBlend(params, 3, every=every, decay=0.9, scaler=scaler), Moments(decay=0.9)
     for step in range(6):
         batch, held_out = next(stream), next(stream)
         losses = model.losses(batch)
         v, g = [autograd(loss, params) for loss in losses], autograd(model.losses(held_out)[-1], params)
         in_force, scale = weights_in_force(gb), scaler.get_scale()
+        total = sum(w * loss for w, loss in zip(in_force, losses) if w != 0)
+        plain = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
         optimizer.zero_grad()
-        before, poisoned = [param.detach().clone() for param in params], step == 3
+        before, poisoned = [param.detach().clone() for param in params], step == 4
         if poisoned:
             losses = [loss * float("inf") for loss in losses]
-        gb.backward(losses, held_out=lambda: model.losses(held_out)[-1])
+        observed = gb.backward(losses, held_out=lambda: model.losses(held_out)[-1])
         scaler.unscale_(optimizer)
-        if not poisoned:
+        if not poisoned and not observed:
+            for param, grad in zip(params, plain):
+                torch.testing.assert_close(param.grad, grad)
+        elif not poisoned:
             for i, param in enumerate(params):
                 # A power of 2 changes no bit.
                 check_blend(param.grad, in_force, [v_k[i] for v_k in v])
@@ -439,7 +446,7 @@ def test_grad_scaler(device: str) -> None:
         scaler.step(optimizer)
         scaler.update()
         moved = any(not torch.equal(a, b) for a, b in zip(params, before))
-        assert moved != poisoned and gb.report().skipped == (step >= 3)
+        assert moved != poisoned and gb.report().skipped == (step >= 4)
         assert (scaler.get_scale() < scale) == poisoned
     assert scaler.get_scale() != 2.0**10
 

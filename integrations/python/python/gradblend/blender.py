@@ -135,16 +135,19 @@ def _torch_cuda() -> Any:
 class _Capsule:
     """A DLPack capsule and the record in it. The array stays the caller's."""
 
-    _name = ctypes.pythonapi.PyCapsule_GetName
-    _name.restype, _name.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    _pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    # Prototypes of our own: other packages set those of ctypes.pythonapi.
+    _name = staticmethod(ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi)))
+    _pointer = staticmethod(
+        ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+    )
 
     def __init__(self, array: Any, what: str, record: Any) -> None:
         if not hasattr(array, "__dlpack__"):
             raise Error(f"{what} is {type(array).__name__}, expected a tensor or an array with __dlpack__")
         # -1: no synchronization. The caller orders the work, as for all other calls.
         stream = {"stream": -1} if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == 2 else {}
+        if hasattr(array, "is_neg") and array.is_neg():
+            raise Error(f"{what} is a lazy negation, expected resolve_neg() of it")
         if hasattr(array, "requires_grad") and hasattr(array, "detach"):
             array = array.detach()  # torch exports no tensor that requires a gradient
         try:
@@ -173,6 +176,8 @@ def _records(blender: Blender, tensors: Sequence[TensorGrads]) -> tuple[Any, lis
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, TensorGrads):
             raise Error(f"tensor {i} is {type(tensor).__name__}, expected TensorGrads")
+        if not isinstance(tensor.modalities, (list, tuple)):
+            raise Error(f"tensor {i}: modalities is {type(tensor.modalities).__name__}, expected a list of {k}")
         if len(tensor.modalities) != k:
             raise Error(f"tensor {i} has {len(tensor.modalities)} modalities, expected {k}; None is an absent one")
         roles = ["train", "valid", "blended", *(f"modality {m}" for m in range(k))]

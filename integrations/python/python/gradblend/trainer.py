@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ._library import Error, Options, ffi, lib, number
-from .blender import Blender, Plan, Report
+from ._gradients import Gradients, Table, backward_pass, check_gradient, check_graph, check_loss, parameters, short
+from ._library import Error, Options, lib, number
+from .blender import Blender, Report
 from .schedule import Schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["GradBlend"]
-
-#: Codes of `gradblend_tensor.dtype`.
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-#: One gradient for each parameter; None where a loss does not reach it.
-Gradients = list[Optional[Tensor]]
 
 
 class GradBlend:
@@ -67,7 +63,8 @@ class GradBlend:
         on_observation: Callable[[Report], object] | None = None,
         **options: Unpack[Options],
     ) -> None:
-        self._names, self._params = _parameters(params)
+        named, self._frozen = parameters(params)
+        self._names, self._params = [name for name, _ in named], [param for _, param in named]
         if "device" in options:
             raise TypeError("unexpected option 'device': it is that of the parameters")
         number("num_losses", num_losses, 1, lib.MAX_MODALITIES)
@@ -79,6 +76,7 @@ class GradBlend:
         if on_observation is not None and not callable(on_observation):
             raise Error(f"on_observation is {type(on_observation).__name__}, expected a function")
         self._schedule, self._scaler, self._on_observation = schedule, scaler, on_observation
+        options.setdefault("threads", torch.get_num_threads())
         options.setdefault("cadence", "every_observation" if schedule is None else "on_request")
         self._device = self._params[0].device
         self._kinds = [(param.dtype, param.device, param.shape) for param in self._params]
@@ -89,7 +87,7 @@ class GradBlend:
         self._weights: Tensor = self.blender.weights.torch()
         self._host = _HostCopy(self._weights)
         self._scale: Tensor | None = None
-        self._table = _Table(self._params, self.blender)
+        self._table = Table(self._names, self._params, self.blender)
         _keep_graphs_of_compiled_modules()
 
     @property
@@ -151,16 +149,16 @@ class GradBlend:
 
         `Error` for another K, average or decay, or a state that is damaged; nothing has changed then.
         """
-        if not isinstance(state, dict) or not isinstance(state.get("blender"), Tensor) or "calls" not in state:
+        if not isinstance(state, dict) or not _is_bytes(state.get("blender")) or "calls" not in state:
             raise Error("state: expected what GradBlend.state_dict() returned")
         calls = number("state['calls']", state["calls"], 0, 2**63 - 1)
-        self.blender.load(bytes(state["blender"].to(device="cpu", dtype=torch.uint8).tolist()))
+        self.blender.load(bytes(state["blender"].tolist()))
         self._calls = calls
         self._host.refresh()
 
     def backward(
         self,
-        losses: Sequence[Tensor],
+        losses: Sequence[Tensor] | Tensor,
         held_out: Callable[[], Tensor] | None = None,
         train: Callable[[], Tensor] | None = None,
     ) -> bool:
@@ -169,7 +167,7 @@ class GradBlend:
         A parameter that only losses of weight 0 reach gets a gradient of 0 from a call that observes, and none from others.
 
         Args:
-            losses: K scalars with a graph, which is freed; the last is the fused loss.
+            losses: K scalars with graphs, or one tensor of shape [K]; the last is the fused loss, whose graph is freed.
             held_out: Computes the fused loss on a held-out batch, with the model in the mode that it is in. Called by
                 observing calls only.
             train: Computes the fused loss on a training batch drawn independently of the one behind `losses`. Called by
@@ -180,7 +178,8 @@ class GradBlend:
         Raises:
             Error: Wrong number of losses, one that is no scalar or has no graph, `held_out` or `train` that returns no
                 such loss, a loss that reaches no parameter, or a gradient that is sparse or of another dtype. Names the
-                loss or the parameter; `.grad` and the state are unchanged.
+                loss or the parameter; `.grad` and the state are unchanged. Calls that do not observe leave gradients to
+                autograd, and check the losses and parameters alone.
         """
         if self._running:
             raise Error("backward was called by held_out or train of another call: return the loss instead")
@@ -209,20 +208,24 @@ class GradBlend:
         self._observations += observes
         return observes
 
-    def _roots(self, losses: Sequence[Tensor]) -> list[Tensor]:
+    def _roots(self, losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
         k = self.blender.modalities
         if not isinstance(losses, (list, tuple, Tensor)) or (isinstance(losses, Tensor) and losses.dim() == 0):
             raise Error(f"losses is {type(losses).__name__}, expected {k} scalar losses")
         if len(losses) != k:
             raise Error(f"there are {len(losses)} losses, expected {k}")
-        return [_root(f"losses[{i}]", loss) for i, loss in enumerate(losses)]
+        return [check_loss(f"losses[{i}]", loss) for i, loss in enumerate(losses)]
 
     def _trained(self) -> list[Tensor]:
         for name, param, kind in zip(self._names, self._params, self._kinds):
             now = (param.dtype, param.device, param.shape)
             if now != kind:
-                was, now_is = (f"{_name(dtype)} {list(shape)} on {device}" for dtype, device, shape in (kind, now))
+                was, now_is = (f"{short(dtype)} {list(shape)} on {device}" for dtype, device, shape in (kind, now))
                 raise Error(f"{name} was {was} and is {now_is}: make GradBlend after moving or converting parameters")
+        for name, param in self._frozen:
+            if param.requires_grad:
+                got = f"{short(param.dtype)} on {param.device}"
+                raise Error(f"{name} is {got}, expected float32, float16 or bfloat16 on {self._device}")
         trained = [param for param in self._params if param.requires_grad]
         if not trained:
             raise Error("no parameter requires a gradient")
@@ -236,7 +239,7 @@ class GradBlend:
         trained = self._trained()
         if terms:
             # One root: with several, autograd holds on to more gradients.
-            _run(torch.stack(terms).sum(), "losses", trained, retain=False)
+            backward_pass(torch.stack(terms).sum(), "losses", trained, retain=False)
             if all(param.grad is None for param in trained):
                 raise Error("losses reach no parameter: all gradients are None")
 
@@ -250,12 +253,17 @@ class GradBlend:
         before = [param.grad for param in self._params]
         for name, param, grad in zip(self._names, self._params, before):
             if grad is not None:
-                _check(f"{name}.grad", grad, param)
+                check_gradient(f"{name}.grad", grad, param)
+                if grad.is_inference() or any(s == 0 and n > 1 for s, n in zip(grad.stride(), grad.shape)):
+                    raise Error(f"{name}.grad cannot be added to: it is expanded, or an inference tensor")
         after: Gradients = before
         try:
             for param in self._params:
                 param.grad = None
             last = len(losses) - 1
+            seen: set[Any] = set()
+            for k, loss in enumerate(losses):
+                check_graph(loss, f"losses[{k}]", seen)
             grads = [self._gradients(loss, f"losses[{k}]", trained, k < last) for k, loss in enumerate(losses)]
             g = self._closure("held_out", held_out, trained)
             t = grads[last] if train is None else self._closure("train", train, trained)
@@ -263,6 +271,7 @@ class GradBlend:
             if self._scale is not None:
                 self.blender.set_grad_scale(self._scale.data_ptr())
             self.blender.step(self._table.plan)
+            self.blender.set_grad_scale(None)  # the address is that of this call's tensor
             self._host.refresh()
             after = [old if new is None else new if old is None else _add(old, new) for old, new in zip(before, blended)]
         finally:
@@ -275,15 +284,17 @@ class GradBlend:
         except StopIteration as error:
             # It would end a generator or a loop around this call without a word.
             raise Error(f"{name} raised StopIteration: its batches are used up") from error
+        loss = check_loss(f"the loss that {name} returned", returned)
+        check_graph(loss, name, set())
         for param in trained:
             param.grad = None  # that a backward pass inside the function has left
-        return self._gradients(_root(f"the loss that {name} returned", returned), name, trained, retain=False)
+        return self._gradients(loss, name, trained, retain=False)
 
     def _gradients(self, loss: Tensor, what: str, trained: list[Tensor], retain: bool) -> Gradients:
         """The gradient of a loss for each parameter. By way of `.grad`, so autograd gives each a buffer of its own in the
         parameter's layout, and does not copy it."""
         root = loss if self._scale is None else loss * self._scale.to(loss.device)
-        _run(root, what, trained, retain)
+        backward_pass(root, what, trained, retain)
         grads = [param.grad for param in self._params]
         for param in trained:
             param.grad = None
@@ -291,7 +302,7 @@ class GradBlend:
             raise Error(f"{what} reaches no parameter: all its gradients are None")
         for name, param, grad in zip(self._names, self._params, grads):
             if grad is not None:
-                _check(f"{name}: the gradient of {what}", grad, param)
+                check_gradient(f"{name}: the gradient of {what}", grad, param)
         return grads
 
 
@@ -316,148 +327,8 @@ class _HostCopy:
         return [float(weight) for weight in self._copy.tolist()]
 
 
-class _Table:
-    """The plan over all parameters. Their gradients have other addresses at each observing call."""
-
-    def __init__(self, params: list[Tensor], blender: Blender) -> None:
-        self._modalities = k = blender.modalities
-        self._records = ffi.new("struct gradblend_tensor[]", len(params))
-        self._addresses = ffi.new("uintptr_t[]", len(params) * k)
-        rows = ffi.cast("void **", self._addresses)
-        for i, param in enumerate(params):
-            record = self._records[i]
-            record.len, record.dtype, record.modalities = param.numel(), DTYPES[param.dtype], rows + i * k
-        self.plan = Plan(blender, self._records, None)
-        self.copied = 0
-
-    def bind(self, grads: list[Gradients], t: Gradients, g: Gradients) -> tuple[Gradients, list[Gradients]]:
-        """Binds v_k, t and g of each parameter. Returns where its blended gradient will be, and all that is bound.
-
-        The blend is in place of a v_k that is not t as well, or in new memory; None if no loss reaches the parameter.
-        """
-        blended: Gradients = []
-        bound: list[Gradients] = []
-        for i, (t_i, g_i, *v) in enumerate(zip(t, g, *grads)):
-            out = next((grad for grad in v if grad is not None and grad is not t_i), None)
-            reached = any(grad is not None for grad in v)
-            if not reached:
-                # The held-out loss alone does not make a product.
-                t_i = g_i = None
-            elif t_i is None and g_i is not None:
-                t_i = torch.zeros_like(g_i)
-            elif g_i is None and t_i is not None:
-                g_i = torch.zeros_like(t_i)
-            row = self._in_one_order([t_i, g_i, out, *v])
-            if reached and row[0] is not None and out is None:
-                row[2] = torch.empty_like(row[0])
-            blended.append(row[2])
-            bound.append(row)
-            record = self._records[i]
-            # A tensor without elements has no address.
-            addresses = [0 if grad is None or grad.numel() == 0 else grad.data_ptr() for grad in row]
-            record.train, record.valid, record.blended = (ffi.cast("void *", address) for address in addresses[:3])
-            self._addresses[i * self._modalities : (i + 1) * self._modalities] = addresses[3:]
-        self.plan._bind(self._records, None)
-        return blended, bound
-
-    def _in_one_order(self, grads: Gradients) -> Gradients:
-        """Gradients of one parameter, copied if they do not all have their elements in the same order without gaps."""
-        present = [grad for grad in grads if grad is not None]
-        if all(grad.is_contiguous() for grad in present):
-            return grads
-        strides = present[0].stride()
-        if _dense(present[0]) and all(grad.stride() == strides for grad in present):
-            return grads
-        copies = {id(grad): grad if grad.is_contiguous() else grad.contiguous() for grad in present}
-        self.copied += sum(not grad.is_contiguous() for grad in {id(grad): grad for grad in present}.values())
-        return [None if grad is None else copies[id(grad)] for grad in grads]
-
-
-def _parameters(params: Iterable[Any]) -> tuple[list[str], list[Tensor]]:
-    """Names and tensors of what an optimiser takes, without duplicates and without frozen ones that could not train."""
-    if isinstance(params, torch.nn.Module):
-        raise Error("params is a module, expected module.named_parameters()")
-    if isinstance(params, (Tensor, dict, str)) or not hasattr(params, "__iter__"):
-        raise Error(f"params is {type(params).__name__}, expected an iterable of tensors, (name, tensor) pairs or groups")
-    found: dict[int, tuple[str, Tensor]] = {}
-
-    def add(entry: Any, default: str) -> None:
-        if isinstance(entry, dict) and "params" in entry:
-            group = entry["params"]
-            for i, inner in enumerate([group] if isinstance(group, Tensor) else group):
-                add(inner, f"{default}['params'][{i}]")
-            return
-        name, param = entry if isinstance(entry, tuple) and len(entry) == 2 else (default, entry)
-        if not isinstance(param, Tensor):
-            raise Error(f"{default} is {type(param).__name__}, expected a tensor or a (name, tensor) pair")
-        if torch.nn.parameter.is_lazy(param):
-            raise Error(f"{name} has no shape yet: run a batch through the lazy module first")
-        if not param.is_leaf:
-            raise Error(f"{name} is no leaf: it is computed from other tensors, so it has no .grad")
-        found.setdefault(id(param), (str(name), param))
-
-    for i, entry in enumerate(params):
-        add(entry, f"params[{i}]")
-    trained = [(name, param) for name, param in found.values() if param.requires_grad]
-    if not trained:
-        raise Error("params has no tensor that requires a gradient")
-    for name, param in trained:
-        if param.dtype not in DTYPES:
-            raise Error(f"{name} is {_name(param.dtype)}, expected float32, float16 or bfloat16")
-        if param.device != trained[0][1].device:
-            raise Error(f"{name} is on {param.device}, but {trained[0][0]} is on {trained[0][1].device}: use one device")
-    device = trained[0][1].device
-    kept = [pair for pair in found.values() if pair[1].dtype in DTYPES and pair[1].device == device]
-    return [name for name, _ in kept], [param for _, param in kept]
-
-
-def _run(root: Tensor, what: str, trained: list[Tensor], retain: bool) -> None:
-    """A backward pass that names the loss if its graph is gone."""
-    try:
-        torch.autograd.backward(root, retain_graph=retain, inputs=trained)
-    except RuntimeError as error:
-        if "second time" in str(error):
-            raise Error(f"{what}: another backward pass has run through this graph and freed it") from error
-        raise
-
-
-def _root(what: str, loss: Any) -> Tensor:
-    """A loss that a backward pass can start from."""
-    if not isinstance(loss, Tensor):
-        raise Error(f"{what} is {type(loss).__name__}, expected a scalar tensor")
-    if loss.numel() != 1:
-        raise Error(f"{what} has shape {list(loss.shape)}, expected a scalar")
-    if not loss.is_floating_point():
-        raise Error(f"{what} is {_name(loss.dtype)}, expected a floating-point scalar")
-    if not loss.requires_grad:
-        raise Error(f"{what} has no graph: it is detached, or was computed without gradients")
-    return loss
-
-
-def _check(what: str, grad: Tensor, param: Tensor) -> None:
-    """Rejects a gradient that cannot be read as plain memory of the parameter's shape."""
-    if grad.layout != torch.strided:
-        raise Error(f"{what} is sparse ({_name(grad.layout)}), expected a dense one")
-    if grad.dtype not in DTYPES or grad.dtype != param.dtype:
-        raise Error(f"{what} is {_name(grad.dtype)}, expected {_name(param.dtype)} as the parameter")
-    if grad.device != param.device or grad.shape != param.shape:
-        got, expected = (f"{list(of.shape)} on {of.device}" for of in (grad, param))
-        raise Error(f"{what} is {got}, expected {expected}")
-
-
-def _name(of: torch.dtype | torch.layout) -> str:
-    return str(of).removeprefix("torch.")
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory, in any order of the dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.dim() == 1
 
 
 def _add(grad: Tensor, blended: Tensor) -> Tensor:
@@ -471,6 +342,9 @@ def _keep_graphs_of_compiled_modules() -> None:
     Since PyTorch 2.6 its backward pass reuses the memory of saved tensors by default, and then rejects `retain_graph`.
     The option counts where a module is compiled, at its first forward pass after this.
     """
-    options: Any = getattr(getattr(torch, "_functorch", None), "config", None)
+    try:
+        options: Any = importlib.import_module("torch._functorch.config")
+    except ImportError:
+        return
     if hasattr(options, "donated_buffer"):
         options.donated_buffer = False
