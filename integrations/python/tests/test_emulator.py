@@ -73,6 +73,7 @@ def test_a_step_and_its_state() -> None:
     cpu.load(blender.save())
     assert cpu.report() == blender.report() and cpu.second_moments() == blender.second_moments()
     blender.set_weights([0.25, 0.75])
+    assert blender.report().weights == (0.25, 0.75)  # waits for the device
     interface = blender.weights.__cuda_array_interface__
     assert interface["shape"] == (2,) and interface["typestr"] == "<f4"
     assert list((ctypes.c_float * 2).from_address(interface["data"][0])) == [0.25, 0.75]
