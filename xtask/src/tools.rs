@@ -77,6 +77,8 @@ pub(crate) fn nvcc(sh: &Shell) -> Result<PathBuf> {
 
 /// The folder to put into PYTHONPATH for what checks the Python package.
 pub(crate) fn python(sh: &Shell) -> Result<PathBuf> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = LOCK.lock();
     let list = root().canonicalize()?.join("integrations/python/requirements.txt");
     let python = cmd!(sh, "python3 -c 'import sys; print(sys.implementation.cache_tag)'").quiet().read()?;
     cached(&format!("python-{python}"), &fs::read_to_string(&list)?, |folder| {
