@@ -15,21 +15,21 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     }
     let package = tools::root().canonicalize()?.join("integrations/python");
     let _folder = sh.push_dir(&package);
-    sh.set_var("PYTHONDONTWRITEBYTECODE", "1");
-    sh.set_var("PYTHONPATH", &tools);
+    let _no_bytecode = sh.push_env("PYTHONDONTWRITEBYTECODE", "1");
+    let _path = sh.push_env("PYTHONPATH", &tools);
     cmd!(sh, "python3 -m ruff format --check --no-cache .").run()?;
     cmd!(sh, "python3 -m ruff check --no-cache .").run()?;
     cmd!(sh, "python3 -m mypy --cache-dir {out} python/gradblend").run()?;
 
     // The source distribution, and the wheel from that. Not `--locked`: the source distribution has fewer packages.
     cmd!(sh, "{tools}/bin/maturin build --release --sdist --out {wheels}").run()?;
-    let wheel = tools::files(&wheels, &["whl"])?.remove(0);
+    let wheel = tools::files(&wheels, &["whl"])?.pop().context("no wheel was built")?;
     let name = wheel.display().to_string();
     ensure!(name.contains("-py3-none-"), "{name} is not for every Python");
-    ensure!(!cfg!(target_os = "linux") || name.contains("-manylinux_"), "{name} is not for every Linux");
+    ensure!(!cfg!(target_os = "linux") || name.contains("-manylinux_"), "{name} is not for other Linux systems");
     cmd!(sh, "python3 -m pip install --quiet --no-deps --target {installed} {wheel}").run()?;
 
-    sh.set_var("PYTHONPATH", format!("{}:{}", installed.display(), tools.display()));
+    let _path = sh.push_env("PYTHONPATH", format!("{}:{}", installed.display(), tools.display()));
     cmd!(sh, "python3 -m pytest -p no:cacheprovider --quiet -rs tests").run()?;
     cmd!(sh, "python3 benches/step.py --quick").run()?;
     {

@@ -3,8 +3,8 @@
 TorchJD.
 
 A ResNet-18 sees images, a small network hears spectrograms, and a head reads both: K = 3 losses, random data. All
-implementations take turns in each round, so that other load on the machine meets them alike; a turn is 10 steps, and a
-ratio is of two turns of one round.
+implementations run in each round, so that other load on the machine meets them alike: 10 steps each. A ratio is of two
+implementations in one round.
 
     python benches/step.py [--rounds N] [--quick] [--json FILE]
 
@@ -31,7 +31,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CLASSES, TURN = 10, 10
+CLASSES, STEPS = 10, 10
 
 
 class Network(nn.Module):
@@ -204,20 +204,21 @@ def main() -> None:
     if options.json:
         options.json.touch()  # an unwritable path is an error now, not after minutes
     running = {name: make() for name, make in bench.implementations().items()}
-    turns: dict[str, list[float]] = {name: [] for name in running}
+    times_of: dict[str, list[float]] = {name: [] for name in running}
     rounds = 1 if options.quick else options.rounds
     for index in range(rounds + 1):
         for name, steps in running.items():
-            taken = seconds(bench, steps, TURN)
+            taken = seconds(bench, steps, STEPS)
             if index > 0 or options.quick:  # the first round warms up
-                turns[name].append(taken)
+                times_of[name].append(taken)
         print(f"round {index} of {rounds}", file=sys.stderr)
-    arguments = [word for word in sys.argv[1:] if word in ("--quick",)]
+    arguments = ["--quick"] if options.quick else []
+    arguments += ["--threads", str(torch.get_num_threads())]
     peaks = {name: peak(name, arguments) for name in running}
     ratios: dict[str, dict[str, Any]] = {}
-    for name, times in turns.items():
+    for name, times in times_of.items():
         over = {
-            base: statistics.median(a / b for a, b in zip(times, turns[base]))
+            base: statistics.median(a / b for a, b in zip(times, times_of[base]))
             for base in ("uniform weights", "its backward passes alone")
         }
         ratios[name] = over
@@ -233,11 +234,11 @@ def main() -> None:
     print(f"\n{machine['processor']}, {machine['threads']} threads, PyTorch {machine['torch']}, {machine['date']}\n")
     print("| implementation | ms a step | over uniform | over its passes | peak MiB |")
     print("|---|---:|---:|---:|---:|")
-    for name, times in turns.items():
+    for name, times in times_of.items():
         uniform, alone = ratios[name].values()
         print(f"| {name} | {statistics.median(times) * 1e3:.0f} | {uniform:.2f} | {alone:.2f} | {peaks[name]:.0f} |")
     if options.json:
-        result = {"machine": machine, "seconds": turns, "peak_mib": peaks}
+        result = {"machine": machine, "seconds": times_of, "peak_mib": peaks}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -12,11 +12,11 @@ import torch
 def _cuda() -> str | None:
     """Why no test runs on a GPU, or None."""
     if not torch.cuda.is_available():
-        return "skipped: no CUDA device"
+        return "no CUDA device"
     try:
         gradblend.Blender(1, device="cuda")
     except gradblend.Error as error:
-        return f"skipped: {error}"
+        return str(error)
     return None
 
 
@@ -27,5 +27,5 @@ def device(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         if os.environ.get("GRADBLEND_REQUIRE_CUDA") == "1":
             pytest.fail(reason)
-        pytest.skip(reason)
+        pytest.skip(f"skipped: {reason}")
     return str(request.param)

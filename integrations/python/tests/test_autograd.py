@@ -34,7 +34,7 @@ def check(params: list[Any], losses: Any, calls: int = 2) -> GradBlend:
     return gb
 
 
-def test_parameters_with_one_gradient() -> None:
+def test_parameters_whose_gradients_share_memory() -> None:
     a, b, c = parameter([1.0, 2, 3, 4]), parameter([5.0, 6, 7, 8]), torch.tensor([[1.0, 2], [3, 4]])
     # Autograd gives both one storage.
     check([a, b], lambda: [((a.view(2, 2) + b.view(2, 2)) * c).sum(), (a * b).sum()])
@@ -78,7 +78,7 @@ def test_a_hook_that_keeps_grad_in_a_buffer() -> None:
 
     w.register_post_accumulate_grad_hook(keep)
     gb = GradBlend([("w", w)], 2)
-    with pytest.raises(Error, match="w: gradients of two losses share memory"):
+    with pytest.raises(Error, match="w: gradients of two passes share memory"):
         gb.backward([(2 * w).sum(), (4 * w).sum()], held_out=lambda: w.sum())
     assert gb.report().observed == 0
 

@@ -57,7 +57,8 @@ class Table:
             distinct = {id(grad): grad.data_ptr() for grad in [g_i, *v] if grad is not None and grad.numel() > 0}
             passes = sum(grad is not None and grad.numel() > 0 for grad in [g_i, *v])
             if len(set(distinct.values())) < passes:
-                raise Error(f"{self._names[i]}: gradients of two losses share memory: a hook may keep .grad in a buffer")
+                why = "a hook keeps .grad in a buffer, or a function returns one tensor in both"
+                raise Error(f"{self._names[i]}: gradients of two passes share memory: {why}")
             out = next((grad for grad in v if grad is not None and grad is not t_i and owns_memory(grad)), None)
             if out is None and first is not None:
                 out = torch.empty_like(next(grad for grad in v if grad is not None))
@@ -116,6 +117,8 @@ def parameters(params: Iterable[Any]) -> tuple[list[tuple[str, Tensor]], list[tu
     for name, param in trained:
         if param.dtype not in DTYPES:
             raise Error(f"{name} is {short(param.dtype)}, expected float32, float16 or bfloat16")
+        if param.device.type not in ("cpu", "cuda"):
+            raise Error(f"{name} is on {param.device}, expected the CPU or a CUDA device")
         if param.device != trained[0][1].device:
             raise Error(f"{name} is on {param.device}, but {trained[0][0]} is on {trained[0][1].device}: use one device")
         if type(param) not in (Tensor, torch.nn.Parameter) and param.numel() > 0 and param.data_ptr() == 0:
@@ -152,7 +155,8 @@ def check_loss(what: str, loss: Any) -> Tensor:
 
 
 def check_graph(root: Tensor, what: str, seen: set[Any]) -> None:
-    """Rejects reentrant checkpoints, whose parameters get no gradient where a backward pass is restricted to some."""
+    """Rejects reentrant checkpoints, which cannot run in a backward pass for given parameters: they get no gradient, or torch's
+    error does not say which loss it is."""
     nodes = [root.grad_fn]
     while nodes:
         node = nodes.pop()
@@ -170,7 +174,7 @@ def check_gradient(what: str, grad: Tensor, param: Tensor) -> None:
     if grad.numel() > 0 and grad.data_ptr() == 0:
         raise Error(f"{what} is a {type(grad).__name__} without an address, expected a plain tensor")
     if grad.dtype not in DTYPES or grad.dtype != param.dtype:
-        raise Error(f"{what} is {short(grad.dtype)}, expected {short(param.dtype)} as the parameter")
+        raise Error(f"{what} is {short(grad.dtype)}, expected {short(param.dtype)} like the parameter")
     if grad.device != param.device or grad.shape != param.shape:
         got, expected = (f"{list(of.shape)} on {of.device}" for of in (grad, param))
         raise Error(f"{what} is {got}, expected {expected}")
@@ -186,11 +190,12 @@ def users_of_memory(tensor: Tensor) -> int:
 
 
 #: Of a tensor whose memory no other tensor, graph or hook has.
-_ALONE = users_of_memory(torch.empty(1))
+_ALONE = users_of_memory(torch.empty(1, device="cpu"))
 
 
 def owns_memory(grad: Tensor) -> bool:
-    """Whether nobody else sees a write to a gradient: a custom function may return what it has saved, a hook may keep it."""
+    """Whether nobody else sees a write to a gradient: a custom function may return what it has saved, a hook may keep
+    a view of it. (A hook that keeps `.grad` itself sees later writes, as with any optimiser.)"""
     return _ALONE > 0 and users_of_memory(grad) == _ALONE
 
 

@@ -57,7 +57,7 @@ class Flags(enum.IntFlag):
 class Error(RuntimeError):
     """A call was rejected or failed. Its message names the tensor, loss or parameter at fault.
 
-    After a rejected call nothing has changed.
+    After a rejected call the blender, the plan or the `GradBlend` is unchanged.
     """
 
     def __init__(self, message: str, status: Status = Status.INVALID_ARGUMENT) -> None:
@@ -89,9 +89,9 @@ class Options(Policy, total=False):
     average: Literal["mean", "ema"]
     #: b of the EMA, in [0, 1); 0.99 by default.
     decay: float
-    #: When to solve for new weights: "on_request" (by `reweight`), or "every_observation".
+    #: When to solve for new weights: "on_request" (by `reweight`), the default of `Blender`, or "every_observation".
     cadence: Literal["on_request", "every_observation"]
-    #: CPU threads; all by default. No result depends on it.
+    #: CPU threads; 0 is all, which is the default of `Blender`. `GradBlend` has torch's number. No result depends on it.
     threads: int
 
 
@@ -111,13 +111,14 @@ def call(function: Any, *arguments: Any, what: str = "") -> None:
         length = lib.gradblend_last_error(ffi.NULL, 0) + 1
         message = ffi.new("char[]", length)
         lib.gradblend_last_error(message, length)
-        raise Error(what + ffi.string(message).decode(), Status(status))
+        known = status in Status._value2member_map_
+        raise Error(what + ffi.string(message).decode(), Status(status) if known else Status.INTERNAL)
 
 
 def version() -> str:
     """Version of the library."""
-    number = lib.gradblend_version()
-    return f"{number >> 16}.{number >> 8 & 255}.{number & 255}"
+    code = lib.gradblend_version()
+    return f"{code >> 16}.{code >> 8 & 255}.{code & 255}"
 
 
 def number(name: str, value: Any, least: int, largest: int) -> int:
@@ -130,6 +131,8 @@ def number(name: str, value: Any, least: int, largest: int) -> int:
 def floats(name: str, values: Any, count: int) -> list[float]:
     """`count` numbers, from a sequence, an array or a tensor."""
     try:
+        if isinstance(values, (str, bytes)):
+            raise TypeError(f"not {values!r}")
         found = [float(value) for value in (values.tolist() if hasattr(values, "tolist") else values)]
     except (TypeError, ValueError) as error:
         raise Error(f"{name}: expected {count} numbers: {error}") from None

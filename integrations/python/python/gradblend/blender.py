@@ -120,7 +120,7 @@ def ordinal(device: Any) -> int:
         return -1
     if kind == "cuda" and (index.isdigit() or not index):
         if index:
-            return int(index)
+            return number("the number of the device", int(index), 0, 2**31 - 1)
         cuda = _torch_cuda()
         return int(cuda.current_device()) if cuda else 0
     raise Error(f"device is {device!r}, expected 'cpu', 'cuda' or 'cuda:N'")
@@ -155,8 +155,6 @@ class _Capsule:
                 self.capsule = array.__dlpack__(max_version=(1, 0), **stream)
             except TypeError:  # older than DLPack 1.0
                 self.capsule = array.__dlpack__(**stream)
-        except Error:
-            raise
         except Exception as error:
             raise Error(f"{what} cannot be exported by DLPack: {error}") from error
         name = self._name(self.capsule)
@@ -250,7 +248,8 @@ class Blender:
         self._handle = ffi.gc(blender[0], lib.gradblend_blender_destroy)
         #: K.
         self.modalities = int(record.modalities)
-        #: Address of the CUDA stream for all calls. None: torch's current stream, or the default one without torch.
+        #: Address of the CUDA stream for all calls. None: torch's current stream, or the default one without torch. Leave
+        #: that of a `GradBlend` alone: torch's own work on its gradients is in torch's stream.
         self.stream: int | None = None
 
     def __repr__(self) -> str:

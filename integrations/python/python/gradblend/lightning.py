@@ -67,7 +67,7 @@ class GradBlendCallback(pl.Callback):
             self._gb.end_epoch(trainer.current_epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._gb is None else {"gradblend": self._gb.state_dict()}
+        return {"gradblend": self._loaded if self._gb is None else self._gb.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning restores callbacks before it calls configure_optimizers, so there is no GradBlend yet.

@@ -63,7 +63,7 @@ class GradBlend:
         on_observation: Callable[[Report], object] | None = None,
         **options: Unpack[Options],
     ) -> None:
-        named, self._frozen = parameters(params)
+        named, self._untrainable = parameters(params)
         self._names, self._params = [name for name, _ in named], [param for _, param in named]
         if "device" in options:
             raise TypeError("unexpected option 'device': it is that of the parameters")
@@ -211,7 +211,7 @@ class GradBlend:
     def _roots(self, losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
         k = self.blender.modalities
         if not isinstance(losses, (list, tuple, Tensor)) or (isinstance(losses, Tensor) and losses.dim() == 0):
-            raise Error(f"losses is {type(losses).__name__}, expected {k} scalar losses")
+            raise Error(f"losses is {type(losses).__name__}, expected a list of {k} scalar losses")
         if len(losses) != k:
             raise Error(f"there are {len(losses)} losses, expected {k}")
         return [check_loss(f"losses[{i}]", loss) for i, loss in enumerate(losses)]
@@ -222,7 +222,7 @@ class GradBlend:
             if now != kind:
                 was, now_is = (f"{short(dtype)} {list(shape)} on {device}" for dtype, device, shape in (kind, now))
                 raise Error(f"{name} was {was} and is {now_is}: make GradBlend after moving or converting parameters")
-        for name, param in self._frozen:
+        for name, param in self._untrainable:
             if param.requires_grad:
                 got = f"{short(param.dtype)} on {param.device}"
                 raise Error(f"{name} is {got}, expected float32, float16 or bfloat16 on {self._device}")
@@ -270,8 +270,10 @@ class GradBlend:
             blended, _bound = self._table.bind(grads, t, g)  # bound until the step is submitted
             if self._scale is not None:
                 self.blender.set_grad_scale(self._scale.data_ptr())
-            self.blender.step(self._table.plan)
-            self.blender.set_grad_scale(None)  # the address is that of this call's tensor
+            try:
+                self.blender.step(self._table.plan)
+            finally:
+                self.blender.set_grad_scale(None)  # the address was that of this call's tensor
             self._host.refresh()
             after = [old if new is None else new if old is None else _add(old, new) for old, new in zip(before, blended)]
         finally:
@@ -307,8 +309,8 @@ class GradBlend:
 
 
 class _HostCopy:
-    """The weights where the host can read them. Reading waits for the latest copy only: on CUDA, for work enqueued a
-    step ago."""
+    """The weights where the host can read them. On CUDA, reading synchronizes with the latest copy only, which was
+    enqueued at least a step ago."""
 
     def __init__(self, weights: Tensor) -> None:
         self._weights = weights
