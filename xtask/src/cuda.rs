@@ -78,6 +78,12 @@ pub(crate) fn kernels() -> Result<Built> {
     build(&shell()?, &[&["build"], &ALL[..]].concat())
 }
 
+/// Builds the library for C, with the C functions.
+pub(crate) fn library() -> Result<PathBuf> {
+    let built = build(&shell()?, &["rustc", "--features", "cuda,capi", "--crate-type", "cdylib"])?;
+    built.library.context("no library was built")
+}
+
 /// Builds the test programs of the library.
 pub(crate) fn tests() -> Result<Built> {
     build(&shell()?, &[&["test", "--no-run", "--lib", "--tests"], &ALL[..]].concat())

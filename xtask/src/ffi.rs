@@ -41,12 +41,13 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
         examples(sh, cc, cxx, &library, "-1")?;
     }
     let sh = cuda::shell()?;
-    cuda::build(&sh, &["rustc", "--features", "cuda,capi", "--crate-type", "cdylib"])?;
+    let library = cuda::library()?;
+    let library = library.parent().context("a library without a folder")?;
     let emulator = emulator::build(emulator::Detect::Nothing, None)?;
     sh.set_var("LD_LIBRARY_PATH", emulator);
-    let (library, out) = (target.join("debug"), target.join("ffi-cuda"));
+    let out = target.join("ffi-cuda");
     cmd!(sh, "tests/ffi/run {library} --device 0 --out {out}").run()?;
-    examples(&sh, "gcc", "g++", &library, "0")
+    examples(&sh, "gcc", "g++", library, "0")
 }
 
 /// The library exports what the header declares, and nothing else.

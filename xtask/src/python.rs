@@ -7,7 +7,7 @@ use crate::{cuda, emulator, tools};
 
 /// Builds the wheel, installs it into a folder, and runs everything that uses it.
 pub(crate) fn run(sh: &Shell) -> Result<()> {
-    let (tools, out) = (tools::python(sh)?, tools::target()?.join("python"));
+    let (packages, out) = (tools::python(sh)?, tools::target()?.join("python"));
     let (wheels, installed, examples) = (out.join("wheels"), out.join("installed"), out.join("examples"));
     for folder in [&wheels, &installed, &examples] {
         sh.remove_path(folder)?;
@@ -16,20 +16,20 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     let package = tools::root().canonicalize()?.join("integrations/python");
     let _folder = sh.push_dir(&package);
     let _no_bytecode = sh.push_env("PYTHONDONTWRITEBYTECODE", "1");
-    let _path = sh.push_env("PYTHONPATH", &tools);
+    let _path = sh.push_env("PYTHONPATH", &packages);
     cmd!(sh, "python3 -m ruff format --check --no-cache .").run()?;
     cmd!(sh, "python3 -m ruff check --no-cache .").run()?;
     cmd!(sh, "python3 -m mypy --cache-dir {out} python/gradblend").run()?;
 
     // The source distribution, and the wheel from that. Not `--locked`: the source distribution has fewer packages.
-    cmd!(sh, "{tools}/bin/maturin build --release --sdist --out {wheels}").run()?;
+    cmd!(sh, "{packages}/bin/maturin build --release --sdist --out {wheels}").run()?;
     let wheel = tools::files(&wheels, &["whl"])?.pop().context("no wheel was built")?;
     let name = wheel.display().to_string();
     ensure!(name.contains("-py3-none-"), "{name} is not for every Python");
     ensure!(!cfg!(target_os = "linux") || name.contains("-manylinux_"), "{name} is not for other Linux systems");
     cmd!(sh, "python3 -m pip install --quiet --no-deps --target {installed} {wheel}").run()?;
 
-    let _path = sh.push_env("PYTHONPATH", format!("{}:{}", installed.display(), tools.display()));
+    let _path = sh.push_env("PYTHONPATH", format!("{}:{}", installed.display(), packages.display()));
     cmd!(sh, "python3 -m pytest -p no:cacheprovider --quiet -rs tests").run()?;
     cmd!(sh, "python3 benches/step.py --quick").run()?;
     {
@@ -41,9 +41,7 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     }
 
     // The same package with a library that has the CUDA backend, on the emulator.
-    let built = cuda::build(&cuda::shell()?, &["rustc", "--features", "cuda,capi", "--crate-type", "cdylib"])?;
-    let library = built.library.context("no library was built")?;
-    sh.copy_file(library, installed.join("gradblend/_native/lib_native.so"))?;
+    sh.copy_file(cuda::library()?, installed.join("gradblend/_native/lib_native.so"))?;
     let test = cmd!(sh, "python3 -m pytest -p no:cacheprovider --quiet tests/test_emulator.py");
     Ok(emulator::on(&emulator::build(emulator::Detect::Nothing, None)?, test).run()?)
 }

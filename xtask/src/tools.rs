@@ -1,9 +1,10 @@
 //! Folders, commands, and the tools that a fresh machine lacks: each is installed at a pinned version.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use xshell::{Cmd, Shell, cmd};
@@ -45,8 +46,14 @@ pub(crate) fn files(folder: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>> 
     Ok(found)
 }
 
-/// A folder of the cache. `install` fills it unless it was filled for the same `recipe`.
+/// A folder of the cache. `install` fills it unless it was filled for the same `recipe`; meanwhile other threads that want
+/// the folder wait.
 fn cached(name: &str, recipe: &str, install: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    static LOCKS: Mutex<BTreeMap<String, &'static Mutex<()>>> = Mutex::new(BTreeMap::new());
+    let mut locks = LOCKS.lock().unwrap_or_else(PoisonError::into_inner);
+    let lock: &Mutex<()> = locks.entry(name.into()).or_insert_with(|| Box::leak(Box::default()));
+    drop(locks);
+    let _one_at_a_time = lock.lock();
     let home = || Some(env::home_dir()?.join(".cache"));
     let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home).context("no home folder")?;
     let folder = cache.join("gradblend").join(name);
@@ -77,8 +84,6 @@ pub(crate) fn nvcc(sh: &Shell) -> Result<PathBuf> {
 
 /// The folder to put into PYTHONPATH for what checks the Python package.
 pub(crate) fn python(sh: &Shell) -> Result<PathBuf> {
-    static LOCK: Mutex<()> = Mutex::new(());
-    let _one_at_a_time = LOCK.lock();
     let list = root().canonicalize()?.join("integrations/python/requirements.txt");
     let python = cmd!(sh, "python3 -c 'import sys; print(sys.implementation.cache_tag)'").quiet().read()?;
     cached(&format!("python-{python}"), &fs::read_to_string(&list)?, |folder| {
@@ -98,8 +103,6 @@ pub(crate) fn cargo_fuzz(sh: &Shell) -> Result<PathBuf> {
 }
 
 fn cargo_install(sh: &Shell, name: &str, version: &str, program: &str) -> Result<PathBuf> {
-    static LOCK: Mutex<()> = Mutex::new(());
-    let _one_at_a_time = LOCK.lock();
     let folder = cached(name, version, |folder| {
         let build = folder.join("target");
         // Optimised code, or code with debug information, would take longer to compile than it ever runs.
