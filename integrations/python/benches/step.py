@@ -215,13 +215,6 @@ def main() -> None:
     arguments = ["--quick"] if options.quick else []
     arguments += ["--threads", str(torch.get_num_threads())]
     peaks = {name: peak(name, arguments) for name in running}
-    ratios: dict[str, dict[str, Any]] = {}
-    for name, times in times_of.items():
-        over = {
-            base: statistics.median(a / b for a, b in zip(times, times_of[base]))
-            for base in ("uniform weights", "its backward passes alone")
-        }
-        ratios[name] = over
     machine: dict[str, Any] = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -235,7 +228,8 @@ def main() -> None:
     print("| implementation | ms a step | over uniform | over its passes | peak MiB |")
     print("|---|---:|---:|---:|---:|")
     for name, times in times_of.items():
-        uniform, alone = ratios[name].values()
+        bases = (times_of[base] for base in ("uniform weights", "its backward passes alone"))
+        uniform, alone = (statistics.median(a / b for a, b in zip(times, base)) for base in bases)
         print(f"| {name} | {statistics.median(times) * 1e3:.0f} | {uniform:.2f} | {alone:.2f} | {peaks[name]:.0f} |")
     if options.json:
         result = {"machine": machine, "seconds": times_of, "peak_mib": peaks}

@@ -44,8 +44,8 @@ class Table:
         blended: Gradients = []
         bound: list[Gradients] = []
         for i, (t_i, g_i, *v) in enumerate(zip(t, g, *grads)):
-            first = next((grad for grad in v if grad is not None), None)
-            if first is None:
+            reached = any(grad is not None for grad in v)
+            if not reached:
                 # The held-out loss alone does not make a product.
                 t_i = g_i = None
             elif t_i is None and g_i is not None:
@@ -53,19 +53,18 @@ class Table:
             elif g_i is None and t_i is not None:
                 g_i = torch.zeros_like(t_i)
             t_i, g_i, *v = self._in_one_order([t_i, g_i, *v])
-            row = [t_i, g_i, *v]
-            distinct = {id(grad): grad.data_ptr() for grad in [g_i, *v] if grad is not None and grad.numel() > 0}
-            passes = sum(grad is not None and grad.numel() > 0 for grad in [g_i, *v])
-            if len(set(distinct.values())) < passes:
+            separate = [grad for grad in (g_i, *v) if grad is not None and grad.numel() > 0]
+            if len({grad.data_ptr() for grad in separate}) < len(separate):
                 why = "a hook keeps .grad in a buffer, or a function returns one tensor in both"
                 raise Error(f"{self._names[i]}: gradients of two passes share memory: {why}")
             out = next((grad for grad in v if grad is not None and grad is not t_i and owns_memory(grad)), None)
-            if out is None and first is not None:
+            if out is None and reached:
                 out = torch.empty_like(next(grad for grad in v if grad is not None))
             blended.append(out)
-            bound.append([*row, out])
+            row = [t_i, g_i, out, *v]
+            bound.append(row)
             # A tensor without elements has no address.
-            addresses = [0 if grad is None or grad.numel() == 0 else grad.data_ptr() for grad in (t_i, g_i, out, *v)]
+            addresses = [0 if grad is None or grad.numel() == 0 else grad.data_ptr() for grad in row]
             record = self._records[i]
             record.train, record.valid, record.blended = (ffi.cast("void *", address) for address in addresses[:3])
             self._addresses[i * self._modalities : (i + 1) * self._modalities] = addresses[3:]
@@ -81,8 +80,9 @@ class Table:
         if dense(present[0]) and all(grad.stride() == strides and not grad.is_neg() for grad in present):
             return grads
         # `contiguous` keeps the bit of a lazy negation, which addresses do not show.
-        copies = {id(grad): grad.resolve_neg().contiguous() for grad in present}
-        self.copied += sum(copies[id(grad)] is not grad for grad in {id(grad): grad for grad in present}.values())
+        distinct = {id(grad): grad for grad in present}  # t may be v_k
+        copies = {key: grad.resolve_neg().contiguous() for key, grad in distinct.items()}
+        self.copied += sum(copies[key] is not grad for key, grad in distinct.items())
         return [None if grad is None else copies[id(grad)] for grad in grads]
 
 

@@ -104,11 +104,11 @@ class DeviceArray:
 
         if self._blender.device >= 0:
             return torch.as_tensor(self, device=f"cuda:{self._blender.device}")
-        bytes_of = {"float32": 4, "float64": 8}[self.dtype]
+        dtype = getattr(torch, self.dtype)
         # The buffer owns a reference to the blender, and the tensor one to the buffer.
-        memory = (ctypes.c_char * (self.shape[0] * bytes_of)).from_address(self.address)
-        memory._blender = self._blender  # type: ignore[attr-defined]
-        return torch.frombuffer(memory, dtype=getattr(torch, self.dtype))
+        memory = (ctypes.c_char * (self.shape[0] * dtype.itemsize)).from_address(self.address)
+        memory._blender = self._blender
+        return torch.frombuffer(memory, dtype=dtype)
 
 
 def ordinal(device: Any) -> int:
@@ -116,7 +116,7 @@ def ordinal(device: Any) -> int:
     if isinstance(device, int) and not isinstance(device, bool):
         return number("device", device, -1, 2**31 - 1)
     kind, _, index = str(device).partition(":")
-    if str(device) == "cpu" or (kind == "cpu" and index == "0"):
+    if str(device) in ("cpu", "cpu:0"):
         return -1
     if kind == "cuda" and (index.isdigit() or not index):
         if index:
@@ -183,20 +183,10 @@ def _records(blender: Blender, tensors: Sequence[TensorGrads]) -> tuple[Any, lis
         for j, array in enumerate([tensor.train, tensor.valid, tensor.blended, *tensor.modalities]):
             if array is not None:
                 keep += [_Capsule(array, f"tensor {i}, {roles[j]}", arrays[j]), array]
-        train, valid, blended = arrays, arrays + 1, arrays + 2
-        convert = lib.gradblend_tensor_from_dlpack
-        call(
-            convert,
-            blender.device,
-            k,
-            train,
-            valid,
-            arrays + 3,
-            blended,
-            addresses + i * k,
-            records + i,
-            what=f"tensor {i}: ",
-        )
+        train, valid, blended, gradients = (arrays + j for j in range(4))
+        out = addresses + i * k, records + i
+        function = lib.gradblend_tensor_from_dlpack
+        call(function, blender.device, k, train, valid, gradients, blended, *out, what=f"tensor {i}: ")
     return records, keep
 
 

@@ -195,7 +195,7 @@ class GradBlend:
         return observes
 
     def _backward(self, roots: list[Tensor], held_out: Callable[[], Tensor] | None, train: Callable[[], Tensor] | None) -> bool:
-        offline = self._schedule is not None and self._schedule == Schedule.offline()
+        offline = self._schedule == Schedule.offline()
         observes = not offline and self._calls % self._every == 0
         if self._scaler is not None:
             # The scale by the scaler's public interface, which also makes it initialise itself.
@@ -244,9 +244,9 @@ class GradBlend:
                 raise Error("losses reach no parameter: all gradients are None")
 
     def _observe(self, losses: list[Tensor], held_out: Callable[[], Tensor] | None, train: Callable[[], Tensor] | None) -> None:
+        if held_out is None:
+            raise Error(f"this call observes (call {self._calls}, every {self._every}): held_out is missing")
         for name, function in (("held_out", held_out), ("train", train)):
-            if function is None and name == "held_out":
-                raise Error(f"this call observes (call {self._calls}, every {self._every}): held_out is missing")
             if function is not None and not callable(function):
                 raise Error(f"{name} is {type(function).__name__}, expected a function that returns a loss")
         trained = self._trained()
