@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,63 +50,45 @@ def autograd(loss: Tensor, params: list[Tensor]) -> list[Tensor | None]:
     return list(torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True))
 
 
-@dataclass
+def weighted(losses: list[Tensor], weights: list[float], params: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of sum_k w_k L_k without losses of weight 0, in the plain way."""
+    return autograd(sum((w * loss for w, loss in zip(weights, losses) if w != 0), torch.zeros(())), params)
+
+
 class Moments:
     """m and S of an EMA in f64, from gradients as they are, with bounds on the errors of the library's f32 products."""
 
-    decay: float
-    normaliser: float = 0.0
-    mean: list[float] = field(default_factory=list)
-    second: list[list[float]] = field(default_factory=list)
-    mean_bound: list[float] = field(default_factory=list)
-    second_bound: list[list[float]] = field(default_factory=list)
+    def __init__(self, decay: float) -> None:
+        self.decay, self.normaliser = decay, 0.0
+        self.sums: list[Tensor] = []
 
-    def observe(self, v: list[list[Tensor | None]], t: list[Tensor | None], g: list[Tensor | None], scale: float = 1) -> None:
-        c, d, c_bound, d_bound = [], [], [], []
+    def observe(self, v: list[list[Tensor | None]], t: list[Tensor | None], g: list[Tensor | None]) -> None:
+        rows = []
         for v_k in v:
-            sums = [0.0] * 4
+            sums = torch.zeros(4, dtype=torch.float64)
             for v_p, t_p, g_p in zip(v_k, t, g):
                 if v_p is None or (t_p is None and g_p is None):
                     continue
                 zero = torch.zeros_like(v_p, dtype=torch.float64)
-                v_p, t_p, g_p = (zero if x is None else x.detach().double() / scale for x in (v_p, t_p, g_p))
+                v_p, t_p, g_p = (zero if x is None else x.detach().double() for x in (v_p, t_p, g_p))
                 products = g_p * v_p, (t_p - g_p) * v_p
-                sums = [a + float(b) for a, b in zip(sums, (p.sum() for p in (*products, *(p.abs() for p in products))))]
-            c.append(sums[0])
-            d.append(sums[1])
-            # |computed - exact| <= 2^-16 sum |a_i b_i|: guarantee 4 of the library.
-            c_bound.append(sums[2] * 2**-16)
-            d_bound.append(sums[3] * 2**-16)
-        k = len(v)
-        fresh = not self.mean
-        if fresh:
-            self.mean, self.mean_bound = [0.0] * k, [0.0] * k
-            self.second, self.second_bound = [[0.0] * k for _ in c], [[0.0] * k for _ in c]
+                sums += torch.stack([p.sum() for p in (*products, *(p.abs() for p in products))]).cpu()
+            rows.append(sums)
+        c, d, c_bound, d_bound = torch.stack(rows, dim=1)
+        # |computed - exact| <= 2^-16 sum |a_i b_i|: guarantee 4 of the library.
+        c_bound, d_bound = c_bound * 2**-16, d_bound * 2**-16
+        errors = torch.outer(d.abs(), d_bound)
+        new = [c, torch.outer(d, d), c_bound, errors + errors.T + torch.outer(d_bound, d_bound)]
+        old = self.sums or [torch.zeros_like(x) for x in new]
+        self.sums = [self.decay * x + (1 - self.decay) * y for x, y in zip(old, new)]
         self.normaliser = self.decay * self.normaliser + (1 - self.decay)
-        for i in range(k):
-            self._update(self.mean, i, c[i])
-            self._update(self.mean_bound, i, c_bound[i])
-            for j in range(k):
-                self._update(self.second[i], j, d[i] * d[j])
-                bound = abs(d[i]) * d_bound[j] + abs(d[j]) * d_bound[i] + d_bound[i] * d_bound[j]
-                self._update(self.second_bound[i], j, bound)
-
-    def _update(self, values: list[float], i: int, new: float) -> None:
-        values[i] = self.decay * values[i] + (1 - self.decay) * new
-
-    def m(self) -> list[float]:
-        return [value / self.normaliser for value in self.mean]
-
-    def s(self) -> list[list[float]]:
-        return [[value / self.normaliser for value in row] for row in self.second]
 
     def check(self, m: tuple[float, ...], s: list[list[float]]) -> None:
         """Whether the library's moments are within the bounds."""
-        for i in range(len(m)):
-            assert abs(m[i] - self.m()[i]) <= self.mean_bound[i] / self.normaliser + 1e-300, (i, m, self.m())
-            for j in range(len(m)):
-                bound = self.second_bound[i][j] / self.normaliser
-                assert abs(s[i][j] - self.s()[i][j]) <= bound + 1e-12 * abs(s[i][j]), (i, j)
+        got_m, got_s = (torch.tensor(x, dtype=torch.float64) for x in (m, s))
+        exact_m, exact_s, m_bound, s_bound = (x / self.normaliser for x in self.sums)
+        assert bool(((got_m - exact_m).abs() <= m_bound + 1e-300).all()), (got_m, exact_m)
+        assert bool(((got_s - exact_s).abs() <= s_bound + 1e-12 * got_s.abs()).all()), (got_s, exact_s)
 
 
 def clamped(m: Any, s: Any) -> list[float] | None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from gradblend import Blender, Error, Flags, Pass, Status, TensorGrads
+from gradblend._gradients import DTYPES
 from gradblend._library import CHOICES, ffi, lib
 
 HEADER = pathlib.Path(__file__).parents[3] / "include/gradblend.h"
@@ -258,6 +259,8 @@ def test_codes_are_those_of_the_header() -> None:
     assert {status.name: int(status) for status in Status}.items() <= codes.items()
     assert {f"FLAG_{flag.name}": int(flag) for flag in Flags}.items() <= codes.items()
     assert {str(part.name): int(part) for part in Pass}.items() <= codes.items()
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    assert {name: DTYPES[dtype] for name, dtype in dtypes.items()}.items() <= codes.items()
     for names in CHOICES.values():
         assert {name.upper(): code for code, name in enumerate(names)}.items() <= codes.items()
     assert int(re.findall(r"GRADBLEND_MAX_MODALITIES (\d+)", HEADER.read_text())[0]) == lib.MAX_MODALITIES

@@ -10,7 +10,7 @@ import gradblend
 import pytest
 import torch
 from gradblend import GradBlend, Schedule
-from networks import CLASSES, Moments, Network, autograd, batches, bits, check_blend, clamped
+from networks import CLASSES, Moments, Network, autograd, batches, bits, check_blend, clamped, weighted
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,8 +36,7 @@ def test_equals_plain_recomputation(device: str, modalities: int, shared: bool, 
         t = autograd(model.losses(other)[-1], params) if independent else v[-1]
         g = autograd(model.losses(held_out)[-1], params)
         in_force = weights_in_force(gb)
-        total = sum(w * loss for w, loss in zip(in_force, losses) if w != 0)
-        plain = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
+        plain = weighted(losses, in_force, params)
 
         optimizer.zero_grad()
         observed = gb.backward(
@@ -159,8 +158,7 @@ def test_accumulates_as_backward_does(device: str) -> None:
     sums: list[torch.Tensor | None] = [None for _ in params]
     for _ in range(4):
         losses, held_out = model.losses(next(stream)), next(stream)
-        total = sum(w * loss for w, loss in zip(weights_in_force(gb), losses) if w != 0)
-        plain = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
+        plain = weighted(losses, weights_in_force(gb), params)
         before = [param.grad for param in params]
         gb.backward(losses, held_out=lambda: model.losses(held_out)[-1])
         for i, param in enumerate(params):
@@ -314,7 +312,7 @@ def test_offline_never_observes(device: str) -> None:
     gb.set_weights(torch.tensor([0.25, 0.0, 0.75]))
     for _ in range(2):
         losses = model.losses(next(stream))
-        plain = autograd(0.25 * losses[0] + 0.75 * losses[2], params)
+        plain = weighted(losses, [0.25, 0.0, 0.75], params)
         model.zero_grad()
         assert not gb.backward(losses)
         for param, grad in zip(params, plain):
@@ -426,8 +424,7 @@ def test_grad_scaler(device: str, every: int) -> None:
         losses = model.losses(batch)
         v, g = [autograd(loss, params) for loss in losses], autograd(model.losses(held_out)[-1], params)
         in_force, scale = weights_in_force(gb), scaler.get_scale()
-        total = sum(w * loss for w, loss in zip(in_force, losses) if w != 0)
-        plain = torch.autograd.grad(total, params, retain_graph=True, allow_unused=True)
+        plain = weighted(losses, in_force, params)
         optimizer.zero_grad()
         before, poisoned = [param.detach().clone() for param in params], step == 4
         if poisoned:
