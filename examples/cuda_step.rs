@@ -1,4 +1,4 @@
-//! `step` on device memory and borrowed streams: while one stream blends the gradients of a step, another copies those of
+//! `step` on device memory and streams of cudarc: while one stream blends the gradients of a step, another copies those of
 //! the next step to the device. The CPU does the same steps, and both must agree.
 //!
 //! ```sh
@@ -6,11 +6,10 @@
 //! ```
 
 use std::error::Error;
-use std::ffi::c_void;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError};
-use gradblend::{Blender, Config, DType, Device, Plan, Stream, TensorGrads};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DriverError};
+use gradblend::{Blender, Config, Device, Gradient, GradientMut, Stream, TensorGrads};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -57,16 +56,14 @@ impl OnDevice {
         Ok(())
     }
 
-    fn plan(&mut self, blender: &Blender, stream: &CudaStream) -> Result<Plan<'static>> {
-        let tensors = self.0.chunks_mut(K + 3).map(|buffers| {
-            let len = buffers[0].len() as u64;
-            let inputs: [*const c_void; K + 2] =
-                std::array::from_fn(|i| buffers[i].device_ptr(stream).0 as *const c_void);
-            let blended = buffers[K + 2].device_ptr_mut(stream).0 as *mut c_void;
-            // SAFETY: `len` f32 each on the device, freed after the plan is dropped; events order all work on them.
-            unsafe { TensorGrads::from_raw(len, DType::F32, inputs[0], inputs[1], &inputs[2..], blended) }
-        });
-        Ok(blender.plan(tensors)?)
+    /// The tensors for work on a stream, which waits for the copies.
+    fn tensors<'a>(&'a mut self, stream: &'a CudaStream) -> impl Iterator<Item = TensorGrads<'a>> {
+        self.0.chunks_mut(K + 3).map(move |buffers| {
+            let (inputs, blended) = buffers.split_at_mut(K + 2);
+            let mut inputs = inputs.iter().map(|input| Some(Gradient::cuda(input, stream)));
+            let (t, g) = (inputs.next().flatten(), inputs.next().flatten());
+            TensorGrads::from_gradients(t, g, inputs).blended_to(GradientMut::cuda(&mut blended[0], stream))
+        })
     }
 }
 
@@ -95,29 +92,24 @@ fn main() -> Result<()> {
     // A framework has these anyway; the blender borrows them. Two sets of buffers, for even and odd steps.
     let context = CudaContext::new(ordinal as usize)?;
     let (copies, compute) = (context.new_stream()?, context.new_stream()?);
-    let (ready, done) =
-        ([context.new_event(None)?, context.new_event(None)?], [context.new_event(None)?, context.new_event(None)?]);
     let mut buffers = [OnDevice::new(&copies)?, OnDevice::new(&copies)?];
-    let plans = [buffers[0].plan(&blender, &compute)?, buffers[1].plan(&blender, &compute)?];
-    // SAFETY: `compute` belongs to the blender's device and lives until the end of `main`.
-    let stream = unsafe { Stream::from_raw(compute.cu_stream().cast()) };
+    let mut plan = blender.plan(buffers[0].tensors(&compute))?.release();
 
     let mut expected = Vec::new();
     for step in 0..STEPS {
-        let (host, set) = (gradients(step), step % 2);
-        // The copies wait until the step before the last has read these buffers, and this step waits for the copies.
-        copies.wait(&done[set])?;
-        buffers[set].upload(&host, &copies)?;
-        ready[set].record(&copies)?;
-        compute.wait(&ready[set])?;
-        blender.step(&plans[set], stream)?;
-        blender.reweight(stream)?;
-        done[set].record(&compute)?;
+        let (host, set) = (gradients(step), &mut buffers[step % 2]);
+        // cudarc makes the copies wait until the step before the last has read these buffers, and `compute` for the copies.
+        set.upload(&host, &copies)?;
+        let mut bound = plan;
+        bound.update(set.tensors(&compute), (&compute).into())?;
+        blender.step(&bound, (&compute).into())?;
+        blender.reweight((&compute).into())?;
+        plan = bound.release(); // ends the borrow of the buffers, without waiting for the step
         expected = step_on_cpu(&mut reference, &host)?;
     }
 
     // Only now does the host synchronize: for the report, and for the last blended gradients.
-    let (report, on_cpu) = (blender.report(stream)?, reference.report(Stream::default())?);
+    let (report, on_cpu) = (blender.report((&compute).into())?, reference.report(Stream::default())?);
     println!("weights on the GPU {:.6?}, on the CPU {:.6?}", report.weights, on_cpu.weights);
     let worst = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     let weights = report.weights.iter().zip(&on_cpu.weights).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);

@@ -11,11 +11,12 @@ use crate::checkpoint;
 use crate::config::{Config, Pass};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::gradient::Tracked;
 use crate::process::InProcess;
 use crate::report::Report;
 use crate::state;
 use crate::table::Table;
-use crate::tensor::{GradScale, Scale, Stream, TensorGrads};
+use crate::tensor::{GradScale, Scale, StreamRef, TensorGrads};
 
 /// A checked list of parameter tensors with the memory that operations on it need. Running it allocates nothing.
 ///
@@ -31,6 +32,8 @@ pub struct Plan<'a> {
     table: Table,
     memory: InProcess<AnyMemory>,
     bound: bool,
+    /// The plan's buffers in memory that cudarc tracks; all are ordered by one stream.
+    tracked: Vec<Tracked<'a>>,
     borrow: PhantomData<&'a mut [u8]>,
 }
 
@@ -45,11 +48,14 @@ impl<'a> Plan<'a> {
     /// Those of [`Blender::plan`]; [`Error::PlanTensors`], [`Error::Length`] or [`Error::MixedDTypes`] for tensors other
     /// than those the plan was made for; [`Error::Capturing`]. The plan then stays as it was. After [`Error::Cuda`] from a
     /// copy the plan is released, and a graph that contains it must not be launched.
-    pub fn update(&mut self, tensors: impl IntoIterator<Item = TensorGrads<'a>>, stream: Stream) -> Result<()> {
+    pub fn update(&mut self, tensors: impl IntoIterator<Item = TensorGrads<'a>>, stream: StreamRef<'_>) -> Result<()> {
         let memory = self.memory.get()?;
-        self.table.stage(tensors)?;
+        let mut tracked = Vec::new();
+        self.table.stage(with_tracked(tensors, &mut tracked))?;
+        memory.check_tracked(&tracked, Some(stream))?;
         memory.check_update(self.table.staged(), stream)?;
         self.table.commit();
+        self.tracked = tracked;
         let copied = memory.update(&self.table, stream);
         // After a failed copy the device's table is unknown.
         self.bound = copied.is_ok();
@@ -65,7 +71,8 @@ impl<'a> Plan<'a> {
     /// Ends the borrow of the gradients. The plan cannot run until it is updated.
     pub fn release(mut self) -> Plan<'static> {
         self.table.unbind();
-        Plan { blender: self.blender, table: self.table, memory: self.memory, bound: false, borrow: PhantomData }
+        let Plan { blender, table, memory, .. } = self;
+        Plan { blender, table, memory, bound: false, tracked: Vec::new(), borrow: PhantomData }
     }
 }
 
@@ -131,9 +138,12 @@ impl Blender {
     /// [`Error::UnknownMemory`]. Besides, [`Error::OutOfMemory`] and [`Error::Cuda`].
     pub fn plan<'a>(&self, tensors: impl IntoIterator<Item = TensorGrads<'a>>) -> Result<Plan<'a>> {
         let backend = self.backend.get()?;
-        let table = Table::new(self.config().k(), tensors, backend.grouping())?;
-        let memory = InProcess::new("plan was made", backend.memory(&table)?)?;
-        Ok(Plan { blender: self.id, table, memory, bound: true, borrow: PhantomData })
+        let mut tracked = Vec::new();
+        let table = Table::new(self.config().k(), with_tracked(tensors, &mut tracked), backend.grouping())?;
+        let memory = backend.memory(&table)?;
+        memory.check_tracked(&tracked, None)?;
+        let memory = InProcess::new("plan was made", memory)?;
+        Ok(Plan { blender: self.id, table, memory, bound: true, tracked, borrow: PhantomData })
     }
 
     /// One pass over memory with any of the parts DOT, BLEND (with ACCUMULATE: blended += instead of =) and OBSERVE.
@@ -145,7 +155,7 @@ impl Blender {
     /// # Errors
     /// [`Error::Pass`] for no bit, an unknown bit, or ACCUMULATE without BLEND; [`Error::ForeignPlan`];
     /// [`Error::ReleasedPlan`]; [`Error::Capturing`]; [`Error::Cuda`].
-    pub fn pass(&mut self, plan: &Plan<'_>, what: Pass, stream: Stream) -> Result<()> {
+    pub fn pass(&mut self, plan: &Plan<'_>, what: Pass, stream: StreamRef<'_>) -> Result<()> {
         what.check()?;
         let backend = self.backend.get_mut()?;
         if plan.blender != self.id {
@@ -154,9 +164,12 @@ impl Blender {
         if !plan.bound {
             return Err(Error::ReleasedPlan);
         }
+        let memory = plan.memory.get()?;
+        memory.check_tracked(&plan.tracked, Some(stream))?;
         // SAFETY: the plan is bound, so its addresses come from slices that it borrows or from `from_raw`, whose caller
         // guarantees them. This blender made it, and its memory for its table.
-        unsafe { backend.pass(&plan.table, plan.memory.get()?, what, stream) }
+        unsafe { backend.pass(&plan.table, memory, what, stream) }?;
+        memory.submitted(&plan.tracked)
     }
 
     /// Adds c_k = <g, v_k> and d_k = <t - g, v_k>, summed over the tensors, to the pending sums.
@@ -167,7 +180,7 @@ impl Blender {
     ///
     /// # Errors
     /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`], [`Error::Capturing`], [`Error::Cuda`].
-    pub fn dot(&mut self, plan: &Plan<'_>, stream: Stream) -> Result<()> {
+    pub fn dot(&mut self, plan: &Plan<'_>, stream: StreamRef<'_>) -> Result<()> {
         self.pass(plan, Pass::DOT, stream)
     }
 
@@ -179,7 +192,7 @@ impl Blender {
     ///
     /// # Errors
     /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`], [`Error::Capturing`], [`Error::Cuda`].
-    pub fn blend(&mut self, plan: &Plan<'_>, stream: Stream) -> Result<()> {
+    pub fn blend(&mut self, plan: &Plan<'_>, stream: StreamRef<'_>) -> Result<()> {
         self.pass(plan, Pass::BLEND, stream)
     }
 
@@ -188,7 +201,7 @@ impl Blender {
     ///
     /// # Errors
     /// [`Error::ForeignPlan`], [`Error::ReleasedPlan`], [`Error::Capturing`], [`Error::Cuda`].
-    pub fn step(&mut self, plan: &Plan<'_>, stream: Stream) -> Result<()> {
+    pub fn step(&mut self, plan: &Plan<'_>, stream: StreamRef<'_>) -> Result<()> {
         self.pass(plan, Pass::DOT | Pass::BLEND | Pass::OBSERVE, stream)
     }
 
@@ -199,7 +212,7 @@ impl Blender {
     ///
     /// # Errors
     /// [`Error::Cuda`].
-    pub fn observe(&mut self, stream: Stream) -> Result<()> {
+    pub fn observe(&mut self, stream: StreamRef<'_>) -> Result<()> {
         self.backend.get_mut()?.observe(stream)
     }
 
@@ -209,7 +222,7 @@ impl Blender {
     ///
     /// # Errors
     /// [`Error::Cuda`].
-    pub fn reweight(&mut self, stream: Stream) -> Result<()> {
+    pub fn reweight(&mut self, stream: StreamRef<'_>) -> Result<()> {
         self.backend.get_mut()?.reweight(stream)
     }
 
@@ -217,7 +230,7 @@ impl Blender {
     ///
     /// # Errors
     /// [`Error::Cuda`].
-    pub fn reset(&mut self, stream: Stream) -> Result<()> {
+    pub fn reset(&mut self, stream: StreamRef<'_>) -> Result<()> {
         self.backend.get_mut()?.reset(stream)
     }
 
@@ -225,7 +238,7 @@ impl Blender {
     ///
     /// # Errors
     /// [`Error::Count`] unless there are K; [`Error::Weight`] for one that is not finite as f32; [`Error::Cuda`].
-    pub fn set_weights(&mut self, weights: &[f64], stream: Stream) -> Result<()> {
+    pub fn set_weights(&mut self, weights: &[f64], stream: StreamRef<'_>) -> Result<()> {
         let expected = self.config().k();
         if weights.len() != expected {
             return Err(Error::Count { what: "the weights", expected, got: weights.len() });
@@ -256,7 +269,7 @@ impl Blender {
     ///
     /// # Errors
     /// [`Error::Capturing`], [`Error::Cuda`].
-    pub fn report(&mut self, stream: Stream) -> Result<Report> {
+    pub fn report(&mut self, stream: StreamRef<'_>) -> Result<Report> {
         Ok(Report::new(&self.backend.get()?.read(stream)?, self.config()))
     }
 
@@ -264,7 +277,7 @@ impl Blender {
     ///
     /// # Errors
     /// [`Error::Capturing`], [`Error::Cuda`].
-    pub fn second_moments(&mut self, stream: Stream) -> Result<Vec<f64>> {
+    pub fn second_moments(&mut self, stream: StreamRef<'_>) -> Result<Vec<f64>> {
         let k = self.config().k();
         let mut second_moment = vec![0.0; k * k];
         state::moments(&self.backend.get()?.read(stream)?, k, &mut [], &mut second_moment);
@@ -293,7 +306,7 @@ impl Blender {
     ///
     /// # Errors
     /// [`Error::Capturing`], [`Error::Cuda`].
-    pub fn save(&mut self, stream: Stream) -> Result<Vec<u8>> {
+    pub fn save(&mut self, stream: StreamRef<'_>) -> Result<Vec<u8>> {
         Ok(checkpoint::write(&self.backend.get()?.read(stream)?, self.config()))
     }
 
@@ -309,8 +322,19 @@ impl Blender {
     /// [`Error::CorruptState`] for bytes that are foreign, truncated, altered or of an unknown version;
     /// [`Error::StateMismatch`] for a state of another K, average or decay; [`Error::Capturing`]; [`Error::Cuda`]. The
     /// blender then stays as it was.
-    pub fn load(&mut self, saved: &[u8], stream: Stream) -> Result<()> {
+    pub fn load(&mut self, saved: &[u8], stream: StreamRef<'_>) -> Result<()> {
         let state = checkpoint::read(saved, self.config())?;
         self.backend.get_mut()?.write(&state, stream)
     }
+}
+
+/// Passes tensors on, and keeps what tracks their memory.
+fn with_tracked<'a>(
+    tensors: impl IntoIterator<Item = TensorGrads<'a>>,
+    tracked: &mut Vec<Tracked<'a>>,
+) -> impl Iterator<Item = TensorGrads<'a>> {
+    tensors.into_iter().map(|mut tensor| {
+        tracked.append(&mut tensor.tracked);
+        tensor
+    })
 }

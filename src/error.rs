@@ -140,6 +140,12 @@ pub enum Error {
         /// The unknown address: of the buffer's first or last byte.
         address: u64,
     },
+    /// A blender of the CPU cannot read a gradient in memory of cudarc.
+    #[error("a gradient at {address:#x} is memory of a CUDA device, which the CPU cannot read")]
+    DeviceMemory {
+        /// Address of the gradient.
+        address: u64,
+    },
     /// A DLPack array does not fit its role.
     #[error("{role}: expected {expected}, got {got}")]
     Dlpack {
@@ -261,6 +267,9 @@ pub enum Error {
     /// The plan is released: it has no addresses until it is updated.
     #[error("the plan is released; update it before running it")]
     ReleasedPlan,
+    /// A plan of cudarc's memory runs on another stream than the one that was given for its gradients, or was given two.
+    #[error("the gradients were given for another stream: make, update and run the plan on one stream")]
+    ForeignStream,
     /// The pass has no bit, an unknown bit, or ACCUMULATE without BLEND.
     #[error("pass {bits:#x} is not a combination of DOT, BLEND, ACCUMULATE (with BLEND) and OBSERVE")]
     Pass {
@@ -317,6 +326,9 @@ pub enum Error {
         /// The loss.
         got: f64,
     },
+    /// A trainer would never observe.
+    #[error("every is 0, expected at least 1")]
+    Every,
     /// A super-epoch has no epoch.
     #[error("a {what} of 0 epochs never ends; expected at least 1")]
     Schedule {

@@ -74,6 +74,7 @@ mod error;
 #[cfg(feature = "capi")]
 #[doc(hidden)]
 pub mod ffi;
+mod gradient;
 mod losses;
 mod process;
 mod report;
@@ -82,19 +83,21 @@ mod solve;
 mod state;
 mod table;
 mod tensor;
+pub mod trainer;
 
 pub use abi::MAX_MODALITIES;
 pub use blender::{Blender, Plan};
 pub use config::{Cadence, Config, Pass};
 pub use device::Device;
 pub use error::{Error, Result, Role};
+pub use gradient::{Gradient, GradientMut};
 pub use half::{bf16, f16};
 pub use losses::{Estimate, Losses, MeanLoss, Trainee, gb_estimate, ogr};
 pub use report::Report;
 pub use schedule::Schedule;
 pub use solve::{Negative, Overfitting, Policy, Solution, solve};
 pub use state::{Average, Flags};
-pub use tensor::{DType, Element, GradScale, Stream, TensorGrads};
+pub use tensor::{DType, Element, GradScale, Stream, StreamRef, TensorGrads};
 
 /// The README's examples compile and run.
 #[cfg(doctest)]

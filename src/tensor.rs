@@ -8,6 +8,7 @@ use half::{bf16, f16};
 
 use crate::abi::{self, MAX_MODALITIES};
 use crate::error::{Error, Result, Role};
+use crate::gradient::{Grad, Gradient, GradientMut, Tracked};
 
 /// Element type of a tensor's gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -95,28 +96,6 @@ impl Element for bf16 {
     const DTYPE: DType = DType::BF16;
 }
 
-/// Address, length and dtype of one gradient.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Grad {
-    pub(crate) address: u64,
-    pub(crate) len: u64,
-    pub(crate) dtype: DType,
-}
-
-impl Grad {
-    fn from_slice<T: Element>(slice: &[T]) -> Self {
-        Grad { address: slice.as_ptr().expose_provenance() as u64, len: slice.len() as u64, dtype: T::DTYPE }
-    }
-
-    fn from_slice_mut<T: Element>(slice: &mut [T]) -> Self {
-        Grad { address: slice.as_mut_ptr().expose_provenance() as u64, len: slice.len() as u64, dtype: T::DTYPE }
-    }
-
-    fn from_raw(address: u64, len: u64, dtype: DType) -> Option<Self> {
-        (address != 0).then_some(Grad { address, len, dtype })
-    }
-}
-
 /// The gradients of one parameter tensor: t (train), g (validation), one v_k per modality, and the blended gradient to
 /// write.
 ///
@@ -144,6 +123,8 @@ pub struct TensorGrads<'a> {
     shape: (u64, DType),
     /// Whether a gradient is a slice. A call that uses a slice synchronizes before it returns.
     pub(crate) slices: bool,
+    /// Gradients in memory that cudarc tracks.
+    pub(crate) tracked: Vec<Tracked<'a>>,
     borrow: PhantomData<&'a mut [u8]>,
 }
 
@@ -157,8 +138,43 @@ impl<'a> TensorGrads<'a> {
             count: 0,
             shape,
             slices: false,
+            tracked: Vec::new(),
             borrow: PhantomData,
         }
+    }
+
+    /// A tensor of gradients whose dtypes are known at run time. One of `train` and `valid` alone, and lengths or dtypes
+    /// that differ, are errors of [`Blender::plan`](crate::Blender::plan).
+    pub fn from_gradients(
+        train: Option<Gradient<'a>>,
+        valid: Option<Gradient<'a>>,
+        modalities: impl IntoIterator<Item = Option<Gradient<'a>>>,
+    ) -> Self {
+        let mut tensor = Self::empty((0, DType::F32));
+        tensor.train = train.map(|gradient| tensor.take(gradient));
+        tensor.valid = valid.map(|gradient| tensor.take(gradient));
+        for (k, gradient) in modalities.into_iter().enumerate() {
+            let grad = gradient.map(|gradient| tensor.take(gradient));
+            tensor.count = k + 1;
+            if let Some(slot) = tensor.modalities.get_mut(k) {
+                *slot = grad;
+            }
+        }
+        tensor.with_shape()
+    }
+
+    /// Writes the blended gradient to `blended`, as [`blended`](Self::blended) does.
+    #[must_use]
+    pub fn blended_to(mut self, blended: GradientMut<'a>) -> Self {
+        let blended = self.take(blended.0);
+        self.blended = Some(blended);
+        self.with_shape()
+    }
+
+    fn take(&mut self, gradient: Gradient<'a>) -> Grad {
+        self.slices |= gradient.slice;
+        self.tracked.extend(gradient.tracked);
+        gradient.grad
     }
 
     /// A tensor with a train gradient t, a validation gradient g, and one gradient per modality; `None` for a loss that
@@ -206,11 +222,15 @@ impl<'a> TensorGrads<'a> {
     }
 
     fn with_slice(mut self) -> Self {
+        self.slices = true;
+        self.with_shape()
+    }
+
+    fn with_shape(mut self) -> Self {
         let first = self.buffers().next();
         if let Some((_, grad)) = first {
             self.shape = (grad.len, grad.dtype);
         }
-        self.slices = true;
         self
     }
 
@@ -287,19 +307,23 @@ impl<'a> TensorGrads<'a> {
 }
 
 /// A borrowed stream of a device, on which operations submit their work: `cudaStream_t` or `CUstream`. The CPU ignores it.
+///
+/// With the feature `cuda`, a `&CudaStream` of cudarc converts to one: `blender.step(&plan, (&stream).into())`. A blender
+/// that is used with several streams makes each wait for its work on the one before; in a capture it does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stream(u64);
+pub struct StreamRef<'a>(u64, PhantomData<&'a ()>);
 
-impl Stream {
+/// A stream that the caller keeps alive: [`from_raw`](StreamRef::from_raw) says how long.
+pub type Stream = StreamRef<'static>;
+
+impl StreamRef<'_> {
     /// A stream from its raw handle; NULL is the legacy default stream.
     ///
     /// # Safety
     /// - `stream` is NULL or a live stream of the device of every blender that it is used with;
-    /// - it is not destroyed while work submitted to it is pending;
-    /// - if a blender is used with several streams, events order its work, and the updates of its plans, as the calls
-    ///   are ordered.
+    /// - it is not destroyed while work submitted to it is pending.
     pub unsafe fn from_raw(stream: *mut c_void) -> Self {
-        Stream(stream.expose_provenance() as u64)
+        StreamRef(stream.expose_provenance() as u64, PhantomData)
     }
 
     /// The raw handle.
@@ -308,10 +332,10 @@ impl Stream {
     }
 }
 
-impl Default for Stream {
+impl Default for StreamRef<'_> {
     /// The legacy default stream; the CPU ignores it.
     fn default() -> Self {
-        Stream(0)
+        StreamRef(0, PhantomData)
     }
 }
 

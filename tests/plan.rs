@@ -18,6 +18,7 @@ fn every_error_is_named_in_a_test() {
     let source = include_str!("../src/error.rs");
     let tests = concat!(
         include_str!("checkpoint.rs"),
+        include_str!("cudarc.rs"),
         include_str!("dlpack.rs"),
         include_str!("driver.rs"),
         include_str!("fork.rs"),
@@ -26,6 +27,7 @@ fn every_error_is_named_in_a_test() {
         include_str!("plan.rs"),
         include_str!("solve.rs"),
         include_str!("step.rs"),
+        include_str!("trainer.rs"),
     );
     let body = source.split("pub enum Error {").nth(1).unwrap_or("");
     let body = body.split("\n}").next().unwrap_or("");

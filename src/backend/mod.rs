@@ -12,8 +12,9 @@ use std::fmt::Debug;
 use crate::abi::State;
 use crate::config::{Config, Pass};
 use crate::error::{Error, Result};
+use crate::gradient::Tracked;
 use crate::table::{Buffer, Grouping, Table};
-use crate::tensor::{Scale, Stream};
+use crate::tensor::{Scale, StreamRef};
 
 use cpu::Cpu;
 use cuda::Cuda;
@@ -39,28 +40,28 @@ pub(crate) trait Backend: Debug + Sized {
     /// - the addresses of `table` are valid: they come from slices that the plan borrows, or fulfil the contract of
     ///   `TensorGrads::from_raw`;
     /// - `memory` was made by this backend for `table`.
-    unsafe fn pass(&mut self, table: &Table, memory: &Self::Memory, what: Pass, stream: Stream) -> Result<()>;
+    unsafe fn pass(&mut self, table: &Table, memory: &Self::Memory, what: Pass, stream: StreamRef<'_>) -> Result<()>;
 
     /// Commits the pending sums as one observation, and reweights if the cadence says so.
-    fn observe(&mut self, stream: Stream) -> Result<()>;
+    fn observe(&mut self, stream: StreamRef<'_>) -> Result<()>;
 
     /// Solves for the weights and puts them in force.
-    fn reweight(&mut self, stream: Stream) -> Result<()>;
+    fn reweight(&mut self, stream: StreamRef<'_>) -> Result<()>;
 
     /// Forgets everything but the weights.
-    fn reset(&mut self, stream: Stream) -> Result<()>;
+    fn reset(&mut self, stream: StreamRef<'_>) -> Result<()>;
 
     /// Puts K weights in force.
-    fn set_weights(&mut self, weights: &[f64], stream: Stream) -> Result<()>;
+    fn set_weights(&mut self, weights: &[f64], stream: StreamRef<'_>) -> Result<()>;
 
     /// Sets the gradient scale of the next observations.
     fn set_grad_scale(&mut self, scale: Scale) -> Result<()>;
 
     /// The state, once all work on `stream` has finished.
-    fn read(&self, stream: Stream) -> Result<State>;
+    fn read(&self, stream: StreamRef<'_>) -> Result<State>;
 
     /// Replaces the state.
-    fn write(&mut self, state: &State, stream: Stream) -> Result<()>;
+    fn write(&mut self, state: &State, stream: StreamRef<'_>) -> Result<()>;
 
     /// Address of the 2K pending sums.
     fn pending_sums(&self) -> *mut f64;
@@ -72,10 +73,16 @@ pub(crate) trait Backend: Debug + Sized {
 /// What a plan keeps on the device.
 pub(crate) trait Memory: Debug {
     /// Rejects buffers that the device cannot access, and a stream on which [`update`](Self::update) cannot run.
-    fn check_update(&self, buffers: impl Iterator<Item = Buffer>, stream: Stream) -> Result<()>;
+    fn check_update(&self, buffers: impl Iterator<Item = Buffer>, stream: StreamRef<'_>) -> Result<()>;
+
+    /// Rejects memory that belongs to another kind of device, or is tracked by another stream, or by one being captured.
+    fn check_tracked(&self, tracked: &[Tracked<'_>], stream: Option<StreamRef<'_>>) -> Result<()>;
+
+    /// Tells the owners of memory that work on it was submitted.
+    fn submitted(&self, tracked: &[Tracked<'_>]) -> Result<()>;
 
     /// Copies the addresses of `table` to the device. If the table has slices, the call synchronizes before it returns.
-    fn update(&self, table: &Table, stream: Stream) -> Result<()>;
+    fn update(&self, table: &Table, stream: StreamRef<'_>) -> Result<()>;
 }
 
 /// The backend of a device.
@@ -131,7 +138,7 @@ impl Backend for AnyBackend {
         })
     }
 
-    unsafe fn pass(&mut self, table: &Table, memory: &AnyMemory, what: Pass, stream: Stream) -> Result<()> {
+    unsafe fn pass(&mut self, table: &Table, memory: &AnyMemory, what: Pass, stream: StreamRef<'_>) -> Result<()> {
         // SAFETY: the caller fulfils the contract of `pass`; table and memory are handed on as they are.
         unsafe {
             match (self, memory) {
@@ -142,19 +149,19 @@ impl Backend for AnyBackend {
         }
     }
 
-    fn observe(&mut self, stream: Stream) -> Result<()> {
+    fn observe(&mut self, stream: StreamRef<'_>) -> Result<()> {
         each!(self, backend => backend.observe(stream))
     }
 
-    fn reweight(&mut self, stream: Stream) -> Result<()> {
+    fn reweight(&mut self, stream: StreamRef<'_>) -> Result<()> {
         each!(self, backend => backend.reweight(stream))
     }
 
-    fn reset(&mut self, stream: Stream) -> Result<()> {
+    fn reset(&mut self, stream: StreamRef<'_>) -> Result<()> {
         each!(self, backend => backend.reset(stream))
     }
 
-    fn set_weights(&mut self, weights: &[f64], stream: Stream) -> Result<()> {
+    fn set_weights(&mut self, weights: &[f64], stream: StreamRef<'_>) -> Result<()> {
         each!(self, backend => backend.set_weights(weights, stream))
     }
 
@@ -162,11 +169,11 @@ impl Backend for AnyBackend {
         each!(self, backend => backend.set_grad_scale(scale))
     }
 
-    fn read(&self, stream: Stream) -> Result<State> {
+    fn read(&self, stream: StreamRef<'_>) -> Result<State> {
         each!(self, backend => backend.read(stream))
     }
 
-    fn write(&mut self, state: &State, stream: Stream) -> Result<()> {
+    fn write(&mut self, state: &State, stream: StreamRef<'_>) -> Result<()> {
         each!(self, backend => backend.write(state, stream))
     }
 
@@ -180,14 +187,28 @@ impl Backend for AnyBackend {
 }
 
 impl Memory for AnyMemory {
-    fn check_update(&self, buffers: impl Iterator<Item = Buffer>, stream: Stream) -> Result<()> {
+    fn check_update(&self, buffers: impl Iterator<Item = Buffer>, stream: StreamRef<'_>) -> Result<()> {
         match self {
             AnyMemory::Cpu(memory) => memory.check_update(buffers, stream),
             AnyMemory::Cuda(memory) => memory.check_update(buffers, stream),
         }
     }
 
-    fn update(&self, table: &Table, stream: Stream) -> Result<()> {
+    fn check_tracked(&self, tracked: &[Tracked<'_>], stream: Option<StreamRef<'_>>) -> Result<()> {
+        match self {
+            AnyMemory::Cpu(memory) => memory.check_tracked(tracked, stream),
+            AnyMemory::Cuda(memory) => memory.check_tracked(tracked, stream),
+        }
+    }
+
+    fn submitted(&self, tracked: &[Tracked<'_>]) -> Result<()> {
+        match self {
+            AnyMemory::Cpu(memory) => memory.submitted(tracked),
+            AnyMemory::Cuda(memory) => memory.submitted(tracked),
+        }
+    }
+
+    fn update(&self, table: &Table, stream: StreamRef<'_>) -> Result<()> {
         match self {
             AnyMemory::Cpu(memory) => memory.update(table, stream),
             AnyMemory::Cuda(memory) => memory.update(table, stream),

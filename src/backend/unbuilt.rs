@@ -3,8 +3,9 @@
 use crate::abi::State;
 use crate::config::{Config, Pass};
 use crate::error::{Error, Result};
+use crate::gradient::Tracked;
 use crate::table::{Buffer, Grouping, Table};
-use crate::tensor::{Scale, Stream};
+use crate::tensor::{Scale, StreamRef};
 
 use super::{Backend, Memory};
 
@@ -42,23 +43,23 @@ impl Backend for Cuda {
         match *self {}
     }
 
-    unsafe fn pass(&mut self, _: &Table, _: &PlanMemory, _: Pass, _: Stream) -> Result<()> {
+    unsafe fn pass(&mut self, _: &Table, _: &PlanMemory, _: Pass, _: StreamRef<'_>) -> Result<()> {
         match *self {}
     }
 
-    fn observe(&mut self, _: Stream) -> Result<()> {
+    fn observe(&mut self, _: StreamRef<'_>) -> Result<()> {
         match *self {}
     }
 
-    fn reweight(&mut self, _: Stream) -> Result<()> {
+    fn reweight(&mut self, _: StreamRef<'_>) -> Result<()> {
         match *self {}
     }
 
-    fn reset(&mut self, _: Stream) -> Result<()> {
+    fn reset(&mut self, _: StreamRef<'_>) -> Result<()> {
         match *self {}
     }
 
-    fn set_weights(&mut self, _: &[f64], _: Stream) -> Result<()> {
+    fn set_weights(&mut self, _: &[f64], _: StreamRef<'_>) -> Result<()> {
         match *self {}
     }
 
@@ -66,11 +67,11 @@ impl Backend for Cuda {
         match *self {}
     }
 
-    fn read(&self, _: Stream) -> Result<State> {
+    fn read(&self, _: StreamRef<'_>) -> Result<State> {
         match *self {}
     }
 
-    fn write(&mut self, _: &State, _: Stream) -> Result<()> {
+    fn write(&mut self, _: &State, _: StreamRef<'_>) -> Result<()> {
         match *self {}
     }
 
@@ -84,11 +85,19 @@ impl Backend for Cuda {
 }
 
 impl Memory for PlanMemory {
-    fn check_update(&self, _: impl Iterator<Item = Buffer>, _: Stream) -> Result<()> {
+    fn check_update(&self, _: impl Iterator<Item = Buffer>, _: StreamRef<'_>) -> Result<()> {
         match *self {}
     }
 
-    fn update(&self, _: &Table, _: Stream) -> Result<()> {
+    fn check_tracked(&self, _: &[Tracked<'_>], _: Option<StreamRef<'_>>) -> Result<()> {
+        match *self {}
+    }
+
+    fn submitted(&self, _: &[Tracked<'_>]) -> Result<()> {
+        match *self {}
+    }
+
+    fn update(&self, _: &Table, _: StreamRef<'_>) -> Result<()> {
         match *self {}
     }
 }

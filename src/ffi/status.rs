@@ -79,6 +79,9 @@ fn status(error: &Error) -> Status {
         | Error::Overlap { .. }
         | Error::PlanTensors { .. }
         | Error::ForeignPlan
+        | Error::ForeignStream
+        | Error::DeviceMemory { .. }
+        | Error::Every
         | Error::ReleasedPlan
         | Error::Pass { .. }
         | Error::Count { .. }

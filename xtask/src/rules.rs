@@ -38,13 +38,13 @@ const WORDS: &str = concat!(
 /// Modules of `src`, from the lowest layer to the highest. A module imports from its own layer and from lower ones.
 const LAYERS: [&[&str]; 9] = [
     &["abi", "error"],
-    &["process", "tensor"],
+    &["process", "gradient", "tensor"],
     &["state", "table", "solve"],
     &["config", "report", "losses", "schedule"],
     &["backend"],
     &["device", "checkpoint"],
     &["blender"],
-    &["dlpack"],
+    &["dlpack", "trainer"],
     &["ffi"],
 ];
 const LINES_OF_FILE: usize = 400;

@@ -1,8 +1,10 @@
-//! The library against plain recomputation from candle's own gradients.
+//! The adapter against plain recomputation from candle's own gradients.
 
-use candle_core::{DType, Device, IndexOp};
-use gradblend::{Average, Cadence, Policy, solve};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, IndexOp, Storage, Tensor, Var};
+use gradblend::{Average, Blender, Cadence, Config, Policy, Schedule, Stream, TensorGrads, solve};
 
+use super::passes::Locked;
 use super::*;
 
 /// Two encoders and three heads: head 0 on modality 0, head 1 on both, and a parameter that no loss reaches.
@@ -58,8 +60,8 @@ impl Toy {
     }
 }
 
-fn config() -> Config {
-    Config { average: Average::Mean, cadence: Cadence::EveryObservation, ..Config::new(3) }
+fn config() -> GradBlendConfig {
+    GradBlendConfig::new(3).average(Average::Mean)
 }
 
 /// Weights and blended gradients equal those recomputed in f64 from the same gradients, at each of several steps.
@@ -68,13 +70,18 @@ fn recompute(dtype: DType, epsilon: f64, independent: bool) {
     let mut gb = GradBlend::new(&toy.vars, config()).unwrap();
     let (mut m, mut s, mut w) = ([0.0; 3], [0.0; 9], vec![1.0 / 3.0; 3]);
     for step in 0..4 {
-        let (losses, valid) = (toy.stores(step), toy.fused(step + 100));
-        let train = independent.then(|| toy.fused(step + 50));
-        let blended = gb.step(&losses, train.as_ref(), &valid).unwrap();
+        let (stores, valid, train) = (toy.stores(step), toy.fused(step + 100), toy.fused(step + 50));
+        let (losses, fused) = (toy.losses(step), |batch: usize| toy.losses(batch)[2].clone());
+        let blended = match independent {
+            false => gb.backward(&losses, || fused(step + 100)),
+            true => gb.backward_independent(&losses, || fused(step + 100), || fused(step + 50)),
+        };
+        let blended = blended.unwrap();
         let (mut c, mut d) = ([0.0; 3], [0.0; 3]);
         for i in 0..toy.vars.len() {
-            let v: Vec<_> = losses.iter().map(|store| toy.values(store, i)).collect();
-            let (t, g) = (toy.values(train.as_ref().unwrap_or(&losses[2]), i), toy.values(&valid, i));
+            let v: Vec<_> = stores.iter().map(|store| toy.values(store, i)).collect();
+            let t = toy.values(if independent { &train } else { &stores[2] }, i);
+            let g = toy.values(&valid, i);
             assert_eq!(blended.get(&toy.vars[i]).is_some(), i < 4, "parameter {i}");
             for (e, got) in toy.values(&blended, i).into_iter().enumerate() {
                 let terms: [f64; 3] = std::array::from_fn(|k| w[k] * v[k][e]);
@@ -113,34 +120,95 @@ fn weights_and_blended_gradients_equal_a_recomputation() {
 }
 
 #[test]
-fn the_weighted_loss_has_the_blended_gradient() {
-    let toy = Toy::new(DType::F32);
+fn a_run_equals_the_raw_operations_bit_for_bit() {
+    let (toy, other) = (Toy::new(DType::F32), Toy::new(DType::F32));
     let mut gb = GradBlend::new(&toy.vars, config()).unwrap();
-    gb.step(&toy.stores(0), None, &toy.fused(100)).unwrap();
-    let losses = toy.losses(1);
-    let plain = weighted_loss(&losses.map(Some), gb.weights()).unwrap().backward().unwrap();
-    let blended = gb.step(&toy.stores(1), None, &toy.fused(101)).unwrap();
-    for i in 0..toy.vars.len() {
-        for (got, expected) in toy.values(&blended, i).into_iter().zip(toy.values(&plain, i)) {
-            assert!((got - expected).abs() < 1e-6, "parameter {i}: {got}, expected {expected}");
+    let raw = Config { average: Average::Mean, cadence: Cadence::EveryObservation, ..Config::new(3) };
+    let mut blender = Blender::new(&gradblend::Device::cpu(), raw).unwrap();
+    for step in 0..6 {
+        let gradients = gb.backward(&toy.losses(step), || toy.losses(step + 100)[2].clone()).unwrap();
+        let flat = |store: &GradStore, i: usize| -> Option<Vec<f32>> {
+            Some(store.get(&other.vars[i])?.flatten_all().unwrap().to_vec1().unwrap())
+        };
+        let (stores, valid) = (other.stores(step), other.fused(step + 100));
+        let rows: Vec<_> = (0..5).map(|i| ([0, 1, 2].map(|k| flat(&stores[k], i)), flat(&valid, i))).collect();
+        let mut blended: Vec<Vec<f32>> = other.vars.iter().map(|var| vec![0.0; var.elem_count()]).collect();
+        let plan = blender.plan(rows.iter().zip(&mut blended).map(|((v, g), blended)| {
+            let slices = [0, 1, 2].map(|k| v[k].as_deref());
+            match g {
+                Some(g) if slices[2].is_some() => TensorGrads::new(slices[2].unwrap(), g, &slices).blended(blended),
+                _ => TensorGrads::blend_only(&slices).blended(blended),
+            }
+        }));
+        blender.step(&plan.unwrap(), Stream::default()).unwrap();
+        for (i, (own, others)) in toy.vars.iter().zip(&other.vars).enumerate() {
+            let Some(gradient) = gradients.get(own) else { continue };
+            let bits = |x: Vec<f32>| x.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+            let got = gradient.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(bits(got), bits(blended[i].clone()), "step {step}, parameter {i}");
+            own.set(&(own.as_tensor() - (gradient * 0.1).unwrap()).unwrap()).unwrap();
+            let gradient = Tensor::from_slice(&blended[i], others.shape(), &Device::Cpu).unwrap();
+            others.set(&(others.as_tensor() - (gradient * 0.1).unwrap()).unwrap()).unwrap();
         }
     }
+    assert_eq!(gb.report().unwrap(), blender.report(Stream::default()).unwrap());
+}
+
+#[test]
+fn other_calls_return_the_gradient_of_the_weighted_loss() {
+    let toy = Toy::new(DType::F32);
+    let mut gb = GradBlend::new(&toy.vars[..3], config().every(3)).unwrap();
+    gb.set_grad_scale(8.0).unwrap();
+    for step in 0..3 {
+        let weights = gb.weights().to_vec();
+        let losses = toy.losses(step);
+        let mut asked = false;
+        let blended = gb
+            .backward(&losses, || {
+                asked = true;
+                toy.losses(100)[2].clone()
+            })
+            .unwrap();
+        assert_eq!((asked, gb.observed()), (step == 0, step == 0));
+        let terms = losses.iter().zip(&weights).map(|(loss, w)| (loss * f64::from(8.0 * w)).unwrap());
+        let plain = terms.reduce(|a, b| (a + b).unwrap()).unwrap().backward().unwrap();
+        for i in 0..3 {
+            for (got, expected) in toy.values(&blended, i).into_iter().zip(toy.values(&plain, i)) {
+                assert!((got - expected).abs() < 1e-5, "step {step}, parameter {i}: {got}, expected {expected}");
+            }
+        }
+        // Of those that were given: the fused loss reaches another one.
+        assert!(plain.get(&toy.vars[3]).is_some() && blended.get(&toy.vars[3]).is_none());
+    }
+    let mut gb = GradBlend::new(&toy.vars, config().schedule(Schedule::offline())).unwrap();
+    gb.set_weights(&[0.0; 3]).unwrap();
+    let none = gb.backward(&toy.losses(0), || -> Tensor { unreachable!("no call observes") }).unwrap();
+    assert_eq!(none.get_ids().count(), 0);
+}
+
+#[test]
+fn a_parameter_given_twice_counts_once() {
+    let toy = Toy::new(DType::F32);
+    let twice: Vec<Var> = toy.vars.iter().chain(&toy.vars).cloned().collect();
+    let run = |vars: &[Var]| {
+        let mut gb = GradBlend::new(vars, config()).unwrap();
+        gb.backward(&toy.losses(0), || toy.losses(100)[2].clone()).unwrap();
+        gb.report().unwrap()
+    };
+    assert_eq!(run(&twice), run(&toy.vars));
 }
 
 #[test]
 fn gradients_are_read_where_they_are() {
     // A view into the middle of a larger buffer, so that a copy would have another address than the view's.
-    let var = Var::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
     let large = Tensor::arange(0.0_f32, 12.0, &Device::Cpu).unwrap().reshape((4, 3)).unwrap();
     let view = large.i(1..3).unwrap();
-    let mut store = GradStore::default();
-    store.insert(&var, view);
-    let gradient = Gradient::find(&store, &var, 0, Role::Train).unwrap().unwrap();
-    assert_eq!(gradient.elements::<f32>().unwrap().as_ptr(), address(&large).wrapping_add(3));
-    // The blended gradient is the buffer that gradblend wrote to.
-    let blended = zeros(&var);
-    let before = blended.as_slice::<f32>().unwrap().as_ptr();
-    assert_eq!(address(&to_tensor(blended, var.shape()).unwrap()), before);
+    let locked = Locked::new(&view).unwrap();
+    assert_eq!(locked.elements().unwrap().as_ptr(), address(&large).wrapping_add(3));
+    let toy = Toy::new(DType::F32);
+    let mut gb = GradBlend::new(&toy.vars, config()).unwrap();
+    gb.backward(&toy.losses(0), || toy.losses(100)[2].clone()).unwrap();
+    assert_eq!(gb.copied(), 0);
 }
 
 fn address(tensor: &Tensor) -> *const f32 {
@@ -150,56 +218,50 @@ fn address(tensor: &Tensor) -> *const f32 {
 }
 
 #[test]
-fn a_super_epoch_ends_with_a_reset() {
-    let toy = Toy::new(DType::F32);
-    let mut gb = GradBlend::new(&toy.vars, Config::new(3)).unwrap();
-    gb.step(&toy.stores(0), None, &toy.fused(100)).unwrap();
-    assert_eq!(gb.weights(), [1.0 / 3.0; 3]);
-    gb.reweight().unwrap();
-    let weights = gb.weights().to_vec();
-    assert_ne!(weights, [1.0 / 3.0; 3]);
-    gb.reset().unwrap();
-    assert_eq!(gb.report().unwrap().observed, 0);
-    assert_eq!(gb.weights(), weights);
-}
-
-#[test]
-fn errors_name_the_parameter_and_change_nothing() {
+fn errors_name_the_loss_and_the_parameter_and_change_nothing() {
     let toy = Toy::new(DType::F32);
     let message = |config, vars: &[Var]| GradBlend::new(vars, config).unwrap_err().to_string();
-    assert_eq!(message(Config::new(0), &toy.vars), "expected 1 to 32 modalities, got 0");
+    assert_eq!(message(GradBlendConfig::new(0), &toy.vars), "expected 1 to 32 modalities, got 0");
+    assert_eq!(message(config().every(0), &toy.vars), "every is 0, expected at least 1");
+    assert_eq!(message(config(), &[]), "there is no parameter to train");
     let wrong = Var::zeros(3, DType::F64, &Device::Cpu).unwrap();
-    let expected = "parameter 1 is f64, expected f32, f16 or bf16";
-    assert_eq!(message(Config::new(3), &[toy.vars[0].clone(), wrong]), expected);
+    let expected = "parameter 1 is f64 on Cpu, expected f32, f16 or bf16";
+    assert_eq!(message(config(), &[toy.vars[0].clone(), wrong.clone()]), expected);
+    let named = GradBlend::named([("audio.weight".to_owned(), wrong)], config()).unwrap_err();
+    assert!(named.to_string().starts_with("audio.weight is f64"), "{named}");
 
     let mut gb = GradBlend::new(&toy.vars, config()).unwrap();
-    let valid = toy.fused(100);
-    let strided = Tensor::zeros((7, 5), DType::F32, &Device::Cpu).unwrap().t().unwrap();
-    let cases = [
-        (strided, "parameter 0: gradient of modality 0 is not contiguous"),
-        (toy.vars[0].flatten_all().unwrap(), "parameter 0: gradient of modality 0 has shape [35], expected [5, 7]"),
-        (toy.vars[0].to_dtype(DType::F16).unwrap(), "parameter 0: gradient of modality 0 is f16, expected f32"),
-    ];
-    for (gradient, expected) in cases {
-        let mut losses = toy.stores(0);
-        losses[0].insert(&toy.vars[0], gradient);
-        assert_eq!(gb.step(&losses, None, &valid).unwrap_err().to_string(), expected);
+    gb.backward(&toy.losses(0), || toy.losses(100)[2].clone()).unwrap();
+    let before = gb.save().unwrap();
+    let losses = toy.losses(1);
+    let held_out = || toy.losses(101)[2].clone();
+    let [a, b, fused] = losses.clone();
+    let vector = toy.vars[0].flatten_all().unwrap();
+    let constant = Tensor::zeros((), DType::F32, &Device::Cpu).unwrap();
+    for (losses, expected) in [
+        (vec![a.clone(), b.clone()], "there are 2 losses, expected 3"),
+        (
+            vec![a.clone(), vector.clone(), fused.clone()],
+            "losses[1] is of shape [35], expected a floating-point scalar",
+        ),
+        (
+            vec![a.clone(), b.clone(), fused.to_dtype(DType::U32).unwrap()],
+            "losses[2] is u32, expected a floating-point scalar",
+        ),
+        (vec![constant.clone(), b.clone(), fused.clone()], "losses[0] reaches no parameter"),
+        (vec![a.detach(), b, fused], "losses[0] reaches no parameter"),
+    ] {
+        assert_eq!(gb.backward(&losses, held_out).unwrap_err().to_string(), expected);
     }
-    let short = gb.step(&toy.stores(0)[1..], None, &valid).unwrap_err();
-    assert_eq!(short.to_string(), "expected 3 losses, got 2");
-    let unpaired = gb.step(&toy.stores(0), None, &GradStore::default()).unwrap_err();
-    assert!(matches!(unpaired, Error::Blend(gradblend::Error::Unpaired { tensor: 0, .. })), "{unpaired}");
-    assert_eq!(gb.report().unwrap().observed, 0);
-    gb.step(&toy.stores(0), None, &valid).unwrap();
-    assert_eq!(gb.report().unwrap().observed, 1);
-}
-
-#[test]
-fn a_weighted_loss_needs_the_losses_with_weight() {
-    let losses = Toy::new(DType::F32).losses(0).map(Some);
-    let message = |losses: &[Option<Tensor>], weights: &[f32]| weighted_loss(losses, weights).unwrap_err().to_string();
-    assert_eq!(message(&losses, &[1.0]), "expected 1 losses, got 3");
-    assert_eq!(message(&losses, &[0.0; 3]), "all weights are 0");
-    assert_eq!(message(&[None], &[0.5]), "loss 0 has the weight 0.5 and is absent");
-    assert!(weighted_loss(&[None, losses[1].clone()], &[0.0, 1.0]).is_ok());
+    let unreached = gb.backward(&losses, || constant.clone()).unwrap_err();
+    assert_eq!(unreached.to_string(), "the held-out loss reaches no parameter");
+    let shape = gb.backward(&losses, || vector.clone()).unwrap_err();
+    assert_eq!(shape.to_string(), "the held-out loss is of shape [35], expected a floating-point scalar");
+    let failed = gb.backward(&losses, || Err::<Tensor, _>("no batch is left")).unwrap_err();
+    assert_eq!(failed.to_string(), "the held-out loss: no batch is left");
+    let candle = gb.backward(&losses, || vector.matmul(&vector)).unwrap_err();
+    assert!(matches!(candle, Error::Closure { loss: Loss::HeldOut, .. }), "{candle}");
+    assert_eq!(gb.save().unwrap(), before);
+    gb.backward(&losses, held_out).unwrap();
+    assert_eq!(gb.report().unwrap().observed, 2);
 }

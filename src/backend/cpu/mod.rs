@@ -15,10 +15,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::abi::{MAX_MODALITIES, State};
 use crate::config::{Cadence, Config, Pass};
 use crate::error::{Error, Result};
+use crate::gradient::Tracked;
 use crate::solve::{Overfitting, solve_into};
 use crate::state::{self, Flags};
 use crate::table::{Buffer, Grouping, Table, reserved};
-use crate::tensor::{Scale, Stream};
+use crate::tensor::{Scale, StreamRef};
 
 use super::{Backend, Memory};
 use pass::{Kernel, SpanPass, Sums};
@@ -160,7 +161,7 @@ impl Backend for Cpu {
         Ok(PlanMemory { partials })
     }
 
-    unsafe fn pass(&mut self, table: &Table, memory: &PlanMemory, what: Pass, stream: Stream) -> Result<()> {
+    unsafe fn pass(&mut self, table: &Table, memory: &PlanMemory, what: Pass, stream: StreamRef<'_>) -> Result<()> {
         if what.reads() {
             // SAFETY: the caller fulfils the contract of `pass`.
             unsafe { self.run(table, memory, what) };
@@ -168,13 +169,13 @@ impl Backend for Cpu {
         if what.contains(Pass::OBSERVE) { self.observe(stream) } else { Ok(()) }
     }
 
-    fn observe(&mut self, stream: Stream) -> Result<()> {
+    fn observe(&mut self, stream: StreamRef<'_>) -> Result<()> {
         let (k, average, scale) = (self.config.k(), self.config.average, self.scale());
         let entered = state::observe(self.state_mut(), k, average, scale);
         if entered && self.config.cadence == Cadence::EveryObservation { self.reweight(stream) } else { Ok(()) }
     }
 
-    fn reweight(&mut self, _: Stream) -> Result<()> {
+    fn reweight(&mut self, _: StreamRef<'_>) -> Result<()> {
         let (k, mut policy) = (self.config.k(), self.config.policy);
         let state = self.state_mut();
         if state.observed < k as u64 {
@@ -197,12 +198,12 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn reset(&mut self, _: Stream) -> Result<()> {
+    fn reset(&mut self, _: StreamRef<'_>) -> Result<()> {
         state::reset(self.state_mut());
         Ok(())
     }
 
-    fn set_weights(&mut self, weights: &[f64], _: Stream) -> Result<()> {
+    fn set_weights(&mut self, weights: &[f64], _: StreamRef<'_>) -> Result<()> {
         state::set_weights(self.state_mut(), weights);
         Ok(())
     }
@@ -212,11 +213,11 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn read(&self, _: Stream) -> Result<State> {
+    fn read(&self, _: StreamRef<'_>) -> Result<State> {
         Ok(*self.state())
     }
 
-    fn write(&mut self, state: &State, _: Stream) -> Result<()> {
+    fn write(&mut self, state: &State, _: StreamRef<'_>) -> Result<()> {
         *self.state_mut() = *state;
         Ok(())
     }
@@ -233,11 +234,22 @@ impl Backend for Cpu {
 }
 
 impl Memory for PlanMemory {
-    fn check_update(&self, _: impl Iterator<Item = Buffer>, _: Stream) -> Result<()> {
+    fn check_update(&self, _: impl Iterator<Item = Buffer>, _: StreamRef<'_>) -> Result<()> {
         Ok(())
     }
 
-    fn update(&self, _: &Table, _: Stream) -> Result<()> {
+    fn check_tracked(&self, tracked: &[Tracked<'_>], _: Option<StreamRef<'_>>) -> Result<()> {
+        match tracked.first() {
+            Some(Tracked { address, .. }) => Err(Error::DeviceMemory { address: *address }),
+            None => Ok(()),
+        }
+    }
+
+    fn submitted(&self, _: &[Tracked<'_>]) -> Result<()> {
+        Ok(())
+    }
+
+    fn update(&self, _: &Table, _: StreamRef<'_>) -> Result<()> {
         Ok(())
     }
 }

@@ -12,7 +12,7 @@ use cudarc::driver::sys::{
 
 use crate::abi::THREADS_PER_BLOCK;
 use crate::error::{Error, Result};
-use crate::tensor::Stream;
+use crate::tensor::{Stream, StreamRef};
 
 use super::driver::{self, Found, call};
 use super::library;
@@ -240,13 +240,13 @@ fn kernel(module: CUmodule, name: &CStr, sms: i32) -> Result<Kernel> {
 }
 
 /// Synchronizes a stream. Its context must be current.
-pub(super) fn synchronize(stream: Stream) -> Result<()> {
+pub(super) fn synchronize(stream: StreamRef<'_>) -> Result<()> {
     // SAFETY: `Stream::from_raw` requires a live stream.
     unsafe { call!(cuStreamSynchronize(stream.as_raw() as CUstream)) }
 }
 
 /// Whether a stream is being captured. Its context must be current.
-pub(super) fn capturing(stream: Stream) -> Result<bool> {
+pub(super) fn capturing(stream: StreamRef<'_>) -> Result<bool> {
     let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     // SAFETY: `status` is a valid out-pointer for one status; `Stream::from_raw` requires a live stream.
     unsafe { call!(cuStreamIsCapturing(stream.as_raw() as CUstream, &mut status)) }?;
@@ -254,6 +254,6 @@ pub(super) fn capturing(stream: Stream) -> Result<bool> {
 }
 
 /// Rejects a stream that is being captured, for a call that synchronizes or copies. Its context must be current.
-pub(super) fn reject_capture(stream: Stream, what: &'static str) -> Result<()> {
+pub(super) fn reject_capture(stream: StreamRef<'_>, what: &'static str) -> Result<()> {
     if capturing(stream)? { Err(Error::Capturing { what }) } else { Ok(()) }
 }

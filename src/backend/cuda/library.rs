@@ -59,6 +59,7 @@ const FUNCTIONS: &[&str] = &[
     "cuStreamDestroy_v2",
     "cuStreamIsCapturing",
     "cuStreamSynchronize",
+    "cuStreamWaitEvent",
     "cuThreadExchangeStreamCaptureMode",
 ];
 

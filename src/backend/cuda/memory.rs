@@ -10,12 +10,14 @@ use cudarc::driver::sys::CUstream;
 use crate::abi::{Chunk, Span, TableArgs, TensorRecord};
 use crate::backend::Memory;
 use crate::error::{Error, Result};
+use crate::gradient::Tracked;
 use crate::table::{self, MAX_BYTES, Table};
-use crate::tensor::Stream;
+use crate::tensor::StreamRef;
 
 use super::context::{Context, reject_capture, synchronize};
 use super::driver::call;
 use super::queue::{Event, Queue};
+use super::tracked;
 
 /// Most bytes of one copy: half of the 64 KB up to which a copy from host memory that is not pinned returns before it ends
 /// (CUDA C++ Programming Guide, "Concurrent Execution between Host and Device"). A longer one may wait for the stream.
@@ -39,7 +41,7 @@ unsafe impl Sync for Allocation {}
 impl Allocation {
     /// Copies bytes to the buffer from `offset` on, in the order of the stream. The driver has read `from` when this
     /// returns. The context must be current.
-    pub(super) fn write(&self, offset: u64, from: &[u8], stream: Stream) -> Result<()> {
+    pub(super) fn write(&self, offset: u64, from: &[u8], stream: StreamRef<'_>) -> Result<()> {
         debug_assert!(offset + from.len() as u64 <= self.bytes);
         let mut copied = Ok(());
         for (piece, from) in from.chunks(COPY_BYTES).enumerate() {
@@ -56,7 +58,7 @@ impl Allocation {
     }
 
     /// Copies a record from the start of the buffer, and synchronizes the stream. The context must be current.
-    pub(super) fn read<T: AnyBitPattern + NoUninit>(&self, stream: Stream) -> Result<T> {
+    pub(super) fn read<T: AnyBitPattern + NoUninit>(&self, stream: StreamRef<'_>) -> Result<T> {
         let mut to = T::zeroed();
         debug_assert!(size_of::<T>() as u64 <= self.bytes);
         let start = bytemuck::bytes_of_mut(&mut to).as_mut_ptr().cast::<c_void>();
@@ -133,7 +135,7 @@ impl PlanMemory {
         Ok(memory)
     }
 
-    fn write_rows(&self, table: &Table, stream: Stream) -> Result<()> {
+    fn write_rows(&self, table: &Table, stream: StreamRef<'_>) -> Result<()> {
         let base = self.buffer.address;
         self.buffer.write(self.args.tensors - base, cast_slice(&table.rows.tensors), stream)?;
         self.buffer.write(self.args.addresses - base, cast_slice(&table.rows.addresses), stream)?;
@@ -142,16 +144,36 @@ impl PlanMemory {
 }
 
 impl Memory for PlanMemory {
-    fn check_update(&self, buffers: impl Iterator<Item = table::Buffer>, stream: Stream) -> Result<()> {
+    fn check_update(&self, buffers: impl Iterator<Item = table::Buffer>, stream: StreamRef<'_>) -> Result<()> {
         let context = &self.buffer.queue.context;
         check_memory(context, buffers)?;
         let _current = context.enter()?;
         reject_capture(stream, "updating a plan")
     }
 
-    fn update(&self, table: &Table, stream: Stream) -> Result<()> {
-        let _current = self.buffer.queue.context.enter_relaxed()?;
-        self.write_rows(table, stream)?;
+    fn check_tracked(&self, all: &[Tracked<'_>], stream: Option<StreamRef<'_>>) -> Result<()> {
+        let Some(first) = all.first() else { return Ok(()) };
+        let expected = stream.unwrap_or(first.stream);
+        if all.iter().any(|tracked| tracked.stream != expected) {
+            return Err(Error::ForeignStream);
+        }
+        // An event that is recorded in a capture cannot order the owner's work.
+        let _current = self.buffer.queue.context.enter()?;
+        reject_capture(expected, "a plan of cudarc's memory")
+    }
+
+    fn submitted(&self, all: &[Tracked<'_>]) -> Result<()> {
+        all.iter().try_for_each(tracked::submitted)
+    }
+
+    fn update(&self, table: &Table, stream: StreamRef<'_>) -> Result<()> {
+        let queue = &self.buffer.queue;
+        let _current = queue.context.enter_relaxed()?;
+        queue.order(stream)?;
+        let copied = self.write_rows(table, stream);
+        // Another stream's work must wait for the copies.
+        queue.record(stream);
+        copied?;
         if table.rows.slices { synchronize(stream) } else { Ok(()) }
     }
 }

@@ -6,6 +6,7 @@ mod driver;
 mod library;
 mod memory;
 mod queue;
+mod tracked;
 
 use std::ffi::c_void;
 
@@ -15,7 +16,7 @@ use crate::abi::{ALIGNMENT, BlenderArgs, MAX_MODALITIES, ObservationArgs, Progre
 use crate::config::{Config, Pass};
 use crate::error::{Error, Result};
 use crate::table::{Grouping, Table};
-use crate::tensor::{Scale, Stream};
+use crate::tensor::{Scale, StreamRef};
 
 use super::Backend;
 use context::{Context, Kernel, reject_capture, synchronize};
@@ -73,7 +74,7 @@ impl Cuda {
     }
 
     /// Launches a kernel on the blender's state, with the parameters that follow [`BlenderArgs`].
-    fn launch_on_state(&self, kernel: Kernel, more: Option<*mut c_void>, stream: Stream) -> Result<()> {
+    fn launch_on_state(&self, kernel: Kernel, more: Option<*mut c_void>, stream: StreamRef<'_>) -> Result<()> {
         let _current = self.context().enter()?;
         let mut parameters = [parameter(&self.args), more.unwrap_or(std::ptr::null_mut())];
         // SAFETY: these are the kernel's parameters, and `Allocation::drop` waits for the work that uses the state.
@@ -105,7 +106,7 @@ impl Backend for Cuda {
         PlanMemory::new(&self.buffer.queue, table)
     }
 
-    unsafe fn pass(&mut self, table: &Table, memory: &PlanMemory, what: Pass, stream: Stream) -> Result<()> {
+    unsafe fn pass(&mut self, table: &Table, memory: &PlanMemory, what: Pass, stream: StreamRef<'_>) -> Result<()> {
         let slices = table.rows.slices;
         let _current = if slices { self.context().enter_relaxed()? } else { self.context().enter()? };
         if slices {
@@ -134,19 +135,19 @@ impl Backend for Cuda {
         waited
     }
 
-    fn observe(&mut self, stream: Stream) -> Result<()> {
+    fn observe(&mut self, stream: StreamRef<'_>) -> Result<()> {
         self.launch_on_state(self.context().kernels.observe, Some(parameter(&self.scale)), stream)
     }
 
-    fn reweight(&mut self, stream: Stream) -> Result<()> {
+    fn reweight(&mut self, stream: StreamRef<'_>) -> Result<()> {
         self.launch_on_state(self.context().kernels.reweight, None, stream)
     }
 
-    fn reset(&mut self, stream: Stream) -> Result<()> {
+    fn reset(&mut self, stream: StreamRef<'_>) -> Result<()> {
         self.launch_on_state(self.context().kernels.reset, None, stream)
     }
 
-    fn set_weights(&mut self, weights: &[f64], stream: Stream) -> Result<()> {
+    fn set_weights(&mut self, weights: &[f64], stream: StreamRef<'_>) -> Result<()> {
         let mut values = [0.0; MAX_MODALITIES];
         values[..weights.len()].copy_from_slice(weights);
         self.launch_on_state(self.context().kernels.set_weights, Some(parameter(&Weights { values })), stream)
@@ -163,15 +164,17 @@ impl Backend for Cuda {
         Ok(())
     }
 
-    fn read(&self, stream: Stream) -> Result<State> {
+    fn read(&self, stream: StreamRef<'_>) -> Result<State> {
         let _current = self.context().enter_relaxed()?;
         reject_capture(stream, "reading the state")?;
+        self.buffer.queue.order(stream)?;
         self.buffer.read(stream)
     }
 
-    fn write(&mut self, state: &State, stream: Stream) -> Result<()> {
+    fn write(&mut self, state: &State, stream: StreamRef<'_>) -> Result<()> {
         let _current = self.context().enter_relaxed()?;
         reject_capture(stream, "loading a state")?;
+        self.buffer.queue.order(stream)?;
         let copied = self.buffer.write(0, bytes_of(state), stream);
         self.buffer.queue.record(stream);
         copied

@@ -2,13 +2,13 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult, CUstream};
 
 use crate::abi::THREADS_PER_BLOCK;
 use crate::error::{Error, Result};
-use crate::tensor::Stream;
+use crate::tensor::StreamRef;
 
 use super::context::{Context, Kernel, capturing};
 use super::driver::{self, call};
@@ -32,7 +32,7 @@ impl Event {
         Ok(Event(event))
     }
 
-    fn record(&self, stream: Stream) -> Result<()> {
+    fn record(&self, stream: StreamRef<'_>) -> Result<()> {
         // SAFETY: the event is alive; `Stream::from_raw` requires a live stream.
         unsafe { call!(cuEventRecord(self.0, stream.as_raw() as CUstream)) }
     }
@@ -57,7 +57,14 @@ pub(super) struct Queue {
     done: Event,
     /// Whether there may be work that `done` does not cover: launches of graphs by the caller.
     replayed: AtomicBool,
+    /// Handle of the stream on which `done` was recorded last, or [`NO_STREAM`].
+    last: AtomicU64,
 }
+
+/// No stream has this handle.
+const NO_STREAM: u64 = u64::MAX;
+/// The handle of each thread's own default stream (`CU_STREAM_PER_THREAD`): one handle for many streams.
+const PER_THREAD: u64 = 2;
 
 // SAFETY: any thread may use the driver's handles.
 unsafe impl Send for Queue {}
@@ -71,7 +78,7 @@ impl Queue {
             let _current = context.enter_relaxed()?;
             Event::new()?
         };
-        Ok(Arc::new(Queue { context, done, replayed: AtomicBool::new(false) }))
+        Ok(Arc::new(Queue { context, done, replayed: AtomicBool::new(false), last: AtomicU64::new(NO_STREAM) }))
     }
 
     /// Submits a kernel to a stream. The driver copies the parameters. The context must be current.
@@ -84,8 +91,9 @@ impl Queue {
         kernel: Kernel,
         blocks: u64,
         parameters: &mut [*mut c_void],
-        stream: Stream,
+        stream: StreamRef<'_>,
     ) -> Result<()> {
+        self.order(stream)?;
         let (threads, blocks) = (THREADS_PER_BLOCK as u32, blocks as u32);
         let (handle, parameters) = (stream.as_raw() as CUstream, parameters.as_mut_ptr());
         let none = std::ptr::null_mut();
@@ -95,17 +103,32 @@ impl Queue {
         Ok(())
     }
 
-    /// Notes that work on the state was submitted to a stream.
-    pub(super) fn record(&self, stream: Stream) {
-        self.record_with(&self.done, stream);
+    /// Makes a stream wait for the blender's work on another. The context must be current.
+    pub(super) fn order(&self, stream: StreamRef<'_>) -> Result<()> {
+        let (last, handle) = (self.last.load(Ordering::Relaxed), stream.as_raw() as u64);
+        let ordered = last == NO_STREAM || (last == handle && handle != PER_THREAD);
+        // A captured stream cannot wait for work outside of its graph.
+        if ordered || capturing(stream)? {
+            return Ok(());
+        }
+        // SAFETY: the event is alive, and never recorded in a capture; `StreamRef::from_raw` requires a live stream.
+        unsafe { call!(cuStreamWaitEvent(stream.as_raw() as CUstream, self.done.0, 0)) }
     }
 
-    pub(super) fn record_with(&self, event: &Event, stream: Stream) {
+    /// Notes that work on the state was submitted to a stream.
+    pub(super) fn record(&self, stream: StreamRef<'_>) {
+        if self.record_with(&self.done, stream) {
+            self.last.store(stream.as_raw() as u64, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn record_with(&self, event: &Event, stream: StreamRef<'_>) -> bool {
         // An event that was recorded in a capture can no longer be waited for.
         let recorded = capturing(stream).is_ok_and(|capturing| !capturing) && event.record(stream).is_ok();
         if !recorded {
             self.replayed.store(true, Ordering::Relaxed);
         }
+        recorded
     }
 
     /// Waits for all work on the state, and returns whether all of it has finished. The context must be current.

@@ -56,8 +56,8 @@ use crate::train::{Method, Run, SUPER_EPOCH, Settings, WARM_UP};
 /// of 8 parts of a recording, and "image", the 64 pixels with noise. The test speakers and test images are not trained on;
 /// held-out samples have the training speakers.
 ///
-/// "blending s" is what a plain step on the fused loss does not need: the backward passes of the other losses, those for t
-/// and g, the estimates from losses, and the library; in brackets the library alone. "training s" is all of training. Both
+/// "estimating s" is spent in steps that observe (the backward passes of all losses and of the held-out one, and the library)
+/// and in estimates from losses, "training s" in all of training. Both
 /// are of one run, mean over seeds, while other runs use the other threads. "held" counts the solves that had no loss to
 /// prefer and held the weights. "OGR" is the overfitting-to-generalisation ratio of the weights in force at the end, and of
 /// uniform ones, median over seeds: compare the two in a row, not rows with each other. It is a magnitude and does not

@@ -97,8 +97,10 @@ fn panels(
     legend: &[(&str, RGBColor)],
     panel: impl Fn(&Area<'_>, &Outcome<'_>, &[(&str, RGBColor)]) -> Result<()>,
 ) -> Result<()> {
-    let outcomes: Vec<&Outcome<'_>> =
-        outcomes.iter().filter(|outcome| !matches!(outcome.method.weights, Weights::Fixed(_))).collect();
+    let outcomes: Vec<&Outcome<'_>> = outcomes
+        .iter()
+        .filter(|outcome| !matches!(outcome.method.weights, Weights::Only(_) | Weights::Uniform))
+        .collect();
     let rows = outcomes.len().div_ceil(2);
     let root = SVGBackend::new(path, (WIDTH, HEADER as u32 + PANEL_HEIGHT * rows as u32)).into_drawing_area();
     root.fill(&WHITE)?;

@@ -98,7 +98,6 @@ pub(crate) struct Row {
     pub(crate) solved: u64,
     train_batch: Option<TrainBatch>,
     pub(crate) blend_seconds: f64,
-    library_seconds: f64,
     pub(crate) train_seconds: f64,
 }
 
@@ -114,9 +113,8 @@ impl Row {
             ogr: outcome.ogr(last),
             held: outcome.runs.iter().map(|run| run.held).sum(),
             solved: outcome.runs.iter().map(|run| run.solved).sum(),
-            train_batch: matches!(outcome.method.weights, Weights::FromGradients { .. }).then_some(train_batch),
-            blend_seconds: outcome.mean(|run| run.blending.as_secs_f64()),
-            library_seconds: outcome.mean(|run| run.library.as_secs_f64()),
+            train_batch: matches!(outcome.method.weights, Weights::FromGradients(_)).then_some(train_batch),
+            blend_seconds: outcome.mean(|run| run.estimating.as_secs_f64()),
             train_seconds: outcome.mean(|run| run.training.as_secs_f64()),
         }
     }
@@ -149,20 +147,17 @@ impl Summary {
             "m / its error",
             "held /\nsolved",
             "t from\nbatch",
-            "blending s\n(gradblend ms)",
+            "estimating\ns",
             "training\ns",
         ]);
         let find = |name| self.methods.iter().find(|row| row.name == name).context("a baseline is missing");
         let (naive, uniform) = (find("naive")?, find("uniform")?);
         for row in &self.methods {
             let weights: Vec<String> = row.weights.iter().map(|weight| format!("{weight:.2}")).collect();
-            let (mut solved, mut blending) = (String::new(), String::new());
+            let (mut solved, mut estimating) = (String::new(), String::new());
             if row.solved > 0 {
                 solved = format!("{} / {}", row.held, row.solved);
-                blending = format!("{:.2}", row.blend_seconds);
-            }
-            if row.train_batch.is_some() {
-                blending += &format!(" ({:.0})", row.library_seconds * 1e3);
+                estimating = format!("{:.2}", row.blend_seconds);
             }
             let signal = row.ogr.iter().filter_map(|ogr| ogr.signal.as_ref()).flatten();
             let signal: Vec<String> = signal.map(|signal| format!("{signal:.1}")).collect();
@@ -177,7 +172,7 @@ impl Summary {
                 signal.join(" / "),
                 solved,
                 batch.map_or(String::new(), |batch| batch.get_name().to_owned()),
-                blending,
+                estimating,
                 format!("{:.2}", row.train_seconds),
             ];
             table.add_row(cells.into_iter().enumerate().map(|(i, text)| {

@@ -4,11 +4,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use candle_core::Tensor;
-use candle_core::backprop::GradStore;
 use gradblend::{
-    Average, Cadence, Config, Estimate, Flags, Losses, Overfitting, Policy, Report, Schedule, Trainee, gb_estimate,
+    Average, Cadence, Estimate, Flags, Losses, Overfitting, Policy, Report, Schedule, Trainee, gb_estimate,
 };
-use gradblend_candle::{GradBlend, weighted_loss};
+use gradblend_candle::{GradBlend, GradBlendConfig};
 
 use crate::data::{Batches, Data, Samples, count, number, random};
 use crate::network::{Adam, Network};
@@ -19,15 +18,13 @@ pub(crate) const SUPER_EPOCH: u64 = 5;
 
 /// Where the weights of the losses come from.
 pub(crate) enum Weights {
-    Fixed(Vec<f64>),
+    /// One loss is trained alone.
+    Only(usize),
+    Uniform,
     /// Estimated from losses at the start of each super-epoch, for its length: each loss is trained alone.
     FromLosses(Schedule),
-    /// Estimated from gradients, observed at every `every`-th step; in force at each observation, or at the end of a
-    /// super-epoch, by the configuration's cadence.
-    FromGradients {
-        config: Box<Config>,
-        every: usize,
-    },
+    /// Estimated from gradients, and in force after each observation, or at the end of a super-epoch.
+    FromGradients(Box<GradBlendConfig>),
 }
 
 /// A method to weight the losses.
@@ -42,37 +39,31 @@ impl Method {
     /// All methods. `correlated` adds those that do not take the overfitting of modalities as uncorrelated.
     pub(crate) fn all(inputs: &[String], correlated: bool, settings: &Settings) -> Result<Vec<Method>> {
         let fused = inputs.len();
-        let only = |k: usize| Weights::Fixed((0..=fused).map(|j| f64::from(u8::from(j == k))).collect());
-        let gradients = |average, cadence, overfitting, every| {
-            let policy = Policy { overfitting, ..Policy::default() };
-            // One thread: the seeds run in parallel.
-            (Config { average, cadence, policy, threads: 1, ..Config::new(fused as u32 + 1) }, every)
-        };
+        // One thread: the seeds run in parallel.
+        let config = || GradBlendConfig::new(fused as u32 + 1).threads(1);
+        let super_epochs = Schedule::online(WARM_UP, SUPER_EPOCH)?;
         // All observations of a super-epoch count alike: the moments are reset at its end.
-        let per_super_epoch = |overfitting| gradients(Average::Mean, Cadence::OnRequest, overfitting, 1);
-        let ema = Average::Ema { decay: settings.decay };
-        let per_step = |overfitting, every| gradients(ema, Cadence::EveryObservation, overfitting, every);
-        let fixed = inputs.iter().enumerate().map(|(k, name)| (format!("alone:{name}"), only(k), k));
-        let mut methods: Vec<_> = fixed.map(|(name, weights, head)| Method { name, weights, head }).collect();
+        let per_super_epoch = || config().average(Average::Mean).schedule(super_epochs);
+        let per_step = || config().decay(settings.decay);
+        let alone = inputs.iter().enumerate().map(|(k, name)| (format!("alone:{name}"), Weights::Only(k), k));
+        let mut methods: Vec<_> = alone.map(|(name, weights, head)| Method { name, weights, head }).collect();
         let mut add = |name: &str, weights| methods.push(Method { name: name.to_owned(), weights, head: fused });
-        add("naive", only(fused));
-        add("uniform", Weights::Fixed(vec![1.0 / (fused + 1) as f64; fused + 1]));
+        add("naive", Weights::Only(fused));
+        add("uniform", Weights::Uniform);
         add("offline-loss", Weights::FromLosses(Schedule::offline()));
-        add("online-loss", Weights::FromLosses(Schedule::online(WARM_UP, SUPER_EPOCH)?));
-        let mut add = |name: &str, (config, every)| {
-            add(name, Weights::FromGradients { config: Box::new(config), every });
-        };
-        add("online-gradient-epoch", per_super_epoch(Overfitting::Uncorrelated));
-        add("online-gradient-step", per_step(Overfitting::Uncorrelated, 1));
-        add("online-gradient-cheap", per_step(Overfitting::Uncorrelated, settings.every));
+        add("online-loss", Weights::FromLosses(super_epochs));
+        let mut add = |name: &str, config| add(name, Weights::FromGradients(Box::new(config)));
+        add("online-gradient-epoch", per_super_epoch());
+        add("online-gradient-step", per_step());
+        add("online-gradient-cheap", per_step().every(settings.every));
         if correlated {
-            add("online-gradient-epoch:correlated", per_super_epoch(Overfitting::Correlated));
-            add("online-gradient-step:correlated", per_step(Overfitting::Correlated, 1));
+            add("online-gradient-epoch:correlated", per_super_epoch().overfitting(Overfitting::Correlated));
+            add("online-gradient-step:correlated", per_step().overfitting(Overfitting::Correlated));
         }
         if let Some(least) = settings.min_fused {
-            let (mut config, every) = per_step(Overfitting::Uncorrelated, 1);
-            config.policy.min_weight[fused] = least;
-            add("online-gradient-step:min-fused", (config, every));
+            let mut min_weight = vec![0.0; fused + 1];
+            min_weight[fused] = least;
+            add("online-gradient-step:min-fused", per_step().min_weight(&min_weight));
         }
         Ok(methods)
     }
@@ -111,8 +102,8 @@ pub(crate) struct Settings {
     #[arg(long, default_value = "0.99", value_parser = number(is_part, "at least 0, less than 1"))]
     pub(crate) decay: f64,
     /// online-gradient-cheap observes at every so many steps
-    #[arg(long, value_name = "STEPS", default_value = "10", value_parser = count(1_000_000))]
-    pub(crate) every: usize,
+    #[arg(long, value_name = "STEPS", default_value = "10", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(crate) every: u64,
     /// Also runs online-gradient-step with this least weight of the fused loss
     #[arg(long, value_name = "WEIGHT", value_parser = number(is_part, "at least 0, less than 1"))]
     pub(crate) min_fused: Option<f64>,
@@ -167,12 +158,10 @@ pub(crate) struct Run {
     /// How often weights were solved for, and how often the weights in force were held.
     pub(crate) solved: u64,
     pub(crate) held: u64,
-    /// All of training, blending included.
+    /// All of training.
     pub(crate) training: Duration,
-    /// What a plain step on the fused loss does not need.
-    pub(crate) blending: Duration,
-    /// The part of it in gradblend itself; for estimates from losses too short to measure.
-    pub(crate) library: Duration,
+    /// The part of it in calls that observe, and in estimates from losses.
+    pub(crate) estimating: Duration,
 }
 
 impl Run {
@@ -182,83 +171,60 @@ impl Run {
     }
 }
 
-/// Adds the time of `work` to `total`.
-fn timed<T>(total: &mut Duration, work: impl FnOnce() -> T) -> T {
-    let start = Instant::now();
-    let result = work();
-    *total += start.elapsed();
-    result
-}
-
 /// Trains a network from the seed's initial parameters and tests it after the last epoch.
 pub(crate) fn train(method: &Method, data: &Data, settings: &Settings, seed: u64, on_epoch: impl Fn()) -> Result<Run> {
     let mut trainer = Trainer::new(data, settings, seed)?;
     let losses = trainer.network.losses_len();
-    let mut weights = vec![1.0 / losses as f64; losses];
-    let (mut schedule, mut blend) = (None, None);
-    match &method.weights {
-        Weights::Fixed(fixed) => weights.clone_from(fixed),
-        Weights::FromLosses(super_epochs) => schedule = Some(*super_epochs),
-        Weights::FromGradients { config, every } => {
-            let at_each_observation = config.cadence == Cadence::EveryObservation;
-            blend = Some((GradBlend::new(&trainer.network.parameters, **config)?, at_each_observation, *every));
-        }
+    let config = match &method.weights {
+        Weights::FromGradients(config) => (**config).clone(),
+        // The weights are those that are set.
+        _ => GradBlendConfig::new(losses as u32).threads(1).schedule(Schedule::offline()),
+    };
+    let mut gb = GradBlend::new(&trainer.network.parameters, config)?;
+    if let Weights::Only(only) = method.weights {
+        gb.set_weights(&(0..losses).map(|k| f64::from(u8::from(k == only))).collect::<Vec<_>>())?;
     }
-    let super_epochs = Schedule::online(WARM_UP, SUPER_EPOCH)?;
-    let (mut run, mut ogr, mut steps) = (Run::default(), None, 0_usize);
+    let (mut run, mut ogr) = (Run::default(), None);
     let start = Instant::now();
     for epoch in 0..settings.epochs {
-        if let Some(schedule) = schedule.filter(|schedule| schedule.starts(epoch)) {
-            // Offline, the estimate covers the whole training.
-            let length = schedule.len(epoch).unwrap_or(settings.epochs).min(settings.epochs);
-            let estimate = timed(&mut run.blending, || gb_estimate(&mut trainer, length, &Policy::default()))?;
-            run.solved(estimate.solution.weights.is_none());
-            // Without a loss that generalises, the weights in force are held.
-            weights = estimate.solution.weights.clone().unwrap_or(weights);
-            ogr = Some(Ratios::of_losses(&estimate, &weights));
+        match &method.weights {
+            Weights::FromLosses(schedule) if schedule.starts(epoch) => {
+                // Offline, the estimate covers the whole training.
+                let length = schedule.len(epoch).unwrap_or(settings.epochs).min(settings.epochs);
+                let estimating = Instant::now();
+                let estimate = gb_estimate(&mut trainer, length, &Policy::default())?;
+                run.estimating += estimating.elapsed();
+                run.solved(estimate.solution.weights.is_none());
+                // Without a loss that generalises, the weights in force are held.
+                if let Some(weights) = &estimate.solution.weights {
+                    gb.set_weights(weights)?;
+                }
+                ogr = Some(Ratios::of_losses(&estimate, &gb.report()?.weights));
+            }
+            _ => {}
         }
         for _ in 0..trainer.batches.per_epoch() {
-            match &mut blend {
-                Some((blend, at_each_observation, every)) if steps.is_multiple_of(*every) => {
-                    let gradients = trainer.gradients(settings.train_batch, &mut run.blending)?;
-                    let Gradients { losses, train, valid } = &gradients;
-                    let blended = timed(&mut run.library, || blend.step(losses, train.as_ref(), valid))?;
-                    trainer.adam.step(&trainer.network.parameters, &blended)?;
-                    if *at_each_observation {
-                        run.solved(blend.report()?.flags.contains(Flags::HELD));
-                    }
-                }
-                Some((blend, ..)) => trainer.step(blend.weights())?,
-                None => trainer.step(&weights.iter().map(|weight| *weight as f32).collect::<Vec<_>>())?,
+            match method.weights {
+                Weights::Only(loss) => trainer.step_alone(loss)?,
+                _ => trainer.step(&mut gb, settings.train_batch, &mut run)?,
             }
-            steps += 1;
         }
-        if let Some((blend, at_each_observation, _)) = &mut blend {
-            let report = blend.report()?;
-            weights.clone_from(&report.weights);
+        let report = gb.report()?;
+        if let Weights::FromGradients(_) = method.weights {
             ogr = Some(Ratios::of_gradients(&report));
             // After the last epoch nothing is left to weight.
-            if !*at_each_observation && super_epochs.ends(epoch) && epoch + 1 < settings.epochs {
-                timed(&mut run.library, || blend.reweight())?;
-                run.solved(blend.report()?.flags.contains(Flags::HELD));
-                blend.reset()?;
+            if epoch + 1 < settings.epochs
+                && let Some(report) = gb.end_epoch(epoch)?
+            {
+                run.solved(report.flags.contains(Flags::HELD));
             }
         }
-        run.epochs.push(Epoch { weights: weights.clone(), ogr: ogr.clone() });
+        run.epochs.push(Epoch { weights: report.weights, ogr: ogr.clone() });
         on_epoch();
     }
     run.training = start.elapsed();
-    run.blending += run.library;
     run.accuracy = trainer.network.accuracy(&data.test, method.head)?;
     Ok(run)
-}
-
-/// The gradients of one observing step.
-struct Gradients {
-    losses: Vec<GradStore>,
-    /// t, if it has a batch of its own.
-    train: Option<GradStore>,
-    valid: GradStore,
 }
 
 /// A network in training.
@@ -287,32 +253,33 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// A plain step: one backward pass on the weighted loss. Losses of weight 0 are not computed.
-    fn step(&mut self, weights: &[f32]) -> Result<()> {
+    /// A step on one loss.
+    fn step_alone(&mut self, loss: usize) -> Result<()> {
         let batch = self.batches.next(&self.data.train)?;
-        let losses = self.network.losses(&batch, |k| weights[k] != 0.0)?;
-        self.adam.step(&self.network.parameters, &weighted_loss(&losses, weights)?.backward()?)
+        self.adam.step(&self.network.parameters, &self.network.loss(&batch, loss)?.backward()?)
     }
 
-    /// The gradients of an observing step. Adds to `further` the time of what a plain step on the fused loss does not need:
-    /// all but one forward pass and the backward pass of the fused loss.
-    fn gradients(&mut self, train_batch: TrainBatch, further: &mut Duration) -> Result<Gradients> {
-        let batch = self.batches.next(&self.data.train)?;
-        let losses: Vec<Tensor> = self.network.losses(&batch, |_| true)?.into_iter().flatten().collect();
-        let (fused, others) = (losses.len() - 1, &losses[..losses.len() - 1]);
-        let of_fused = losses[fused].backward()?;
-        timed(further, || {
-            let mut losses = others.iter().map(|loss| Ok(loss.backward()?)).collect::<Result<Vec<_>>>()?;
-            losses.push(of_fused);
-            let mut train = None;
-            if train_batch == TrainBatch::Independent {
-                let batch = self.independent.next(&self.data.train)?;
-                train = Some(self.network.loss(&batch, fused)?.backward()?);
+    /// A step on all losses.
+    fn step(&mut self, gb: &mut GradBlend, train_batch: TrainBatch, run: &mut Run) -> Result<()> {
+        let Trainer { data, network, adam, batches, independent, held_out } = self;
+        let losses: Vec<Tensor> =
+            network.losses(&batches.next(&data.train)?, |_| true)?.into_iter().flatten().collect();
+        let fused = |batches: &mut Batches, samples| network.loss(&batches.next(samples)?, losses.len() - 1);
+        let held_out = || fused(held_out, &data.held_out);
+        let start = Instant::now();
+        let gradients = match train_batch {
+            TrainBatch::Same => gb.backward(&losses, held_out)?,
+            TrainBatch::Independent => {
+                gb.backward_independent(&losses, held_out, || fused(independent, &data.train))?
             }
-            let batch = self.held_out.next(&self.data.held_out)?;
-            let valid = self.network.loss(&batch, fused)?.backward()?;
-            Ok(Gradients { losses, train, valid })
-        })
+        };
+        if gb.observed() {
+            run.estimating += start.elapsed();
+            if gb.blender().config().cadence == Cadence::EveryObservation {
+                run.solved(gb.report()?.flags.contains(Flags::HELD));
+            }
+        }
+        adam.step(&network.parameters, &gradients)
     }
 }
 
@@ -348,8 +315,7 @@ impl Trainee for Trainer<'_> {
     }
 
     fn train_modality(&mut self, modality: usize, epochs: u64) -> Result<()> {
-        let weights: Vec<f32> = (0..self.modalities()).map(|k| f32::from(u8::from(k == modality))).collect();
-        (0..epochs as usize * self.batches.per_epoch()).try_for_each(|_| self.step(&weights))
+        (0..epochs as usize * self.batches.per_epoch()).try_for_each(|_| self.step_alone(modality))
     }
 
     fn losses(&mut self, modality: usize) -> Result<Losses> {
