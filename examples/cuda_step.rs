@@ -9,7 +9,7 @@ use std::error::Error;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DriverError};
-use gradblend::{Blender, Config, Device, Gradient, GradientMut, Stream, TensorGrads};
+use gradblend::{Blender, Config, DType, Device, Gradient, GradientMut, Stream, TensorGrads};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -62,7 +62,9 @@ impl OnDevice {
             let (inputs, blended) = buffers.split_at_mut(K + 2);
             let mut inputs = inputs.iter().map(|input| Some(Gradient::cuda(input, stream)));
             let (t, g) = (inputs.next().flatten(), inputs.next().flatten());
-            TensorGrads::from_gradients(t, g, inputs).blended_to(GradientMut::cuda(&mut blended[0], stream))
+            let blended = &mut blended[0];
+            let shape = (blended.len() as u64, DType::F32);
+            TensorGrads::from_gradients(shape, t, g, inputs, Some(GradientMut::cuda(blended, stream)))
         })
     }
 }

@@ -267,8 +267,9 @@ pub enum Error {
     /// The plan is released: it has no addresses until it is updated.
     #[error("the plan is released; update it before running it")]
     ReleasedPlan,
-    /// A plan of cudarc's memory runs on another stream than the one that was given for its gradients, or was given two.
-    #[error("the gradients were given for another stream: make, update and run the plan on one stream")]
+    /// A plan of cudarc's memory has two streams, or runs on another stream than that of its gradients, or the stream belongs to
+    /// another `CudaContext` than the memory, or to another device than the blender.
+    #[error("the gradients belong to another stream: make, update and run the plan on one stream of their context")]
     ForeignStream,
     /// The pass has no bit, an unknown bit, or ACCUMULATE without BLEND.
     #[error("pass {bits:#x} is not a combination of DOT, BLEND, ACCUMULATE (with BLEND) and OBSERVE")]

@@ -35,8 +35,9 @@ pub(crate) struct Tracked<'a> {
     /// The stream that waits for the owner's work on the memory.
     pub(crate) stream: StreamRef<'a>,
     pub(crate) address: u64,
-    /// The owner's stream and event, of types that the backend of the device knows.
-    pub(crate) owner: (&'a (dyn Any + Send + Sync), Option<&'a (dyn Any + Send + Sync)>),
+    /// The owner's stream and event, of types that the backend of the device knows. No stream: that of another owner.
+    pub(crate) owner: Option<&'a (dyn Any + Send + Sync)>,
+    pub(crate) event: Option<&'a (dyn Any + Send + Sync)>,
 }
 
 /// A gradient that is read, with a dtype that is known at run time: for
@@ -68,7 +69,7 @@ impl<'a, T: Element> From<&'a [T]> for Gradient<'a> {
     }
 }
 
-/// A gradient that is written, for [`TensorGrads::blended_to`](crate::TensorGrads::blended_to).
+/// A gradient that is written, for [`TensorGrads::from_gradients`](crate::TensorGrads::from_gradients).
 ///
 /// Made from a `&mut [T]`; with the feature `cuda` also from device memory of cudarc, by `GradientMut::cuda`.
 #[derive(Debug)]

@@ -143,14 +143,17 @@ impl<'a> TensorGrads<'a> {
         }
     }
 
-    /// A tensor of gradients whose dtypes are known at run time. One of `train` and `valid` alone, and lengths or dtypes
-    /// that differ, are errors of [`Blender::plan`](crate::Blender::plan).
+    /// A tensor of gradients whose dtypes are known at run time: elements and dtype, t, g, one v_k per modality, and the blended
+    /// gradient to write. Gradients of another length or dtype, and one of t and g alone, are errors of
+    /// [`Blender::plan`](crate::Blender::plan).
     pub fn from_gradients(
+        shape: (u64, DType),
         train: Option<Gradient<'a>>,
         valid: Option<Gradient<'a>>,
         modalities: impl IntoIterator<Item = Option<Gradient<'a>>>,
+        blended: Option<GradientMut<'a>>,
     ) -> Self {
-        let mut tensor = Self::empty((0, DType::F32));
+        let mut tensor = Self::empty(shape);
         tensor.train = train.map(|gradient| tensor.take(gradient));
         tensor.valid = valid.map(|gradient| tensor.take(gradient));
         for (k, gradient) in modalities.into_iter().enumerate() {
@@ -160,15 +163,8 @@ impl<'a> TensorGrads<'a> {
                 *slot = grad;
             }
         }
-        tensor.with_shape()
-    }
-
-    /// Writes the blended gradient to `blended`, as [`blended`](Self::blended) does.
-    #[must_use]
-    pub fn blended_to(mut self, blended: GradientMut<'a>) -> Self {
-        let blended = self.take(blended.0);
-        self.blended = Some(blended);
-        self.with_shape()
+        tensor.blended = blended.map(|gradient| tensor.take(gradient.0));
+        tensor
     }
 
     fn take(&mut self, gradient: Gradient<'a>) -> Grad {
@@ -222,15 +218,11 @@ impl<'a> TensorGrads<'a> {
     }
 
     fn with_slice(mut self) -> Self {
-        self.slices = true;
-        self.with_shape()
-    }
-
-    fn with_shape(mut self) -> Self {
         let first = self.buffers().next();
         if let Some((_, grad)) = first {
             self.shape = (grad.len, grad.dtype);
         }
+        self.slices = true;
         self
     }
 

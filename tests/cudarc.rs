@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::CUstreamCaptureMode;
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DriverError};
-use gradblend::{Blender, Config, Device, Error, Gradient, GradientMut, Pass, Stream, StreamRef, TensorGrads};
+use gradblend::{Blender, Config, DType, Device, Error, Gradient, GradientMut, Pass, Stream, StreamRef, TensorGrads};
 use gradblend_testkit::Outcome;
 use gradblend_testkit::cuda::on_cuda;
 
@@ -26,7 +26,8 @@ impl Buffers {
     fn tensor<'a>(&'a mut self, stream: &'a CudaStream) -> TensorGrads<'a> {
         let [t, g, v, blended] = &mut self.0;
         let of = |slice| Some(Gradient::cuda(slice, stream));
-        TensorGrads::from_gradients(of(t), of(g), [of(v)]).blended_to(GradientMut::cuda(blended, stream))
+        let shape = (LEN as u64, DType::F32);
+        TensorGrads::from_gradients(shape, of(t), of(g), [of(v)], Some(GradientMut::cuda(blended, stream)))
     }
 }
 
@@ -108,6 +109,10 @@ fn a_plan_stays_on_its_stream() -> Outcome {
         assert_eq!(plan.update([third.tensor(&other)], (&own).into()), Err(Error::ForeignStream));
         let on_cpu = Blender::new(&Device::cpu(), Config::new(1))?.plan([second.tensor(&own)]).err();
         assert!(matches!(on_cpu, Some(Error::DeviceMemory { .. })), "{on_cpu:?}");
+        // Objects of two contexts of cudarc do not know of each other.
+        let context = CudaContext::new(0)?;
+        let stranger = context.new_stream()?;
+        assert_eq!(blender.plan([second.tensor(&stranger)]).err(), Some(Error::ForeignStream));
         // It stayed as it was.
         blender.step(&plan, (&own).into())?;
         own.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?;
@@ -124,9 +129,9 @@ fn a_plan_stays_on_its_stream() -> Outcome {
         blender.step(&plan, (&other).into())?;
         drop(plan);
         let [t, g, v, blended] = &mut fourth.0;
-        let tensor = TensorGrads::from_gradients(half(t, &other), half(g, &other), [half(v, &other)]);
-        let out = GradientMut::cuda_view(blended.slice_mut(LEN / 2..), &other);
-        let plan = blender.plan([tensor.blended_to(out)])?;
+        let (shape, out) = ((LEN as u64 / 2, DType::F32), GradientMut::cuda_view(blended.slice_mut(LEN / 2..), &other));
+        let (t, g, v) = (half(t, &other), half(g, &other), half(v, &other));
+        let plan = blender.plan([TensorGrads::from_gradients(shape, t, g, [v], Some(out))])?;
         blender.step(&plan, (&other).into())?;
         drop(plan);
         assert_eq!(blender.report((&own).into())?.observed, 3);

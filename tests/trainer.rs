@@ -1,11 +1,12 @@
 //! `Trainer` with a framework of plain vectors: when it observes, what it runs, and that it equals the raw operations.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::cell::RefCell;
 use std::rc::Rc;
 
 use gradblend::trainer::{Error, GradBlendConfig, IntoLoss, Loss, Passes, Result, Row, Trainer};
 use gradblend::{
-    Average, Blender, Cadence, Config, Device, Flags, GradScale, Gradient, GradientMut, Negative, Overfitting,
+    Average, Blender, Cadence, Config, DType, Device, Flags, GradScale, Gradient, GradientMut, Negative, Overfitting,
     Schedule, Stream, StreamRef, TensorGrads,
 };
 
@@ -15,12 +16,12 @@ const LENGTHS: [usize; 4] = [5, 700, 1, 3];
 /// The gradient of a parameter in a pass of a step; `None` where the loss does not reach it.
 fn gradient(step: usize, loss: Loss, parameter: usize) -> Option<Vec<f32>> {
     let (seed, reached) = match loss {
-        Loss::Train(0) => (1, [true, true, false, false]),
-        Loss::Train(1) => (2, [false, true, true, false]),
+        Loss::Given(0) => (1, [true, true, false, false]),
+        Loss::Given(1) => (2, [false, true, true, false]),
         // The fused loss does not reach the first parameter, and the held-out one does: as with dropout.
-        Loss::Train(_) => (3, [false, true, true, false]),
+        Loss::Given(_) => (3, [false, true, true, false]),
         Loss::HeldOut => (4, [true, true, false, true]),
-        Loss::Independent => (5, [true, false, true, true]),
+        Loss::Train => (5, [true, false, true, true]),
         Loss::Sum => return None,
     };
     let value = |i: usize| ((i * (seed + 3) + step * 7 + parameter) as f32).sin() + 0.3;
@@ -36,6 +37,10 @@ struct Call {
     independent: bool,
     unreached: Option<Loss>,
     fails: Option<Loss>,
+    /// Memory that can be had before an allocation fails.
+    memory: Option<usize>,
+    /// A parameter that no loss of the training batch reaches.
+    dropped: Option<usize>,
     passes: Vec<String>,
 }
 
@@ -44,7 +49,15 @@ impl Passes for Call {
     type Memory = Vec<f32>;
     type Output = Gradients;
 
-    fn has_independent(&self) -> bool {
+    fn device(&self) -> Device {
+        Device::cpu()
+    }
+
+    fn shape(&self, parameter: usize) -> (u64, DType) {
+        (LENGTHS[parameter] as u64, DType::F32)
+    }
+
+    fn has_train(&self) -> bool {
         self.independent
     }
 
@@ -55,7 +68,8 @@ impl Passes for Call {
         }
         let scaled = |gradient: Vec<f32>| gradient.into_iter().map(|x| x * scale).collect();
         let reached = self.unreached != Some(loss);
-        Ok((0..LENGTHS.len()).map(|i| gradient(self.step, loss, i).filter(|_| reached).map(scaled)).collect())
+        let kept = |i| self.dropped != Some(i) && reached;
+        Ok((0..LENGTHS.len()).map(|i| gradient(self.step, loss, i).filter(|_| kept(i)).map(scaled)).collect())
     }
 
     fn weighted(&mut self, terms: &[(usize, f32)]) -> Result<Gradients> {
@@ -63,7 +77,7 @@ impl Passes for Call {
         let mut sum: Gradients = vec![None; LENGTHS.len()];
         for (k, factor) in terms {
             for (i, sum) in sum.iter_mut().enumerate() {
-                let Some(v) = gradient(self.step, Loss::Train(*k), i) else { continue };
+                let Some(v) = gradient(self.step, Loss::Given(*k), i) else { continue };
                 let old = sum.take().unwrap_or_else(|| vec![0.0; v.len()]);
                 *sum = Some(old.iter().zip(v).map(|(old, v)| old + factor * v).collect());
             }
@@ -76,6 +90,9 @@ impl Passes for Call {
     }
 
     fn memory(&mut self, parameter: usize) -> Result<Vec<f32>> {
+        if let Some(memory) = &mut self.memory {
+            *memory = memory.checked_sub(1).ok_or_else(|| Error::framework(Loss::Sum)("no memory"))?;
+        }
         Ok(vec![f32::NAN; LENGTHS[parameter]])
     }
 
@@ -113,8 +130,8 @@ fn raw_step(blender: &mut Blender, step: usize, independent: bool, scale: f32) -
     let mut blended: Gradients = vec![None; LENGTHS.len()];
     let mut tensors = Vec::new();
     for i in 0..LENGTHS.len() {
-        let v = [0, 1, 2].map(|k| scaled(Loss::Train(k), i));
-        let t = if independent { scaled(Loss::Independent, i) } else { v[2].clone() };
+        let v = [0, 1, 2].map(|k| scaled(Loss::Given(k), i));
+        let t = if independent { scaled(Loss::Train, i) } else { v[2].clone() };
         tensors.push((t, scaled(Loss::HeldOut, i), v));
     }
     let plan = blender.plan(tensors.iter().zip(&mut blended).map(|((t, g, v), blended)| {
@@ -155,13 +172,28 @@ fn observing_calls_equal_the_raw_operations_bit_for_bit() {
             assert!(got[3].is_none() && got[2].is_some());
             let mut passes = vec!["losses[0]", "losses[1]", "losses[2]", "the held-out loss"];
             if independent {
-                passes.insert(3, "the loss of the independent batch");
+                passes.push("the train loss");
             }
             assert_eq!(call.passes, passes);
             assert!(trainer.observed());
         }
         assert_eq!(trainer.report().unwrap(), blender.report(Stream::default()).unwrap());
         assert!(trainer.weights().iter().any(|w| (w - 1.0 / 3.0).abs() > 1e-3), "{:?}", trainer.weights());
+    }
+}
+
+/// Which parameters are reached may change from call to call, in both directions.
+#[test]
+fn a_parameter_may_be_reached_in_some_calls_only() {
+    for first in [None, Some(2)] {
+        let mut trainer = trainer(config());
+        for (step, dropped) in [first, Some(0), None, Some(1), Some(2), None].into_iter().enumerate() {
+            let got = trainer.backward(&mut Call { step, dropped, ..Call::default() }).unwrap();
+            for (i, got) in got.iter().enumerate() {
+                assert_eq!(got.is_some(), i < 3 && dropped != Some(i), "step {step}, parameter {i}");
+            }
+        }
+        assert_eq!(trainer.report().unwrap().observed, 6);
     }
 }
 
@@ -181,7 +213,7 @@ fn every_says_which_calls_observe() {
             let terms: Vec<_> = weights.iter().copied().enumerate().filter(|(_, w)| *w != 0.0).collect();
             assert_eq!(call.passes, [format!("{terms:?}")]);
             assert_eq!(trainer.weights(), weights);
-            let sum: f32 = terms.iter().map(|(k, w)| w * gradient(step, Loss::Train(*k), 1).unwrap()[9]).sum();
+            let sum: f32 = terms.iter().map(|(k, w)| w * gradient(step, Loss::Given(*k), 1).unwrap()[9]).sum();
             assert!((got[1].as_ref().unwrap()[9] - sum).abs() < 1e-6);
         }
     }
@@ -295,14 +327,19 @@ fn bad_input_is_named_and_changes_nothing() {
     let mut trainer = trainer(config());
     trainer.backward(&mut Call::default()).unwrap();
     let before = trainer.save().unwrap();
-    let every = [Loss::Train(0), Loss::Train(1), Loss::Train(2), Loss::HeldOut, Loss::Independent];
+    let every = [Loss::Given(0), Loss::Given(1), Loss::Given(2), Loss::HeldOut, Loss::Train];
     for loss in every {
-        let independent = loss == Loss::Independent;
+        let independent = loss == Loss::Train;
         let call = || Call { independent, step: 3, ..Call::default() };
         let unreached = trainer.backward(&mut Call { unreached: Some(loss), ..call() }).unwrap_err();
         assert_eq!(unreached.to_string(), format!("{loss} reaches no parameter"));
         let failed = trainer.backward(&mut Call { fails: Some(loss), ..call() }).unwrap_err();
         assert_eq!(failed.to_string(), format!("{loss}: no memory"));
+    }
+    for independent in [false, true] {
+        let mut call = Call { independent, memory: Some(2), ..Call::default() };
+        let failed = trainer.backward(&mut call).unwrap_err();
+        assert_eq!(failed.to_string(), "the weighted sum of the losses: no memory");
     }
     assert_eq!(trainer.check_losses(2).unwrap_err().to_string(), "there are 2 losses, expected 3");
     assert!(trainer.set_grad_scale(0.0).is_err() && trainer.set_weights(&[1.0]).is_err());

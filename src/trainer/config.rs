@@ -21,6 +21,7 @@ pub struct GradBlendConfig {
     pub(super) schedule: Option<Schedule>,
     cadence: Option<Cadence>,
     min_weight: Vec<f64>,
+    threads: Option<u32>,
 }
 
 impl GradBlendConfig {
@@ -28,7 +29,7 @@ impl GradBlendConfig {
     /// overfitting is uncorrelated; negative weights are clamped; all CPU threads.
     pub fn new(num_losses: u32) -> Self {
         let blender = Config::new(num_losses);
-        GradBlendConfig { blender, every: 1, schedule: None, cadence: None, min_weight: Vec::new() }
+        GradBlendConfig { blender, every: 1, schedule: None, cadence: None, min_weight: Vec::new(), threads: None }
     }
 
     /// Observe at the first call, then at each `every`-th. A larger number is cheaper, and weights move more slowly.
@@ -83,10 +84,15 @@ impl GradBlendConfig {
         self.average(Average::Ema { decay })
     }
 
-    /// CPU threads of gradblend, the caller's included; 0 is one per core.
-    pub fn threads(mut self, threads: u32) -> Self {
-        self.blender.threads = threads;
-        self
+    /// CPU threads of gradblend, the caller's included; 0 is one per core. By default those of the framework, where it has a
+    /// number.
+    pub fn threads(self, threads: u32) -> Self {
+        GradBlendConfig { threads: Some(threads), ..self }
+    }
+
+    /// As [`threads`](Self::threads), unless they are given: for the crate of a framework.
+    pub fn default_threads(self, threads: u32) -> Self {
+        GradBlendConfig { threads: self.threads.or(Some(threads)), ..self }
     }
 
     /// The blender's configuration.
@@ -98,7 +104,7 @@ impl GradBlendConfig {
         if self.every == 0 {
             return Err(Error::Every);
         }
-        let mut config = self.blender;
+        let mut config = Config { threads: self.threads.unwrap_or(0), ..self.blender };
         let by_schedule = if self.schedule.is_some() { Cadence::OnRequest } else { Cadence::EveryObservation };
         config.cadence = self.cadence.unwrap_or(by_schedule);
         let (expected, got) = (config.k(), self.min_weight.len());

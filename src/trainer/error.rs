@@ -10,27 +10,28 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
     /// A loss of the training batch, counted from 0; the last is the fused one.
-    Train(usize),
+    Given(usize),
     /// The weighted sum of these.
     Sum,
     /// The fused loss on the held-out batch.
     HeldOut,
     /// The fused loss on an independent training batch.
-    Independent,
+    Train,
 }
 
 impl fmt::Display for Loss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Loss::Train(k) => write!(f, "losses[{k}]"),
+            Loss::Given(k) => write!(f, "losses[{k}]"),
             Loss::Sum => write!(f, "the weighted sum of the losses"),
             Loss::HeldOut => write!(f, "the held-out loss"),
-            Loss::Independent => write!(f, "the loss of the independent batch"),
+            Loss::Train => write!(f, "the train loss"),
         }
     }
 }
 
-/// Everything that a trainer rejects. Nothing has changed then, except after a failure of the framework or of a CUDA driver.
+/// Everything that a trainer rejects. Nothing has changed then, except after a failure of a CUDA driver, and where the framework
+/// fails to store the gradients that were blended.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -11,7 +11,7 @@ mod passes;
 use std::fmt;
 
 use crate::blender::{Blender, Plan};
-use crate::config::Pass;
+use crate::config::{Cadence, Pass};
 use crate::device::Device;
 use crate::report::Report;
 use crate::schedule::Schedule;
@@ -27,6 +27,7 @@ pub use passes::{Passes, Row};
 /// held-out batch, blends with the weights in force, and updates the moments and the weights. Any other call runs one backward
 /// pass on sum_k w_k L_k, without the losses of weight 0.
 pub struct Trainer {
+    device: Device,
     blender: Blender,
     /// Made by the first observing call. Bound to gradients only during a call; `None` after one that failed in gradblend.
     plan: Option<Plan<'static>>,
@@ -54,6 +55,7 @@ impl Trainer {
         let mut blender = Blender::new(device, config.checked()?)?;
         let weights = weights_of(&blender.report(Stream::default())?);
         Ok(Trainer {
+            device: *device,
             blender,
             plan: None,
             weights,
@@ -77,7 +79,7 @@ impl Trainer {
         &self.blender
     }
 
-    /// Whether the latest call observed.
+    /// Whether the latest call that succeeded observed.
     pub fn observed(&self) -> bool {
         self.observed
     }
@@ -200,6 +202,9 @@ impl Trainer {
     /// # Errors
     /// Those of `passes`, [`Error::Unreached`], and [`Error::Blend`].
     pub fn backward<P: Passes>(&mut self, passes: &mut P) -> Result<P::Output> {
+        if passes.device() != self.device {
+            return Err(crate::Error::ForeignPlan.into());
+        }
         let observes = self.observes();
         let output = if observes { self.observe(passes)? } else { passes.weighted(&self.terms())? };
         self.calls += 1;
@@ -217,39 +222,64 @@ impl Trainer {
     fn observe<P: Passes>(&mut self, passes: &mut P) -> Result<P::Output> {
         let mut v = Vec::with_capacity(self.weights.len());
         for k in 0..self.weights.len() {
-            v.push(self.gradients(passes, Loss::Train(k))?.into_iter());
+            v.push(self.gradients(passes, Loss::Given(k))?.into_iter());
         }
-        let independent = match passes.has_independent() {
-            true => Some(self.gradients(passes, Loss::Independent)?),
+        let valid = self.gradients(passes, Loss::HeldOut)?;
+        let train = match passes.has_train() {
+            true => Some(self.gradients(passes, Loss::Train)?),
             false => None,
         };
-        let valid = self.gradients(passes, Loss::HeldOut)?;
-        let (two_passes, mut independent) = (independent.is_some(), independent.map(Vec::into_iter));
+        let (two_passes, mut train) = (train.is_some(), train.map(Vec::into_iter));
         let mut rows = Vec::with_capacity(valid.len());
-        for valid in valid {
+        for (i, valid) in valid.into_iter().enumerate() {
             let modalities = v.iter_mut().map(|gradients| gradients.next().flatten()).collect();
-            let independent = independent.as_mut().map(|gradients| gradients.next().flatten());
-            rows.push(Row::new(modalities, independent, valid, |like| passes.zeros(like))?);
+            let train = train.as_mut().map(|gradients| gradients.next().flatten());
+            let shape = passes.shape(i);
+            rows.push(Row::new(shape, modalities, train, valid, |like| passes.zeros(like))?);
         }
-        // With t, the blend has a pass of its own, which reuses the memory of t and g.
-        let mut what = Pass::DOT | Pass::BLEND | Pass::OBSERVE;
-        if two_passes {
-            let mut none: Vec<_> = rows.iter().map(|_| None).collect();
-            self.run(passes, &rows, &mut none, Pass::DOT)?;
-            rows.iter_mut().for_each(|row| (row.train, row.valid) = (None, None));
-            what = Pass::BLEND | Pass::OBSERVE;
+        let blended = if two_passes {
+            // The blend has a pass of its own, which reuses the memory of t and g. If it fails, nothing has been observed.
+            let before = self.blender.save(Stream::default())?;
+            self.dot_then_blend(passes, rows).inspect_err(|_| {
+                // The state is of this blender. If the device fails here too, the first error says so.
+                let _ = self.blender.load(&before, Stream::default());
+            })?
+        } else {
+            self.blend(passes, rows, Pass::DOT | Pass::BLEND | Pass::OBSERVE)?
+        };
+        // Without either, the weights are the same, and a report would synchronize a CUDA device.
+        let changed = self.blender.config().cadence == Cadence::EveryObservation;
+        let report = (changed || self.on_observation.is_some()).then(|| self.read_weights()).transpose()?;
+        let output = passes.output(blended)?;
+        if let (Some(function), Some(report)) = (&mut self.on_observation, &report) {
+            function(report);
         }
+        Ok(output)
+    }
+
+    fn dot_then_blend<P: Passes>(
+        &mut self,
+        passes: &mut P,
+        mut rows: Vec<Row<P::Gradient>>,
+    ) -> Result<Vec<Option<P::Memory>>> {
+        let mut none: Vec<_> = rows.iter().map(|_| None).collect();
+        self.run(passes, &rows, &mut none, Pass::DOT)?;
+        rows.iter_mut().for_each(|row| (row.train, row.valid) = (None, None));
+        self.blend(passes, rows, Pass::BLEND | Pass::OBSERVE)
+    }
+
+    /// Runs a pass that blends, into new memory.
+    fn blend<P: Passes>(
+        &mut self,
+        passes: &mut P,
+        rows: Vec<Row<P::Gradient>>,
+        what: Pass,
+    ) -> Result<Vec<Option<P::Memory>>> {
         let reached = |row: &Row<_>| row.modalities.iter().any(Option::is_some);
         let memory = |(i, row)| reached(row).then(|| passes.memory(i)).transpose();
         let mut blended = rows.iter().enumerate().map(memory).collect::<Result<Vec<_>>>()?;
         self.run(passes, &rows, &mut blended, what)?;
-        drop(rows);
-        let report = self.read_weights()?;
-        let output = passes.output(blended)?;
-        if let Some(function) = &mut self.on_observation {
-            function(&report);
-        }
-        Ok(output)
+        Ok(blended)
     }
 
     fn gradients<P: Passes>(&self, passes: &mut P, loss: Loss) -> Result<Gradients<P>> {

@@ -1,7 +1,8 @@
 //! What a framework does for a trainer: backward passes, and memory for gradients.
 
+use crate::device::Device;
 use crate::gradient::{Gradient, GradientMut};
-use crate::tensor::{StreamRef, TensorGrads};
+use crate::tensor::{DType, StreamRef, TensorGrads};
 
 use super::error::{Loss, Result};
 
@@ -14,14 +15,20 @@ pub trait Passes {
     /// What the framework's optimiser takes.
     type Output;
 
+    /// The device of the parameters.
+    fn device(&self) -> Device;
+
+    /// Elements and dtype of a parameter.
+    fn shape(&self, parameter: usize) -> (u64, DType);
+
     /// Whether there is a function for the fused loss on an independent training batch.
-    fn has_independent(&self) -> bool;
+    fn has_train(&self) -> bool;
 
     /// Runs the backward pass of a loss times `scale`, and returns the gradient of each parameter; `None` where the loss does
     /// not reach it. Each has its parameter's length, dtype and device, and its elements in the same order as the others.
     ///
     /// # Errors
-    /// Those of the framework and of the checks. The framework's state is as before the call then.
+    /// Those of the framework and of the checks.
     fn gradients(&mut self, loss: Loss, scale: f32) -> Result<Vec<Option<Self::Gradient>>>;
 
     /// Runs one backward pass on the sum of the losses `k` times their factors, and returns or stores its gradients.
@@ -64,6 +71,8 @@ pub trait Passes {
 /// The gradients of one parameter.
 #[derive(Clone, Debug)]
 pub struct Row<T> {
+    /// Elements and dtype of the parameter.
+    pub shape: (u64, DType),
     /// t. Absent where it is the last of `modalities`, or where `valid` is absent.
     pub train: Option<T>,
     /// g. Without it the parameter is only blended.
@@ -75,19 +84,20 @@ pub struct Row<T> {
 impl<T> Row<T> {
     /// Puts the gradients of one parameter together. Only one of t and g counts as zeros in the other.
     pub(super) fn new(
+        shape: (u64, DType),
         modalities: Vec<Option<T>>,
-        independent: Option<Option<T>>,
+        train: Option<Option<T>>,
         valid: Option<T>,
         zeros: impl FnOnce(&T) -> Result<T>,
     ) -> Result<Self> {
-        let mut row = Row { train: None, valid: None, modalities };
+        let mut row = Row { shape, train: None, valid: None, modalities };
         if row.modalities.iter().any(Option::is_some) {
-            let (train, valid) = match (independent.as_ref().map_or(row.last(), Option::as_ref), valid) {
+            let (zero, valid) = match (train.as_ref().map_or(row.last(), Option::as_ref), valid) {
                 (Some(train), None) => (None, Some(zeros(train)?)),
                 (None, Some(valid)) => (Some(zeros(&valid)?), Some(valid)),
                 (_, valid) => (None, valid),
             };
-            row.train = independent.flatten().or(train);
+            row.train = train.flatten().or(zero);
             row.valid = valid;
         }
         Ok(row)
@@ -110,7 +120,12 @@ impl<T> Row<T> {
     pub fn map<'a, U>(&'a self, mut handle: impl FnMut(&'a T) -> Result<U>) -> Result<Row<U>> {
         let mut each = |gradient: &'a Option<T>| gradient.as_ref().map(&mut handle).transpose();
         let (train, valid) = (each(&self.train)?, each(&self.valid)?);
-        Ok(Row { train, valid, modalities: self.modalities.iter().map(each).collect::<Result<_>>()? })
+        Ok(Row {
+            shape: self.shape,
+            train,
+            valid,
+            modalities: self.modalities.iter().map(each).collect::<Result<_>>()?,
+        })
     }
 
     /// The tensor of this row. A handle without a gradient counts as absent.
@@ -119,15 +134,8 @@ impl<T> Row<T> {
         gradient: impl Fn(&'a T) -> Option<Gradient<'a>>,
         blended: Option<GradientMut<'a>>,
     ) -> TensorGrads<'a> {
+        let (train, valid) = (self.train().and_then(&gradient), self.valid.as_ref().and_then(&gradient));
         let modalities = self.modalities.iter().map(|v| v.as_ref().and_then(&gradient));
-        let tensor = TensorGrads::from_gradients(
-            self.train().and_then(&gradient),
-            self.valid.as_ref().and_then(&gradient),
-            modalities,
-        );
-        match blended {
-            Some(blended) => tensor.blended_to(blended),
-            None => tensor,
-        }
+        TensorGrads::from_gradients(self.shape, train, valid, modalities, blended)
     }
 }

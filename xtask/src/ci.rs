@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use xshell::{Cmd, Shell, cmd};
 
 use crate::emulator::Detect;
-use crate::{cuda, emulator, ffi, gpu_bundle, machine_code, mutants, python, rules, tools};
+use crate::{cuda, emulator, ffi, gpu_bundle, integrations, machine_code, mutants, python, rules, tools};
 
 /// A named part. It runs its commands, then its function.
 type Section = (&'static str, &'static [&'static str], fn(&Shell) -> Result<()>);
@@ -25,9 +25,9 @@ const SIGPIPE: i32 = 13;
 /// What could not be checked on this machine, printed at the end.
 static NOT_CHECKED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-const SECTIONS: [Section; 19] = [
+const SECTIONS: [Section; 20] = [
     ("rules", &[], |_| rules::check()),
-    ("format", &["cargo fmt --all --check"], |_| Ok(())),
+    ("format", FORMAT, |_| Ok(())),
     ("clippy", CLIPPY, |_| Ok(())),
     ("tests", &["cargo test --locked --workspace"], |_| Ok(())),
     ("docs", &["cargo doc --locked --workspace --no-deps"], package),
@@ -38,6 +38,7 @@ const SECTIONS: [Section; 19] = [
     ("sanitizers", &[], sanitizers),
     ("ffi", &[], ffi::run),
     ("python", &[], python::run),
+    ("integrations", &[], integrations::run),
     ("install", &[], install),
     ("optimised", OPTIMISED, |_| Ok(())),
     ("laboratory", &[], laboratory),
@@ -45,6 +46,11 @@ const SECTIONS: [Section; 19] = [
     ("fuzz", &[], |_| fuzz(30)),
     ("mutants", &[], |_| mutants::run(&[])),
     ("gpu-bundle", &[], bundle),
+];
+const FORMAT: &[&str] = &[
+    "cargo fmt --all --check",
+    "cargo fmt --check --manifest-path integrations/tch/Cargo.toml",
+    "cargo fmt --check --manifest-path integrations/burn/Cargo.toml",
 ];
 /// Tests switch on the C functions, so the library is also checked without them.
 const CLIPPY: &[&str] = &[
@@ -114,7 +120,8 @@ fn package(sh: &Shell) -> Result<()> {
     }
     rules::check_links(&package)?;
     // Rejects a manifest that cannot be packaged. The packaged crate is not compiled again.
-    Ok(cmd!(sh, "cargo package --locked --allow-dirty --no-verify").run()?)
+    let packages = ["--package=gradblend", "--package=gradblend-candle"];
+    Ok(cmd!(sh, "cargo package --locked --allow-dirty --no-verify {packages...}").run()?)
 }
 
 fn minimum_rust(sh: &Shell) -> Result<()> {

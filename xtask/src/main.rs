@@ -5,6 +5,7 @@ mod cuda;
 mod emulator;
 mod ffi;
 mod gpu_bundle;
+mod integrations;
 mod machine_code;
 mod mutants;
 mod python;

@@ -27,16 +27,13 @@ pub struct GradBlend {
 }
 
 impl GradBlend {
-    /// A blender of the gradients of a module's parameters that require one. Errors have their paths in the module.
+    /// A blender of the gradients of a module's parameters, frozen ones included. Errors have their paths in the module.
     ///
     /// # Errors
     /// [`Error::NoParameter`], also for a module on a device without autodiff; [`Error::Parameter`] for one that is not f32,
     /// f16 or bf16, or not on a CPU device of burn; [`Error::Blend`] for an option out of range.
     pub fn new<M: Module>(module: &M, config: GradBlendConfig) -> Result<Self> {
         let parameters = visitors::parameters(module)?;
-        if parameters.is_empty() {
-            return Err(Error::NoParameter);
-        }
         Ok(GradBlend { trainer: Trainer::new(&Device::cpu(), &config)?, parameters })
     }
 
@@ -51,7 +48,7 @@ impl GradBlend {
     /// `Tensor<1>`, or a `Result` of one.
     ///
     /// The train gradient t is that of the fused loss in `losses`. Its batch's noise then counts as overfitting of the fused
-    /// loss, which lowers its weight: see [`backward_independent`](Self::backward_independent).
+    /// loss, which lowers its weight: see [`backward_with_train`](Self::backward_with_train).
     ///
     /// # Errors
     /// [`Error::Losses`], [`Error::Loss`], [`Error::Unreached`], [`Error::Gradient`], [`Error::Closure`] and
@@ -69,7 +66,7 @@ impl GradBlend {
         self.call(module, losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), None)
     }
 
-    /// As [`backward`](Self::backward), with t from `independent`, which computes the fused loss on a training batch drawn
+    /// As [`backward`](Self::backward), with t from `train`, which computes the fused loss on a training batch drawn
     /// independently of that of `losses`: unbiased, for one more forward and backward pass in observing calls.
     ///
     /// # Errors
@@ -77,21 +74,21 @@ impl GradBlend {
     ///
     /// # Panics
     /// As [`backward`](Self::backward).
-    pub fn backward_independent<M, L, R, I>(
+    pub fn backward_with_train<M, L, R, T>(
         &mut self,
         module: &M,
         losses: impl FnMut() -> L,
         held_out: impl FnOnce() -> R,
-        independent: impl FnOnce() -> I,
+        train: impl FnOnce() -> T,
     ) -> Result<GradientsParams>
     where
         M: Module,
         L: IntoIterator<Item = Tensor<1>>,
         R: IntoLoss<Tensor<1>>,
-        I: IntoLoss<Tensor<1>>,
+        T: IntoLoss<Tensor<1>>,
     {
-        let independent = || independent().into_loss(Loss::Independent);
-        self.call(module, losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), Some(Box::new(independent)))
+        let train = || train().into_loss(Loss::Train);
+        self.call(module, losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), Some(Box::new(train)))
     }
 
     fn call<M: Module, L: IntoIterator<Item = Tensor<1>>>(
@@ -99,7 +96,7 @@ impl GradBlend {
         module: &M,
         mut losses: impl FnMut() -> L,
         held_out: passes::Closure<'_>,
-        independent: Option<passes::Closure<'_>>,
+        train: Option<passes::Closure<'_>>,
     ) -> Result<GradientsParams> {
         let GradBlend { trainer, parameters } = self;
         visitors::check(module, parameters)?;
@@ -110,12 +107,12 @@ impl GradBlend {
                 return Err(Error::Losses { expected, got: losses.len() });
             }
             for (k, loss) in losses.iter().enumerate() {
-                passes::check_loss(Loss::Train(k), loss)?;
+                passes::check_loss(Loss::Given(k), loss)?;
             }
             Ok(losses)
         };
         let held_out = Some(held_out);
-        trainer.backward(&mut Call { module, parameters, losses: &mut losses, held_out, independent })
+        trainer.backward(&mut Call { module, parameters, losses: &mut losses, held_out, train })
     }
 }
 

@@ -6,7 +6,7 @@ use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, DataError, Tensor, TensorData};
 use gradblend::trainer::{Error, Loss, Passes, Result, Row};
-use gradblend::{Gradient, GradientMut, Stream, StreamRef, TensorGrads, bf16, f16};
+use gradblend::{Device, Gradient, GradientMut, Stream, StreamRef, TensorGrads, bf16, f16};
 
 use crate::visitors::{self, Parameter, described};
 
@@ -19,7 +19,7 @@ pub(crate) struct Call<'a, M> {
     pub(crate) parameters: &'a [Parameter],
     pub(crate) losses: &'a mut dyn FnMut() -> Result<Vec<Tensor<1>>>,
     pub(crate) held_out: Option<Closure<'a>>,
-    pub(crate) independent: Option<Closure<'a>>,
+    pub(crate) train: Option<Closure<'a>>,
 }
 
 /// Rejects what a backward pass cannot start from.
@@ -93,18 +93,32 @@ impl<M: Module> Passes for Call<'_, M> {
     type Memory = TensorData;
     type Output = GradientsParams;
 
-    fn has_independent(&self) -> bool {
-        self.independent.is_some()
+    fn device(&self) -> Device {
+        Device::cpu()
+    }
+
+    fn shape(&self, parameter: usize) -> (u64, gradblend::DType) {
+        let Parameter { dtype, shape, .. } = &self.parameters[parameter];
+        let dtype = match dtype {
+            DType::F16 => gradblend::DType::F16,
+            DType::BF16 => gradblend::DType::BF16,
+            _ => gradblend::DType::F32,
+        };
+        (shape.iter().product::<usize>() as u64, dtype)
+    }
+
+    fn has_train(&self) -> bool {
+        self.train.is_some()
     }
 
     fn gradients(&mut self, loss: Loss, scale: f32) -> Result<Vec<Option<TensorData>>> {
         let closure = match loss {
             Loss::HeldOut => self.held_out.take(),
-            Loss::Independent => self.independent.take(),
-            Loss::Train(_) | Loss::Sum => None,
+            Loss::Train => self.train.take(),
+            Loss::Given(_) | Loss::Sum => None,
         };
         let tensor = match (loss, closure) {
-            (Loss::Train(k), _) => (self.losses)()?.swap_remove(k),
+            (Loss::Given(k), _) => (self.losses)()?.swap_remove(k),
             (_, Some(closure)) => closure()?,
             (_, None) => return Ok(Vec::new()),
         };

@@ -37,35 +37,39 @@ fn is_cpu(device: &Device) -> bool {
     *device == Device::flex()
 }
 
-/// The parameters of a module that require a gradient; a shared one once.
+/// The parameters of a module, frozen ones too: they can be trained later. A shared one once.
 pub(crate) fn parameters<M: Module>(module: &M) -> Result<Vec<Parameter>> {
+    let list = list(module)?;
+    if list.trained.is_empty() {
+        return Err(Error::NoParameter);
+    }
+    Ok(list.found)
+}
+
+fn list<M: Module>(module: &M) -> Result<List> {
     let mut list = List::default();
     module.visit(&mut list);
-    match list.rejected {
+    match list.rejected.take() {
         Some(error) => Err(error),
-        None => Ok(list.found),
+        None => Ok(list),
     }
 }
 
-/// Rejects a module with other parameters than `expected`.
+/// Rejects a module that trains other parameters than `expected`, or none.
 pub(crate) fn check<M: Module>(module: &M, expected: &[Parameter]) -> Result<()> {
-    let mut found: HashMap<ParamId, Parameter> =
-        parameters(module)?.into_iter().map(|parameter| (parameter.id, parameter)).collect();
-    for parameter in expected {
-        // One that was frozen since has no gradient, as one that no loss reaches.
-        let Some(now) = found.remove(&parameter.id) else { continue };
-        if (now.dtype, &now.shape) != (parameter.dtype, &parameter.shape) {
-            let (expected, got) = (parameter.described(), now.described());
-            return Err(Error::Parameter { parameter: parameter.path.clone(), expected, got });
-        }
+    let list = list(module)?;
+    for id in &list.trained {
+        let Some(now) = list.found.iter().find(|found| found.id == *id) else { continue };
+        let given = expected.iter().find(|given| given.id == *id);
+        let expected = match given {
+            Some(given) if (given.dtype, &given.shape) == (now.dtype, &now.shape) => continue,
+            Some(given) => given.described(),
+            None => "a parameter that GradBlend was made with".to_owned(),
+        };
+        let got = if given.is_some() { now.described() } else { "another one".to_owned() };
+        return Err(Error::Parameter { parameter: now.path.clone(), expected, got });
     }
-    match found.into_values().next() {
-        Some(Parameter { path: parameter, .. }) => {
-            let (expected, got) = ("a parameter that GradBlend was made with".into(), "another".into());
-            Err(Error::Parameter { parameter, expected, got })
-        }
-        None => Ok(()),
-    }
+    if list.trained.is_empty() { Err(Error::NoParameter) } else { Ok(()) }
 }
 
 /// Lists parameters.
@@ -73,6 +77,8 @@ pub(crate) fn check<M: Module>(module: &M, expected: &[Parameter]) -> Result<()>
 struct List {
     path: Vec<String>,
     found: Vec<Parameter>,
+    /// Those that require a gradient now.
+    trained: Vec<ParamId>,
     rejected: Option<Error>,
 }
 
@@ -87,10 +93,10 @@ impl ModuleVisitor for List {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let (tensor, path) = (param.val(), self.path.join("."));
-        if !tensor.is_require_grad() || self.found.iter().any(|found| found.id == param.id) {
+        if self.found.iter().any(|found| found.id == param.id) {
             return;
         }
-        let (dtype, device) = (tensor.dtype(), tensor.device());
+        let (dtype, device, trained) = (tensor.dtype(), tensor.device(), tensor.is_require_grad());
         let expected = if !matches!(dtype, DType::F32 | DType::F16 | DType::BF16) {
             "F32, F16 or BF16"
         } else if !is_cpu(&device) {
@@ -98,10 +104,13 @@ impl ModuleVisitor for List {
         } else {
             let shape = tensor.dims().to_vec();
             self.found.push(Parameter { path, id: param.id, shape, dtype });
+            self.trained.extend(trained.then_some(param.id));
             return;
         };
-        let got = format!("{dtype:?} on {device:?}");
-        self.rejected.get_or_insert(Error::Parameter { parameter: path, expected: expected.to_owned(), got });
+        if trained {
+            let got = format!("{dtype:?} on {device:?}");
+            self.rejected.get_or_insert(Error::Parameter { parameter: path, expected: expected.to_owned(), got });
+        }
     }
 }
 

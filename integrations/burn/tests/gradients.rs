@@ -102,7 +102,7 @@ fn recompute(dtype: DType, device: &Device, epsilon: f64, independent: bool) {
         let (losses, held_out) = (|| toy.losses(step), || toy.fused_loss(step + 100));
         let blended = match independent {
             false => gb.backward(&toy, losses, held_out),
-            true => gb.backward_independent(&toy, losses, held_out, || toy.fused_loss(step + 50)),
+            true => gb.backward_with_train(&toy, losses, held_out, || toy.fused_loss(step + 50)),
         };
         let blended = toy.flat(&blended.unwrap());
         let (mut c, mut d) = ([0.0; 3], [0.0; 3]);

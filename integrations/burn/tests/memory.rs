@@ -82,7 +82,7 @@ fn an_observing_call_holds_k_plus_two_sets_and_copies_none() {
             let (peak, allocated) = sets(|| {
                 let gradients = match independent {
                     false => gb.backward(&network, || network.losses(), || network.loss(3.5)),
-                    true => gb.backward_independent(
+                    true => gb.backward_with_train(
                         &network,
                         || network.losses(),
                         || network.loss(3.5),

@@ -29,6 +29,7 @@ use passes::{Call, Parameter};
 pub struct GradBlend {
     trainer: Trainer,
     parameters: Vec<Parameter>,
+    device: Device,
     stream: cuda::Stream,
     copied: u64,
 }
@@ -77,7 +78,7 @@ impl GradBlend {
             }
         };
         let (trainer, stream) = (Trainer::new(&device, &config)?, cuda::stream(first.device()));
-        Ok(GradBlend { trainer, parameters, stream, copied: 0 })
+        Ok(GradBlend { trainer, parameters, device, stream, copied: 0 })
     }
 
     /// Returns the gradient of sum_k w_k L_k for the parameters, with the weights in force. A call that
@@ -87,7 +88,7 @@ impl GradBlend {
     /// `Tensor`, or a `Result` of one.
     ///
     /// The train gradient t is that of the fused loss in `losses`. Its batch's noise then counts as overfitting of the fused
-    /// loss, which lowers its weight: see [`backward_independent`](Self::backward_independent).
+    /// loss, which lowers its weight: see [`backward_with_train`](Self::backward_with_train).
     ///
     /// # Errors
     /// [`Error::Losses`], [`Error::Loss`], [`Error::Unreached`], [`Error::Gradient`], [`Error::Closure`] and
@@ -100,19 +101,19 @@ impl GradBlend {
         self.call(losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), None)
     }
 
-    /// As [`backward`](Self::backward), with t from `independent`, which computes the fused loss on a training batch drawn
+    /// As [`backward`](Self::backward), with t from `train`, which computes the fused loss on a training batch drawn
     /// independently of that of `losses`: unbiased, for one more forward and backward pass in observing calls.
     ///
     /// # Errors
     /// Those of [`backward`](Self::backward).
-    pub fn backward_independent<R: IntoLoss<Tensor>, I: IntoLoss<Tensor>>(
+    pub fn backward_with_train<R: IntoLoss<Tensor>, T: IntoLoss<Tensor>>(
         &mut self,
         losses: &[Tensor],
         held_out: impl FnOnce() -> R,
-        independent: impl FnOnce() -> I,
+        train: impl FnOnce() -> T,
     ) -> Result<GradStore> {
-        let independent = || independent().into_loss(Loss::Independent);
-        self.call(losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), Some(Box::new(independent)))
+        let train = || train().into_loss(Loss::Train);
+        self.call(losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), Some(Box::new(train)))
     }
 
     /// Gradients that were copied so far because they were not contiguous.
@@ -124,14 +125,15 @@ impl GradBlend {
         &'a mut self,
         losses: &'a [Tensor],
         held_out: passes::Closure<'a>,
-        independent: Option<passes::Closure<'a>>,
+        train: Option<passes::Closure<'a>>,
     ) -> Result<GradStore> {
-        let GradBlend { trainer, parameters, stream, copied } = self;
+        let GradBlend { trainer, parameters, device, stream, copied } = self;
         trainer.check_losses(losses.len())?;
         for (k, loss) in losses.iter().enumerate() {
-            passes::check_loss(Loss::Train(k), loss)?;
+            passes::check_loss(Loss::Given(k), loss)?;
         }
-        trainer.backward(&mut Call { parameters, losses, held_out: Some(held_out), independent, stream, copied })
+        let held_out = Some(held_out);
+        trainer.backward(&mut Call { parameters, losses, held_out, train, device: *device, stream, copied })
     }
 }
 

@@ -8,7 +8,7 @@ use candle_core::cpu_backend::CpuDevice;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, Device, Storage, StorageRef, Tensor, Var};
 use gradblend::trainer::{Error, Loss, Passes, Result, Row};
-use gradblend::{Gradient, GradientMut, StreamRef, TensorGrads};
+use gradblend::{DType, Gradient, GradientMut, StreamRef, TensorGrads};
 
 use crate::cuda;
 
@@ -27,7 +27,8 @@ pub(crate) struct Call<'a> {
     pub(crate) parameters: &'a [Parameter],
     pub(crate) losses: &'a [Tensor],
     pub(crate) held_out: Option<Closure<'a>>,
-    pub(crate) independent: Option<Closure<'a>>,
+    pub(crate) train: Option<Closure<'a>>,
+    pub(crate) device: gradblend::Device,
     pub(crate) stream: &'a cuda::Stream,
     pub(crate) copied: &'a mut u64,
 }
@@ -71,6 +72,12 @@ impl Call<'_> {
         gradient.contiguous().map_err(Error::framework(loss))
     }
 
+    /// A loss times its factor, as f32: losses may differ in their dtypes and devices.
+    fn term(&self, loss: &Tensor, factor: f32) -> candle_core::Result<Tensor> {
+        let device = self.parameters[0].var.device();
+        loss.reshape(())?.to_device(device)?.to_dtype(candle_core::DType::F32)? * f64::from(factor)
+    }
+
     fn store(&self, gradients: impl Iterator<Item = Option<Tensor>>) -> GradStore {
         let mut store = GradStore::default();
         for (Parameter { var, .. }, gradient) in self.parameters.iter().zip(gradients) {
@@ -82,23 +89,41 @@ impl Call<'_> {
     }
 }
 
+/// The dtype of a variable, which was checked.
+fn gradblend_dtype(var: &Var) -> DType {
+    match var.dtype() {
+        candle_core::DType::F16 => DType::F16,
+        candle_core::DType::BF16 => DType::BF16,
+        _ => DType::F32,
+    }
+}
+
 impl Passes for Call<'_> {
     type Gradient = Tensor;
     type Memory = Storage;
     type Output = GradStore;
 
-    fn has_independent(&self) -> bool {
-        self.independent.is_some()
+    fn device(&self) -> gradblend::Device {
+        self.device
+    }
+
+    fn shape(&self, parameter: usize) -> (u64, DType) {
+        let var = &self.parameters[parameter].var;
+        (var.elem_count() as u64, gradblend_dtype(var))
+    }
+
+    fn has_train(&self) -> bool {
+        self.train.is_some()
     }
 
     fn gradients(&mut self, loss: Loss, scale: f32) -> Result<Vec<Option<Tensor>>> {
         let closure = match loss {
             Loss::HeldOut => self.held_out.take(),
-            Loss::Independent => self.independent.take(),
-            Loss::Train(_) | Loss::Sum => None,
+            Loss::Train => self.train.take(),
+            Loss::Given(_) | Loss::Sum => None,
         };
         let tensor = match (loss, closure) {
-            (Loss::Train(k), _) => self.losses[k].clone(),
+            (Loss::Given(k), _) => self.losses[k].clone(),
             (_, Some(closure)) => closure()?,
             (_, None) => return Ok(Vec::new()),
         };
@@ -111,7 +136,7 @@ impl Passes for Call<'_> {
         let loss = Loss::Sum;
         let mut total: Option<Tensor> = None;
         for (k, factor) in terms {
-            let term = (&self.losses[*k] * f64::from(*factor)).and_then(|term| term.reshape(()));
+            let term = self.term(&self.losses[*k], *factor);
             let sum = match (total, term) {
                 (Some(total), Ok(term)) => total + term,
                 (_, term) => term,

@@ -74,7 +74,7 @@ fn recompute(dtype: DType, epsilon: f64, independent: bool) {
         let (losses, fused) = (toy.losses(step), |batch: usize| toy.losses(batch)[2].clone());
         let blended = match independent {
             false => gb.backward(&losses, || fused(step + 100)),
-            true => gb.backward_independent(&losses, || fused(step + 100), || fused(step + 50)),
+            true => gb.backward_with_train(&losses, || fused(step + 100), || fused(step + 50)),
         };
         let blended = blended.unwrap();
         let (mut c, mut d) = ([0.0; 3], [0.0; 3]);

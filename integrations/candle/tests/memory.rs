@@ -60,7 +60,7 @@ fn an_observing_call_holds_k_plus_two_sets() {
             let peak = sets(|| {
                 let gradients = match independent {
                     false => gb.backward(&losses, || loss(3.5)),
-                    true => gb.backward_independent(&losses, || loss(3.5), || loss(3.2)),
+                    true => gb.backward_with_train(&losses, || loss(3.5), || loss(3.2)),
                 };
                 assert_eq!(gradients.unwrap().get_ids().count(), PARAMETERS);
             });

@@ -4,13 +4,12 @@ mod passes;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
 use std::ops::{Deref, DerefMut};
 
 use gradblend::Device;
 use gradblend::trainer::{IntoLoss, Loss, Trainer};
+use tch::Tensor;
 use tch::nn::VarStore;
-use tch::{Kind, Tensor};
 
 pub use gradblend::trainer::{Error, GradBlendConfig, Result};
 
@@ -22,13 +21,16 @@ use passes::{Call, Parameter};
 #[derive(Debug)]
 pub struct GradBlend {
     trainer: Trainer,
+    device: Device,
     parameters: Vec<Parameter>,
+    /// Those that can only stay frozen.
+    frozen: Vec<Parameter>,
     copied: u64,
 }
 
 impl GradBlend {
-    /// A blender of the gradients of `vars`, which errors name by their position. Those that do not require a gradient are
-    /// left out, and those that share their memory count once.
+    /// A blender of the gradients of `vars`, which errors name by their position. Frozen ones are left alone as long as they are
+    /// frozen. One that is given twice counts once.
     ///
     /// # Errors
     /// [`Error::NoParameter`]; [`Error::Parameter`] for one that is not f32, f16 or bf16, not on the device of the others,
@@ -39,7 +41,7 @@ impl GradBlend {
         Self::named(vars.iter().enumerate().map(name), config)
     }
 
-    /// A blender of the gradients of a store's trainable variables. Errors have their names.
+    /// A blender of the gradients of a store's variables. Errors have their names.
     ///
     /// # Errors
     /// Those of [`new`](Self::new).
@@ -55,37 +57,33 @@ impl GradBlend {
     /// # Errors
     /// Those of [`new`](Self::new).
     pub fn named(vars: impl IntoIterator<Item = (String, Tensor)>, config: GradBlendConfig) -> Result<Self> {
-        let mut seen = HashSet::new();
-        let mut parameters = Vec::new();
-        for (name, var) in vars.into_iter().filter(|(_, var)| var.requires_grad()) {
-            let parameter = Parameter::new(name, var)?;
-            if parameter.is_empty() || seen.insert(parameter.memory()) {
-                parameters.push(parameter);
+        let mut all: Vec<Parameter> = Vec::new();
+        for (name, var) in vars {
+            let parameter = Parameter::new(name, var);
+            if !all.iter().any(|other| parameter.is(other)) {
+                all.push(parameter);
             }
         }
-        let first = &parameters.first().ok_or(Error::NoParameter)?.var;
-        for Parameter { name, var, .. } in &parameters {
-            let expected = if !matches!(var.kind(), Kind::Float | Kind::Half | Kind::BFloat16) {
-                "f32, f16 or bf16".to_owned()
-            } else if var.device() != first.device() {
-                format!("on {:?}, as the first one", first.device())
-            } else if !var.is_leaf() {
-                "a leaf, which is not computed from other tensors".to_owned()
-            } else {
-                continue;
-            };
-            let got = format!("{:?} on {:?}{}", var.kind(), var.device(), if var.is_leaf() { "" } else { ", no leaf" });
-            return Err(Error::Parameter { parameter: name.clone(), expected, got });
+        let first = all.iter().find(|parameter| parameter.var.requires_grad()).ok_or(Error::NoParameter)?;
+        let (first, name) = (first.var.device(), first.name.clone());
+        let (mut parameters, mut frozen) = (Vec::new(), Vec::new());
+        for parameter in all {
+            match parameter.check(first) {
+                Ok(()) => parameters.push(parameter),
+                Err(error) if parameter.var.requires_grad() => return Err(error),
+                Err(_) => frozen.push(parameter),
+            }
         }
-        let device = match first.device() {
+        let device = match first {
             tch::Device::Cpu => Device::cpu(),
             tch::Device::Cuda(ordinal) => Device::cuda(ordinal as i32)?,
             other => {
-                let (parameter, expected) = (parameters[0].name.clone(), "on the CPU or a CUDA device".to_owned());
-                return Err(Error::Parameter { parameter, expected, got: format!("on {other:?}") });
+                let expected = "on the CPU or a CUDA device".to_owned();
+                return Err(Error::Parameter { parameter: name, expected, got: format!("on {other:?}") });
             }
         };
-        Ok(GradBlend { trainer: Trainer::new(&device, &config)?, parameters, copied: 0 })
+        let config = config.default_threads(tch::get_num_threads() as u32);
+        Ok(GradBlend { trainer: Trainer::new(&device, &config)?, device, parameters, frozen, copied: 0 })
     }
 
     /// Adds the gradient of sum_k w_k L_k to `.grad` of the parameters, with the weights in force; a missing one is created. A
@@ -95,7 +93,7 @@ impl GradBlend {
     /// `Tensor`, or a `Result` of one.
     ///
     /// The train gradient t is that of the fused loss in `losses`. Its batch's noise then counts as overfitting of the fused
-    /// loss, which lowers its weight: see [`backward_independent`](Self::backward_independent).
+    /// loss, which lowers its weight: see [`backward_with_train`](Self::backward_with_train).
     ///
     /// # Errors
     /// [`Error::Losses`], [`Error::Loss`], [`Error::Unreached`], [`Error::Gradient`], [`Error::Closure`] and
@@ -104,19 +102,19 @@ impl GradBlend {
         self.call(losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), None)
     }
 
-    /// As [`backward`](Self::backward), with t from `independent`, which computes the fused loss on a training batch drawn
+    /// As [`backward`](Self::backward), with t from `train`, which computes the fused loss on a training batch drawn
     /// independently of that of `losses`: unbiased, for one more forward and backward pass in observing calls.
     ///
     /// # Errors
     /// Those of [`backward`](Self::backward).
-    pub fn backward_independent<R: IntoLoss<Tensor>, I: IntoLoss<Tensor>>(
+    pub fn backward_with_train<R: IntoLoss<Tensor>, T: IntoLoss<Tensor>>(
         &mut self,
         losses: &[Tensor],
         held_out: impl FnOnce() -> R,
-        independent: impl FnOnce() -> I,
+        train: impl FnOnce() -> T,
     ) -> Result<()> {
-        let independent = || independent().into_loss(Loss::Independent);
-        self.call(losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), Some(Box::new(independent)))
+        let train = || train().into_loss(Loss::Train);
+        self.call(losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), Some(Box::new(train)))
     }
 
     /// Gradients that were copied so far: those of one parameter that are not dense, or differ in their strides.
@@ -128,15 +126,18 @@ impl GradBlend {
         &'a mut self,
         losses: &'a [Tensor],
         held_out: passes::Closure<'a>,
-        independent: Option<passes::Closure<'a>>,
+        train: Option<passes::Closure<'a>>,
     ) -> Result<()> {
-        let GradBlend { trainer, parameters, copied } = self;
+        let GradBlend { trainer, device, parameters, frozen, copied } = self;
         trainer.check_losses(losses.len())?;
         for (k, loss) in losses.iter().enumerate() {
-            passes::check_loss(Loss::Train(k), loss)?;
+            passes::check_loss(Loss::Given(k), loss)?;
+        }
+        if let Some(parameter) = frozen.iter().find(|parameter| parameter.var.requires_grad()) {
+            parameter.check(parameters[0].var.device())?;
         }
         let trained = passes::trained(parameters)?;
-        let mut call = Call::new(parameters, trained, losses, held_out, independent, copied);
+        let mut call = Call::new(*device, parameters, trained, losses, held_out, train, copied);
         // As `backward` of PyTorch does, also where gradients are switched off.
         tch::with_grad(|| trainer.backward(&mut call))
     }

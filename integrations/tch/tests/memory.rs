@@ -46,7 +46,7 @@ fn an_observing_call_holds_k_plus_two_sets() {
                 let losses = [loss(1.0), loss(2.0), loss(3.0)];
                 let peak = sets(|| match independent {
                     false => gb.backward(&losses, || loss(3.5)).unwrap(),
-                    true => gb.backward_independent(&losses, || loss(3.5), || loss(3.2)).unwrap(),
+                    true => gb.backward_with_train(&losses, || loss(3.5), || loss(3.2)).unwrap(),
                 });
                 assert_eq!(gb.observed(), observes);
                 let least = if observes { K as f64 + 2.0 } else { 1.0 };

@@ -172,6 +172,11 @@ impl Context {
         Ok(current)
     }
 
+    /// The driver's handle, for comparison.
+    pub(super) fn handle(&self) -> CUcontext {
+        self.context
+    }
+
     /// The context's own stream.
     pub(super) fn own(&self) -> Stream {
         // SAFETY: the stream lives as long as this context, which its users hold.

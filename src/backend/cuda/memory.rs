@@ -153,26 +153,36 @@ impl Memory for PlanMemory {
 
     fn check_tracked(&self, all: &[Tracked<'_>], stream: Option<StreamRef<'_>>) -> Result<()> {
         let Some(first) = all.first() else { return Ok(()) };
-        let expected = stream.unwrap_or(first.stream);
-        if all.iter().any(|tracked| tracked.stream != expected) {
+        let (context, expected) = (&self.buffer.queue.context, stream.unwrap_or(first.stream));
+        if all.iter().any(|memory| memory.stream != expected || !tracked::belongs(memory, context.handle())) {
             return Err(Error::ForeignStream);
         }
         // An event that is recorded in a capture cannot order the owner's work.
-        let _current = self.buffer.queue.context.enter()?;
+        let _current = context.enter()?;
         reject_capture(expected, "a plan of cudarc's memory")
     }
 
     fn submitted(&self, all: &[Tracked<'_>]) -> Result<()> {
-        all.iter().try_for_each(tracked::submitted)
+        let mut failed = None;
+        for memory in all {
+            failed = tracked::submitted(memory).err().or(failed);
+        }
+        let Some(error) = failed else { return Ok(()) };
+        // Without its event, the owner would not wait for the work.
+        let _current = self.buffer.queue.context.enter_relaxed()?;
+        if synchronize(all[0].stream).is_err() {
+            self.buffer.queue.is_idle();
+        }
+        Err(error)
     }
 
     fn update(&self, table: &Table, stream: StreamRef<'_>) -> Result<()> {
         let queue = &self.buffer.queue;
         let _current = queue.context.enter_relaxed()?;
-        queue.order(stream)?;
+        let submission = queue.order(stream)?;
         let copied = self.write_rows(table, stream);
         // Another stream's work must wait for the copies.
-        queue.record(stream);
+        queue.record(stream, submission);
         copied?;
         if table.rows.slices { synchronize(stream) } else { Ok(()) }
     }

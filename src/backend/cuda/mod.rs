@@ -167,16 +167,16 @@ impl Backend for Cuda {
     fn read(&self, stream: StreamRef<'_>) -> Result<State> {
         let _current = self.context().enter_relaxed()?;
         reject_capture(stream, "reading the state")?;
-        self.buffer.queue.order(stream)?;
+        drop(self.buffer.queue.order(stream)?);
         self.buffer.read(stream)
     }
 
     fn write(&mut self, state: &State, stream: StreamRef<'_>) -> Result<()> {
         let _current = self.context().enter_relaxed()?;
         reject_capture(stream, "loading a state")?;
-        self.buffer.queue.order(stream)?;
+        let submission = self.buffer.queue.order(stream)?;
         let copied = self.buffer.write(0, bytes_of(state), stream);
-        self.buffer.queue.record(stream);
+        self.buffer.queue.record(stream, submission);
         copied
     }
 

@@ -1,8 +1,8 @@
 //! Queue of one blender's work on a device: launches, and what waits for them.
 
 use std::ffi::c_void;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult, CUstream};
 
@@ -57,14 +57,9 @@ pub(super) struct Queue {
     done: Event,
     /// Whether there may be work that `done` does not cover: launches of graphs by the caller.
     replayed: AtomicBool,
-    /// Handle of the stream on which `done` was recorded last, or [`NO_STREAM`].
-    last: AtomicU64,
+    /// Held from the wait for `done` until it is recorded again: plans are updated beside the blender's calls.
+    submission: Mutex<()>,
 }
-
-/// No stream has this handle.
-const NO_STREAM: u64 = u64::MAX;
-/// The handle of each thread's own default stream (`CU_STREAM_PER_THREAD`): one handle for many streams.
-const PER_THREAD: u64 = 2;
 
 // SAFETY: any thread may use the driver's handles.
 unsafe impl Send for Queue {}
@@ -78,7 +73,7 @@ impl Queue {
             let _current = context.enter_relaxed()?;
             Event::new()?
         };
-        Ok(Arc::new(Queue { context, done, replayed: AtomicBool::new(false), last: AtomicU64::new(NO_STREAM) }))
+        Ok(Arc::new(Queue { context, done, replayed: AtomicBool::new(false), submission: Mutex::new(()) }))
     }
 
     /// Submits a kernel to a stream. The driver copies the parameters. The context must be current.
@@ -93,42 +88,38 @@ impl Queue {
         parameters: &mut [*mut c_void],
         stream: StreamRef<'_>,
     ) -> Result<()> {
-        self.order(stream)?;
+        let submission = self.order(stream)?;
         let (threads, blocks) = (THREADS_PER_BLOCK as u32, blocks as u32);
         let (handle, parameters) = (stream.as_raw() as CUstream, parameters.as_mut_ptr());
         let none = std::ptr::null_mut();
         // SAFETY: the caller fulfils the contract of `launch`; the kernel belongs to the current context.
         unsafe { call!(cuLaunchKernel(kernel.function, blocks, 1, 1, threads, 1, 1, 0, handle, parameters, none)) }?;
-        self.record(stream);
+        self.record(stream, submission);
         Ok(())
     }
 
-    /// Makes a stream wait for the blender's work on another. The context must be current.
-    pub(super) fn order(&self, stream: StreamRef<'_>) -> Result<()> {
-        let (last, handle) = (self.last.load(Ordering::Relaxed), stream.as_raw() as u64);
-        let ordered = last == NO_STREAM || (last == handle && handle != PER_THREAD);
+    /// Makes a stream wait for the blender's work on other streams. The context must be current.
+    pub(super) fn order(&self, stream: StreamRef<'_>) -> Result<MutexGuard<'_, ()>> {
+        let submission = self.submission.lock().unwrap_or_else(PoisonError::into_inner);
         // A captured stream cannot wait for work outside of its graph.
-        if ordered || capturing(stream)? {
-            return Ok(());
+        if !capturing(stream)? {
+            // SAFETY: the event is alive, and never recorded in a capture; `StreamRef::from_raw` requires a live stream.
+            unsafe { call!(cuStreamWaitEvent(stream.as_raw() as CUstream, self.done.0, 0)) }?;
         }
-        // SAFETY: the event is alive, and never recorded in a capture; `StreamRef::from_raw` requires a live stream.
-        unsafe { call!(cuStreamWaitEvent(stream.as_raw() as CUstream, self.done.0, 0)) }
+        Ok(submission)
     }
 
     /// Notes that work on the state was submitted to a stream.
-    pub(super) fn record(&self, stream: StreamRef<'_>) {
-        if self.record_with(&self.done, stream) {
-            self.last.store(stream.as_raw() as u64, Ordering::Relaxed);
-        }
+    pub(super) fn record(&self, stream: StreamRef<'_>, _submission: MutexGuard<'_, ()>) {
+        self.record_with(&self.done, stream);
     }
 
-    pub(super) fn record_with(&self, event: &Event, stream: StreamRef<'_>) -> bool {
+    pub(super) fn record_with(&self, event: &Event, stream: StreamRef<'_>) {
         // An event that was recorded in a capture can no longer be waited for.
         let recorded = capturing(stream).is_ok_and(|capturing| !capturing) && event.record(stream).is_ok();
         if !recorded {
             self.replayed.store(true, Ordering::Relaxed);
         }
-        recorded
     }
 
     /// Waits for all work on the state, and returns whether all of it has finished. The context must be current.

@@ -269,9 +269,7 @@ impl<'a> Trainer<'a> {
         let start = Instant::now();
         let gradients = match train_batch {
             TrainBatch::Same => gb.backward(&losses, held_out)?,
-            TrainBatch::Independent => {
-                gb.backward_independent(&losses, held_out, || fused(independent, &data.train))?
-            }
+            TrainBatch::Independent => gb.backward_with_train(&losses, held_out, || fused(independent, &data.train))?,
         };
         if gb.observed() {
             run.estimating += start.elapsed();
