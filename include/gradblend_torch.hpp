@@ -78,8 +78,9 @@ private:
 class GradBlend {
 public:
     using Closure = std::function<Tensor()>;
+    using OnObservation = std::function<void(const gradblend_report &)>;
 
-    // `parameters` are leaves of float32, float16 or bfloat16 on one device. Those that require no gradient now are left out.
+    // `parameters` are leaves of float32, float16 or bfloat16 on one device. Frozen ones are left alone as long as they are frozen.
     GradBlend(const ::torch::OrderedDict<std::string, Tensor> &parameters, const GradBlendConfig &config)
         : GradBlend(named(parameters), config) {}
     GradBlend(const std::vector<Tensor> &parameters, const GradBlendConfig &config)
@@ -88,10 +89,12 @@ public:
     // Adds the gradient of sum_k w_k L_k to .grad. Returns whether the call observed.
     //
     // `losses` are K scalars with graphs; the last is the fused loss, whose graph is freed. `held_out` computes the fused loss on
-    // a held-out batch, `independent` on a training batch drawn independently of that of `losses`; observing calls alone call
-    // them. Without `independent` t is the gradient of the fused loss in `losses`: cheaper, but the noise of that batch counts
-    // as overfitting of the fused loss, which lowers its weight.
-    bool backward(const std::vector<Tensor> &losses, const Closure &held_out, const Closure &independent = nullptr) {
+    // a held-out batch, `train` on a training batch drawn independently of that of `losses`; observing calls alone call them.
+    // Without `train` t is the gradient of the fused loss in `losses`: cheaper, but the noise of that batch counts as
+    // overfitting of the fused loss, which lowers its weight.
+    bool backward(const std::vector<Tensor> &losses, const Closure &held_out, const Closure &train = nullptr) {
+        require(!running_, "backward was called by held_out or train of another call: return the loss instead");
+        const Running running(running_);
         require(losses.size() == modalities(), "there are ", losses.size(), " losses, expected ", modalities());
         for (std::size_t k = 0; k < losses.size(); k++) {
             check_loss("losses[" + std::to_string(k) + "]", losses[k]);
@@ -101,12 +104,15 @@ public:
         const at::AutoGradMode enabled(true);
         const bool observes = this->observes();
         if (observes) {
-            observe(losses, held_out, independent, trained);
+            observe(losses, held_out, train, trained);
         } else {
             weighted(losses, trained);
         }
         calls_ += 1;
         observations_ += observes;
+        if (observes && on_observation_) {
+            on_observation_(report());
+        }
         return observes;
     }
 
@@ -118,9 +124,11 @@ public:
     // Gradients that were copied so far: those of one parameter that are not dense, or differ in their strides.
     std::uint64_t copied() const { return copied_; }
     // The operations that this object is made of.
-    Blender &blender() { return blender_; }
+    Blender &blender() { return host_ = Tensor(), blender_; }
+    // Calls `function` with a report after each observation. On CUDA the report synchronizes the stream.
+    void on_observation(OnObservation function) { on_observation_ = std::move(function); }
 
-    // w_k in force: a new float32 tensor of shape [K] on the parameters' device.
+    // w_k in force: a new float32 tensor of shape [K] on the parameters' device. Call it on the stream of the training loop.
     Tensor weights() const { return in_force().clone(); }
 
     // Moments, weights, ratios and counters. On CUDA it synchronizes the stream.
@@ -162,7 +170,7 @@ public:
         return saved;
     }
 
-    // Restores a state of save, of any device and of the Rust trainers. After an error nothing has changed.
+    // Restores a state of save, of any device. After an error nothing has changed.
     void load(const std::vector<unsigned char> &saved) {
         const std::size_t size = saved.size();
         const bool whole = size > 12 && read(&saved[size - 4], 4) == checksum(saved.data(), size - 4);
@@ -184,6 +192,19 @@ private:
             (message << ... << parts);
             throw Error(status, message.str());
         }
+    }
+
+    // Sets a flag as long as a call runs.
+    struct Running {
+        bool &flag;
+        explicit Running(bool &flag) : flag(flag) { flag = true; }
+        ~Running() { flag = false; }
+    };
+
+    // Whether a tensor is like a parameter was when it was given.
+    bool like(const Tensor &tensor, std::size_t i) const {
+        return tensor.scalar_type() == given_[i].scalar_type() && tensor.device() == device_ &&
+               tensor.sizes() == given_[i].sizes();
     }
 
     static std::string described(const Tensor &tensor) {
@@ -223,25 +244,33 @@ private:
 
     GradBlend(const Named &all, const GradBlendConfig &config)
         : every_(config.every_), scheduled_(config.scheduled_), online_(config.online_) {
-        std::set<const void *> seen; // a tied parameter counts once
+        bool any = false;
         for (const auto &[name, parameter] : all) {
             require(parameter.defined(), name, " is undefined");
-            if (parameter.requires_grad() && seen.insert(parameter.unsafeGetTensorImpl()).second) {
-                require(parameter.is_leaf(), name, " is computed from other tensors, expected a leaf");
-                require(parameter.layout() == at::kStrided, name, " is sparse, expected a dense tensor");
-                require(dtype(parameter) >= 0, name, " is ", described(parameter), ", expected float32, float16 or bfloat16");
-                names_.push_back(name);
-                parameters_.push_back(parameter);
-                given_.push_back(described(parameter));
+            if (parameter.requires_grad() && !any) {
+                device_ = parameter.device();
+                any = true;
             }
         }
-        require(!parameters_.empty(), "there is no parameter to train");
-        device_ = parameters_[0].device();
-        for (std::size_t i = 0; i < parameters_.size(); i++) {
-            require(parameters_[i].device() == device_, names_[i], " is on ", parameters_[i].device(), ", but ", names_[0],
-                    " is on ", device_, ": use one device");
+        require(any, "there is no parameter to train");
+        require(device_.is_cpu() || device_.is_cuda(), "the parameters are on ", device_, ", expected the CPU or a CUDA device");
+        std::set<const void *> seen; // a tied parameter counts once
+        for (const auto &[name, parameter] : all) {
+            if (!seen.insert(parameter.unsafeGetTensorImpl()).second) {
+                continue;
+            }
+            if (parameter.requires_grad()) {
+                check_trainable(name, parameter);
+            }
+            if (trainable(parameter)) {
+                names_.push_back(name);
+                parameters_.push_back(parameter);
+                // Its shape and dtype, without its memory.
+                given_.push_back(at::empty(parameter.sizes(), parameter.options().device(at::kMeta).requires_grad(false)));
+            } else {
+                frozen_.emplace_back(name, parameter);
+            }
         }
-        require(device_.is_cpu() || device_.is_cuda(), names_[0], " is on ", device_, ", expected the CPU or a CUDA device");
         require(every_ > 0, "every is ", every_, ", expected at least 1");
         require(!online_ || (online_->first > 0 && online_->second > 0), "a super-epoch has at least 1 epoch");
         gradblend_config blender = config.blender_;
@@ -265,6 +294,40 @@ private:
         return at::from_blob(const_cast<float *>(blender_.device_weights()), {modalities()}, options);
     }
 
+    bool trainable(const Tensor &parameter) const {
+        return parameter.is_leaf() && parameter.layout() == at::kStrided && dtype(parameter) >= 0 && parameter.device() == device_;
+    }
+
+    void check_trainable(const std::string &name, const Tensor &parameter) const {
+        require(parameter.is_leaf(), name, " is computed from other tensors, expected a leaf");
+        require(parameter.layout() == at::kStrided, name, " is sparse, expected a dense tensor");
+        require(dtype(parameter) >= 0, name, " is ", described(parameter), ", expected float32, float16 or bfloat16");
+        require(parameter.device() == device_, name, " is on ", parameter.device(), ", expected ", device_, " as the first one");
+    }
+
+    // What a gradient of parameter i is, in words.
+    std::string expected(std::size_t i) const {
+        std::ostringstream text;
+        text << given_[i].scalar_type() << ' ' << given_[i].sizes() << " on " << device_;
+        return text.str();
+    }
+
+    // Rejects a .grad that cannot be added to.
+    void check_grad(std::size_t i, const Tensor &grad) const {
+        const auto expanded = [&] {
+            for (std::int64_t d = 0; d < grad.dim(); d++) {
+                if (grad.stride(d) == 0 && grad.size(d) > 1) {
+                    return true;
+                }
+            }
+            return false;
+        };
+        require(grad.layout() == at::kStrided, names_[i], ".grad is sparse, expected a dense tensor");
+        require(like(grad, i), names_[i], ".grad is ", described(grad), ", expected ", expected(i));
+        require(!grad.is_inference() && !expanded(), names_[i],
+                ".grad cannot be added to: it is expanded, or an inference tensor");
+    }
+
     static void check_loss(const std::string &what, const Tensor &loss) {
         require(loss.defined(), what, " is undefined");
         require(loss.numel() == 1 && loss.is_floating_point(), what, " is ", described(loss), ", expected a floating-point scalar");
@@ -272,10 +335,14 @@ private:
     }
 
     std::vector<Tensor> check_parameters() const {
+        for (const auto &[name, parameter] : frozen_) {
+            if (parameter.requires_grad()) {
+                check_trainable(name, parameter);
+            }
+        }
         std::vector<Tensor> trained;
         for (std::size_t i = 0; i < parameters_.size(); i++) {
-            const std::string is = described(parameters_[i]);
-            require(is == given_[i], names_[i], " was ", given_[i], " and is ", is);
+            require(like(parameters_[i], i), names_[i], " was ", expected(i), " and is ", described(parameters_[i]));
             if (parameters_[i].requires_grad()) {
                 trained.push_back(parameters_[i]);
             }
@@ -319,10 +386,15 @@ private:
         return std::any_of(all.begin(), all.end(), [](const Tensor &gradient) { return gradient.defined(); });
     }
 
-    void observe(const std::vector<Tensor> &losses, const Closure &held_out, const Closure &independent,
+    void observe(const std::vector<Tensor> &losses, const Closure &held_out, const Closure &train,
                  const std::vector<Tensor> &trained) {
         require(static_cast<bool>(held_out), "this call observes (call ", calls_, ", every ", every_, "): held_out is missing");
         const Gradients before = grads();
+        for (std::size_t i = 0; i < before.size(); i++) {
+            if (before[i].defined()) {
+                check_grad(i, before[i]);
+            }
+        }
         Gradients after = before;
         // Whatever happens, .grad is what it was, or the sum.
         struct Restore {
@@ -336,8 +408,8 @@ private:
         for (std::size_t k = 0; k < losses.size(); k++) {
             v.push_back(pass("losses[" + std::to_string(k) + "]", losses[k], trained, k + 1 < losses.size()));
         }
-        const Gradients t = independent ? closure("independent", independent, trained) : v.back();
         const Gradients g = closure("held_out", held_out, trained);
+        const Gradients t = train ? closure("train", train, trained) : v.back();
         std::vector<Gradients> bound;
         Gradients blended = bind(v, t, g, bound);
         blender_.step(plan_, stream());
@@ -362,10 +434,10 @@ private:
         set_grads(Gradients(parameters_.size()));
         require(any_defined(all), what, " reaches no parameter");
         for (std::size_t i = 0; i < all.size(); i++) {
-            const std::string is = all[i].defined() ? described(all[i]) : given_[i];
-            require(is == given_[i] && (!all[i].defined() || all[i].layout() == at::kStrided), names_[i], ": the gradient of ",
-                    what, " is ", is, all[i].defined() && all[i].layout() != at::kStrided ? ", sparse" : "", ", expected ",
-                    given_[i]);
+            if (all[i].defined() && (all[i].layout() != at::kStrided || !like(all[i], i))) {
+                require(false, names_[i], ": the gradient of ", what, " is ", described(all[i]),
+                        all[i].layout() != at::kStrided ? ", sparse" : "", ", expected ", expected(i));
+            }
         }
         return all;
     }
@@ -472,8 +544,12 @@ private:
         return ~crc;
     }
 
-    std::vector<std::string> names_, given_;
-    std::vector<Tensor> parameters_;
+    std::vector<std::string> names_;
+    std::vector<Tensor> parameters_, given_;
+    // Those that can only stay frozen.
+    Named frozen_;
+    OnObservation on_observation_;
+    bool running_ = false;
     c10::Device device_ = c10::kCPU;
     std::int64_t every_;
     bool scheduled_;

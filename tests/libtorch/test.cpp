@@ -256,7 +256,32 @@ void memory() {
     const void *const before = a.grad().data_ptr();
     gb.backward({loss(), loss()}, loss);
     EXPECT(a.grad().data_ptr() == before && a.grad().sum().item<float>() == 128);
-    // Frozen later: left alone.
+    // One v_k is blended in place: the first that is not t as well, in the layout of the parameter.
+    const Tensor c = torch::ones({4, 3, 2, 2}).contiguous(torch::MemoryFormat::ChannelsLast).requires_grad_(true);
+    GradBlend last(std::vector<Tensor>{c}, GradBlendConfig(2));
+    const auto squares = [&] { return c.square().sum(); };
+    last.backward({squares(), squares()}, squares);
+    EXPECT(c.grad().strides() == c.strides() && last.copied() == 0 && c.grad().max().item<float>() == 2);
+    // A gradient with its elements in another order is copied.
+    const Tensor d = torch::ones({3, 2}).requires_grad_(true);
+    d.register_hook([](const Tensor &gradient) { return gradient.t().contiguous().t(); });
+    GradBlend mixed(std::vector<Tensor>{d}, GradBlendConfig(1).every(2));
+    bool transposed = false;
+    d.register_hook([&](const Tensor &gradient) { return transposed ? gradient : gradient.contiguous(); });
+    const Tensor x = torch::arange(6, torch::kFloat).reshape({3, 2});
+    mixed.backward({(d * x).sum()}, [&] { return transposed = true, (d * x * 2).sum(); });
+    EXPECT(torch::equal(d.grad(), x));
+    const gradblend_report report = mixed.report();
+    EXPECT(report.observed == 1 && report.mean[0] == 2 * x.square().sum().item<double>());
+    // Frozen at first and trained later, and the other way round.
+    const Tensor e = torch::ones({2}), f = torch::ones({2}).requires_grad_(true);
+    GradBlend unfrozen(std::vector<Tensor>{e, f, torch::ones({2}, torch::kDouble)}, GradBlendConfig(1));
+    const auto both = [&] { return (e * 3 + f).sum(); };
+    unfrozen.backward({both()}, both);
+    EXPECT(!e.grad().defined() && f.grad().defined());
+    e.requires_grad_(true);
+    unfrozen.backward({both()}, both);
+    EXPECT(e.grad().sum().item<float>() == 6);
     b.requires_grad_(false);
     b.mutable_grad() = Tensor();
     gb.backward({loss(), loss()}, loss);
@@ -302,20 +327,29 @@ void errors() {
         losses[k] = loss;
         return message([&] { gb.backward(losses, held_out); });
     };
+    const auto given = [&](const GradBlend::Closure &function) {
+        return message([&] { gb.backward(toy.losses(1), function); });
+    };
     EXPECT(message([&] { gb.backward({constant}, held_out); }) == invalid + "there are 1 losses, expected 3");
+    EXPECT(given([&] { return gb.backward(toy.losses(1), held_out), toy.fused(101); }) ==
+           invalid + "backward was called by held_out or train of another call: return the loss instead");
     EXPECT(call(1, toy.vars[0]) == invalid + "losses[1] is Float [7, 5] on cpu, expected a floating-point scalar");
     EXPECT(call(2, torch::ones({}, torch::kLong)) == invalid + "losses[2] is Long [] on cpu, expected a floating-point scalar");
     EXPECT(call(0, torch::ones({})) == invalid + "losses[0] has no graph: it is detached, or was computed without gradients");
     EXPECT(call(0, constant) == invalid + "losses[0] reaches no parameter");
-    const auto given = [&](const GradBlend::Closure &function) {
-        return message([&] { gb.backward(toy.losses(1), function); });
-    };
     EXPECT(given(nullptr) == invalid + "this call observes (call 1, every 1): held_out is missing");
     EXPECT(given([&] { return constant; }) == invalid + "held_out reaches no parameter");
     EXPECT(given([&] { return toy.vars[0]; }) ==
           invalid + "the loss that held_out returned is Float [7, 5] on cpu, expected a floating-point scalar");
     EXPECT(given([]() -> Tensor { throw std::runtime_error("no batch is left"); }) == "no batch is left");
     EXPECT(gb.save() == before && torch::equal(toy.vars[0].grad(), grad));
+    toy.vars[1].mutable_grad() = torch::ones({1, 1}).expand({5, 7});
+    EXPECT(given(held_out) == invalid + "layer1.grad cannot be added to: it is expanded, or an inference tensor");
+    toy.vars[1].mutable_grad() = Tensor();
+    std::uint64_t seen = 0;
+    gb.on_observation([&](const gradblend_report &report) { seen = report.observed; });
+    gb.backward(toy.losses(1), held_out);
+    EXPECT(seen == 2);
     const std::vector<Tensor> losses = toy.losses(1);
     toy.vars[0].set_data(torch::zeros({3}));
     EXPECT(message([&] { gb.backward(losses, held_out); }) == invalid + "layer0 was Float [7, 5] on cpu and is Float [3] on cpu");
