@@ -11,7 +11,6 @@ use xshell::{Shell, cmd};
 use crate::{cuda, emulator, tools};
 
 const C: [&str; 5] = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror"];
-const CPP: [&str; 5] = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"];
 
 /// Builds the library and runs everything that uses it from C and C++.
 pub(crate) fn run(sh: &Shell) -> Result<()> {
@@ -37,8 +36,8 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     let script = script.captures(&readme).context("README has no commands for C")?[1].to_owned();
     cmd!(sh, "bash -euxo pipefail -c {script}").env_remove("CARGO_TARGET_DIR").run()?;
 
-    for (cc, cxx) in [("gcc", "g++"), ("clang-14", "clang++-14")] {
-        examples(sh, cc, cxx, &library, "-1")?;
+    for cc in ["gcc", "clang-14"] {
+        example(sh, cc, &library, "-1")?;
     }
     let sh = cuda::shell()?;
     let library = cuda::library()?;
@@ -47,7 +46,7 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     sh.set_var("LD_LIBRARY_PATH", emulator);
     let out = target.join("ffi-cuda");
     cmd!(sh, "tests/ffi/run {library} --device 0 --out {out}").run()?;
-    examples(&sh, "gcc", "g++", library, "0")
+    example(&sh, "gcc", library, "0")
 }
 
 /// The library exports what the header declares, and nothing else.
@@ -80,8 +79,8 @@ fn documented(sh: &Shell) -> Result<()> {
     compile.run().context("the lines of C in docs/c-api.md")
 }
 
-/// Compiles and runs the examples in C and C++ on a device.
-fn examples(sh: &Shell, cc: &str, cxx: &str, library: &Path, device: &str) -> Result<()> {
+/// Compiles and runs the example in C on a device.
+fn example(sh: &Shell, cc: &str, library: &Path, device: &str) -> Result<()> {
     let out = tools::target()?.join("ffi-example");
     let search = [format!("-L{}", library.display()), format!("-Wl,-rpath,{}", library.display())];
     cmd!(sh, "{cc} {C...} -Iinclude examples/c/step.c -o {out} {search...} -lgradblend -ldl -lm").run()?;

@@ -4,6 +4,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, IndexOp, Storage, Tensor, Var};
 use gradblend::{Average, Blender, Cadence, Config, Policy, Schedule, Stream, TensorGrads, solve};
 
+use gradblend::trainer::Passes;
+
 use super::passes::Locked;
 use super::*;
 
@@ -209,6 +211,42 @@ fn gradients_are_read_where_they_are() {
     let mut gb = GradBlend::new(&toy.vars, config()).unwrap();
     gb.backward(&toy.losses(0), || toy.losses(100)[2].clone()).unwrap();
     assert_eq!(gb.copied(), 0);
+}
+
+/// The returned gradient is the memory that gradblend wrote to.
+#[test]
+fn candle_takes_over_the_memory_of_the_blend() {
+    let var = Var::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+    let parameters = [passes::Parameter { name: "x".into(), var: var.clone() }];
+    let (device, stream, mut copied) = (gradblend::Device::cpu(), cuda::stream(&Device::Cpu), 0);
+    let (stream, copied) = (&stream, &mut copied);
+    let mut call = Call { parameters: &parameters, losses: &[], held_out: None, train: None, device, stream, copied };
+    let memory = call.memory(0).unwrap();
+    let Storage::Cpu(storage) = &memory else { panic!("not on the CPU") };
+    let before = storage.as_slice::<f32>().unwrap().as_ptr();
+    let store = call.output(vec![Some(memory)]).unwrap();
+    assert_eq!(address(store.get(&var).unwrap()), before);
+}
+
+/// Losses of one call may differ in their dtypes, as those of heads with mixed precision do.
+#[test]
+fn losses_of_several_dtypes() {
+    let toy = Toy::new(DType::F32);
+    let mut gb = GradBlend::new(&toy.vars, config().every(2)).unwrap();
+    for step in 0..2 {
+        let [a, b, fused] = toy.losses(step);
+        let plain = toy.losses(step);
+        let weights = gb.weights().to_vec();
+        let losses = [a.to_dtype(DType::F64).unwrap(), b.to_dtype(DType::BF16).unwrap(), fused];
+        let blended = gb.backward(&losses, || toy.losses(100)[2].clone()).unwrap();
+        let terms = plain.iter().zip(&weights).map(|(loss, w)| (loss * f64::from(*w)).unwrap());
+        let plain = terms.reduce(|a, b| (a + b).unwrap()).unwrap().backward().unwrap();
+        for i in 0..toy.vars.len() {
+            for (got, expected) in toy.values(&blended, i).into_iter().zip(toy.values(&plain, i)) {
+                assert!((got - expected).abs() < 1e-2, "step {step}, parameter {i}: {got}, expected {expected}");
+            }
+        }
+    }
 }
 
 fn address(tensor: &Tensor) -> *const f32 {
