@@ -42,14 +42,22 @@ impl GradBlend {
     /// others; [`Error::Blend`] for an option out of range, and for a CUDA device without the feature `cuda`.
     pub fn new(vars: &[Var], config: GradBlendConfig) -> Result<Self> {
         let name = |(i, var): (usize, &Var)| (format!("parameter {i}"), var.clone());
-        Self::named(vars.iter().enumerate().map(name), config)
+        Self::of(vars.iter().enumerate().map(name), &config)
     }
 
-    /// A blender of the gradients of variables with names, as a candle_nn `VarMap` has them. Errors have the names.
+    /// A blender of the gradients of variables with names, in the order of these, as a candle_nn `VarMap` has them. Errors have
+    /// the names.
     ///
     /// # Errors
     /// Those of [`new`](Self::new).
     pub fn named(vars: impl IntoIterator<Item = (String, Var)>, config: GradBlendConfig) -> Result<Self> {
+        let mut vars: Vec<_> = vars.into_iter().collect();
+        // The order of a hash map would change the rounding of the sums from run to run.
+        vars.sort_by(|(one, _), (other, _)| one.cmp(other));
+        Self::of(vars, &config)
+    }
+
+    fn of(vars: impl IntoIterator<Item = (String, Var)>, config: &GradBlendConfig) -> Result<Self> {
         let mut seen = HashSet::new();
         let parameters = vars.into_iter().filter(|(_, var)| seen.insert(var.id()));
         let parameters: Vec<_> = parameters.map(|(name, var)| Parameter { name, var }).collect();
@@ -77,7 +85,7 @@ impl GradBlend {
                 });
             }
         };
-        let (trainer, stream) = (Trainer::new(&device, &config)?, cuda::stream(first.device()));
+        let (trainer, stream) = (Trainer::new(&device, config)?, cuda::stream(first.device()));
         Ok(GradBlend { trainer, parameters, device, stream, copied: 0 })
     }
 
