@@ -9,7 +9,9 @@
  *     optimizer.step();
  *
  * Names and defaults are those of the Python package, whose README and docs/method.md say what each option is for. Errors
- * are gradblend::Error; they name the loss or the parameter, and .grad and the state have not changed.
+ * are gradblend::Error; they name the loss or the parameter, and .grad and the state have not changed. Exceptions of held_out,
+ * train and hooks pass through. Graphs that backward passes have run through are used up, and calls that do not observe leave
+ * .grad to autograd. The namespace is called torch, so `using namespace gradblend` hides the other one.
  *
  * Licence: MIT OR Apache-2.0.
  */
@@ -363,7 +365,7 @@ private:
             }
         }
         if (!terms.empty()) {
-            ::torch::autograd::backward({at::stack(terms).sum()}, {}, false, false, trained);
+            run_backward("the weighted sum of the losses", at::stack(terms).sum(), trained, false);
             require(any_defined(grads()), "the weighted sum of the losses reaches no parameter");
         }
     }
@@ -427,9 +429,17 @@ private:
         return pass(name, loss, trained, false);
     }
 
+    static void run_backward(const std::string &what, const Tensor &root, const std::vector<Tensor> &trained, bool retain) {
+        try {
+            ::torch::autograd::backward({root}, {}, retain, false, trained);
+        } catch (const c10::Error &error) {
+            throw Error(GRADBLEND_INVALID_ARGUMENT, what + ": " + error.what_without_backtrace());
+        }
+    }
+
     // The gradient of a loss for each parameter, by way of .grad: autograd gives each a buffer in the parameter's layout.
     Gradients pass(const std::string &what, const Tensor &loss, const std::vector<Tensor> &trained, bool retain) {
-        ::torch::autograd::backward({scale_ == 1 ? loss : loss * scale_}, {}, retain, false, trained);
+        run_backward(what, scale_ == 1 ? loss : loss * scale_, trained, retain);
         Gradients all = grads();
         set_grads(Gradients(parameters_.size()));
         require(any_defined(all), what, " reaches no parameter");

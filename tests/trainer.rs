@@ -262,6 +262,11 @@ fn on_request_and_reports() {
     assert_eq!(trainer.weights(), [1.0 / 3.0; 3]);
     trainer.reweight().unwrap();
     assert_ne!(trainer.weights(), [1.0 / 3.0; 3]);
+    // A panic of the function comes after the call.
+    trainer.on_observation(|_| panic!("in the function"));
+    let call = std::panic::AssertUnwindSafe(|| trainer.backward(&mut Call::default()).map(drop));
+    assert!(std::panic::catch_unwind(call).is_err());
+    assert_eq!((trainer.observations(), trainer.report().unwrap().observed), (4, 4));
 }
 
 #[test]

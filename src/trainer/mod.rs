@@ -84,7 +84,7 @@ impl Trainer {
         self.observed
     }
 
-    /// Calls that observed, skipped observations included.
+    /// Calls of this trainer that observed, skipped observations included.
     pub fn observations(&self) -> u64 {
         self.observations
     }
@@ -200,16 +200,23 @@ impl Trainer {
     /// Runs one call: for those who write the crate of a framework.
     ///
     /// # Errors
-    /// Those of `passes`, [`Error::Unreached`], and [`Error::Blend`].
+    /// Those of `passes`, [`Error::Unreached`], and [`Error::Blend`]. A call that does not observe checks the reach of the
+    /// weighted sum alone.
     pub fn backward<P: Passes>(&mut self, passes: &mut P) -> Result<P::Output> {
         if passes.device() != self.device {
             return Err(crate::Error::ForeignPlan.into());
         }
         let observes = self.observes();
-        let output = if observes { self.observe(passes)? } else { passes.weighted(&self.terms())? };
+        let (output, report) = match observes {
+            true => self.observe(passes)?,
+            false => (passes.weighted(&self.terms())?, None),
+        };
         self.calls += 1;
         self.observations += u64::from(observes);
         self.observed = observes;
+        if let (Some(function), Some(report)) = (&mut self.on_observation, &report) {
+            function(report);
+        }
         Ok(output)
     }
 
@@ -219,7 +226,7 @@ impl Trainer {
         weighted.map(|(k, weight)| (k, weight * self.grad_scale)).collect()
     }
 
-    fn observe<P: Passes>(&mut self, passes: &mut P) -> Result<P::Output> {
+    fn observe<P: Passes>(&mut self, passes: &mut P) -> Result<(P::Output, Option<Report>)> {
         let mut v = Vec::with_capacity(self.weights.len());
         for k in 0..self.weights.len() {
             v.push(self.gradients(passes, Loss::Given(k))?.into_iter());
@@ -250,11 +257,7 @@ impl Trainer {
         // Without either, the weights are the same, and a report would synchronize a CUDA device.
         let changed = self.blender.config().cadence == Cadence::EveryObservation;
         let report = (changed || self.on_observation.is_some()).then(|| self.read_weights()).transpose()?;
-        let output = passes.output(blended)?;
-        if let (Some(function), Some(report)) = (&mut self.on_observation, &report) {
-            function(report);
-        }
-        Ok(output)
+        Ok((passes.output(blended)?, report))
     }
 
     fn dot_then_blend<P: Passes>(

@@ -337,6 +337,11 @@ void errors() {
     EXPECT(call(2, torch::ones({}, torch::kLong)) == invalid + "losses[2] is Long [] on cpu, expected a floating-point scalar");
     EXPECT(call(0, torch::ones({})) == invalid + "losses[0] has no graph: it is detached, or was computed without gradients");
     EXPECT(call(0, constant) == invalid + "losses[0] reaches no parameter");
+    const Tensor used = (toy.vars[0] * 2).square().sum();
+    used.backward();
+    toy.clear();
+    toy.vars[0].mutable_grad() = grad.clone();
+    EXPECT(call(0, used).rfind(invalid + "losses[0]: Trying to backward through the graph a second time", 0) == 0);
     EXPECT(given(nullptr) == invalid + "this call observes (call 1, every 1): held_out is missing");
     EXPECT(given([&] { return constant; }) == invalid + "held_out reaches no parameter");
     EXPECT(given([&] { return toy.vars[0]; }) ==

@@ -10,9 +10,10 @@ use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 use gradblend::Device;
-use gradblend::trainer::{IntoLoss, Loss, Trainer};
+use gradblend::trainer::IntoLoss;
 
-pub use gradblend::trainer::{Error, GradBlendConfig, Result};
+pub use gradblend::trainer::{Error, GradBlendConfig, Loss, Result, Trainer};
+pub use gradblend::{Average, Cadence, Flags, Negative, Overfitting, Report, Schedule};
 
 use passes::Call;
 use visitors::Parameter;

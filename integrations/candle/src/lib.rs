@@ -16,9 +16,10 @@ use std::ops::{Deref, DerefMut};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 use gradblend::Device;
-use gradblend::trainer::{IntoLoss, Loss, Trainer};
+use gradblend::trainer::IntoLoss;
 
-pub use gradblend::trainer::{Error, GradBlendConfig, Result};
+pub use gradblend::trainer::{Error, GradBlendConfig, Loss, Result, Trainer};
+pub use gradblend::{Average, Cadence, Flags, Negative, Overfitting, Report, Schedule};
 
 use passes::{Call, Parameter};
 

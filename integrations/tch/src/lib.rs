@@ -5,13 +5,15 @@ mod passes;
 mod tests;
 
 use std::ops::{Deref, DerefMut};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use gradblend::Device;
-use gradblend::trainer::{IntoLoss, Loss, Trainer};
+use gradblend::trainer::IntoLoss;
 use tch::Tensor;
 use tch::nn::VarStore;
 
-pub use gradblend::trainer::{Error, GradBlendConfig, Result};
+pub use gradblend::trainer::{Error, GradBlendConfig, Loss, Result, Trainer};
+pub use gradblend::{Average, Cadence, Flags, Negative, Overfitting, Report, Schedule};
 
 use passes::{Call, Parameter};
 
@@ -97,7 +99,8 @@ impl GradBlend {
     ///
     /// # Errors
     /// [`Error::Losses`], [`Error::Loss`], [`Error::Unreached`], [`Error::Gradient`], [`Error::Closure`] and
-    /// [`Error::Framework`]. They name the loss and the parameter, and `.grad` and the state have not changed.
+    /// [`Error::Framework`]. They name the loss and the parameter, and `.grad` and the state have not changed. The graphs that
+    /// backward passes have run through are used up: after an error of `held_out`, compute the losses anew.
     pub fn backward<R: IntoLoss<Tensor>>(&mut self, losses: &[Tensor], held_out: impl FnOnce() -> R) -> Result<()> {
         self.call(losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), None)
     }
@@ -138,8 +141,9 @@ impl GradBlend {
         }
         let trained = passes::trained(parameters)?;
         let mut call = Call::new(*device, parameters, trained, losses, held_out, train, copied);
-        // As `backward` of PyTorch does, also where gradients are switched off.
-        tch::with_grad(|| trainer.backward(&mut call))
+        // As `backward` of PyTorch does, also where gradients are switched off. tch does not switch them off again in a panic.
+        let ran = tch::with_grad(|| catch_unwind(AssertUnwindSafe(|| trainer.backward(&mut call))));
+        ran.unwrap_or_else(|panic| resume_unwind(panic))
     }
 }
 

@@ -343,6 +343,13 @@ fn errors_name_the_loss_and_the_parameter_and_change_nothing() {
     ] {
         assert_eq!(gb.backward(&toy.losses(1), || held_out).unwrap_err().to_string(), expected);
     }
+    let losses = toy.losses(1);
+    let panicked = tch::no_grad(|| {
+        let call = || gb.backward(&losses, || -> Tensor { panic!("in held_out") });
+        let panicked = catch_unwind(AssertUnwindSafe(call)).is_err();
+        panicked && !(&toy.vars[0] * 2.0).requires_grad()
+    });
+    assert!(panicked, "gradients are switched on after a panic");
     let used = toy.losses(1);
     used[0].backward();
     toy.clear();
