@@ -116,7 +116,7 @@ impl Trainer {
         self.read_weights().map(drop)
     }
 
-    /// Solves for the weights of the moments now; for [`Cadence::OnRequest`](crate::Cadence::OnRequest), as after a number of
+    /// Solves for the weights of the moments now; for [`Cadence::OnRequest`], as after a number of
     /// observations.
     ///
     /// # Errors
