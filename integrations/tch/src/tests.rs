@@ -232,6 +232,17 @@ fn grad_has_the_memory_of_the_blend_and_none_is_shared() {
             let _ = var.zero_();
         }
     }
+    // The same where both are made by a call that does not observe.
+    let (c, d) = (var(), var());
+    let offline = GradBlendConfig::new(1).schedule(Schedule::offline());
+    let mut gb_offline = GradBlend::new(&[c.shallow_clone(), d.shallow_clone()], offline).unwrap();
+    gb_offline.backward(&[(&c + &d).square().sum(Kind::Float)], || -> Tensor { unreachable!("offline") }).unwrap();
+    assert_ne!(c.grad().data_ptr(), d.grad().data_ptr());
+    assert_eq!([&c, &d].map(|var| var.grad().double_value(&[3, 3])), [4.0; 2]);
+    // The graph of the fused loss is freed.
+    let loss = (&a + &b).square().sum(Kind::Float);
+    gb.backward(&[loss.shallow_clone()], || (&a - &b).square().sum(Kind::Float)).unwrap();
+    assert!(loss.f_backward().is_err());
     // `.grad` has the memory of the blend, whatever its size.
     let parameters = [7, 1, 0, 5, 900].map(|size| {
         let var = Tensor::ones([size], (Kind::Float, Device::Cpu)).set_requires_grad(true);
