@@ -200,6 +200,21 @@ fn a_parameter_given_twice_counts_once() {
     assert_eq!(run(&twice), run(&toy.vars));
 }
 
+/// A `VarMap` has another order in each process.
+#[test]
+fn the_order_of_names_changes_no_bit() {
+    let toy = Toy::new(DType::F32);
+    let run = |vars: Vec<(String, Var)>| {
+        let mut gb = GradBlend::named(vars, config()).unwrap();
+        for step in 0..3 {
+            gb.backward(&toy.losses(step), || toy.losses(100)[2].clone()).unwrap();
+        }
+        gb.save().unwrap()
+    };
+    let vars: Vec<_> = toy.vars.iter().enumerate().map(|(i, var)| (format!("layer {i}"), var.clone())).collect();
+    assert_eq!(run(vars.clone()), run(vars.into_iter().rev().collect()));
+}
+
 #[test]
 fn gradients_are_read_where_they_are() {
     // A view into the middle of a larger buffer, so that a copy would have another address than the view's.
