@@ -207,7 +207,11 @@ fn the_order_of_names_changes_no_bit() {
         |i: usize| Tensor::arange(0.0_f32, 9.0, &Device::Cpu).unwrap().affine(0.7, i as f64).unwrap().sin().unwrap();
     let vars: Vec<_> = (0..40).map(|i| (format!("layer {i}"), Var::from_tensor(&value(i)).unwrap())).collect();
     let loss = |scale: f64| {
-        let terms = vars.iter().map(|(_, var)| (var.as_tensor() * scale).unwrap().tanh().unwrap().sum_all().unwrap());
+        // Of different sizes, so that sums of the products are rounded.
+        let term = |(i, (_, var)): (usize, &(String, Var))| {
+            ((var.as_tensor() * scale).unwrap().tanh().unwrap().sum_all().unwrap() * 1.5_f64.powi(i as i32)).unwrap()
+        };
+        let terms = vars.iter().enumerate().map(term);
         terms.reduce(|a, b| (a + b).unwrap()).unwrap()
     };
     let run = |vars: Vec<(String, Var)>| {
