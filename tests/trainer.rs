@@ -44,7 +44,16 @@ struct Call {
     passes: Vec<String>,
 }
 
+impl Call {
+    /// Runs the call on a trainer.
+    fn on(&mut self, trainer: &mut Trainer) -> Result<Gradients> {
+        let train = self.independent.then_some(|| ());
+        trainer.backward(self, || (), train)
+    }
+}
+
 impl Passes for Call {
+    type Loss = ();
     type Gradient = Vec<f32>;
     type Memory = Vec<f32>;
     type Output = Gradients;
@@ -57,11 +66,11 @@ impl Passes for Call {
         (LENGTHS[parameter] as u64, DType::F32)
     }
 
-    fn has_train(&self) -> bool {
-        self.independent
+    fn loss(&mut self, _: usize) -> Result<()> {
+        Ok(())
     }
 
-    fn gradients(&mut self, loss: Loss, scale: f32) -> Result<Gradients> {
+    fn gradients(&mut self, loss: Loss, (): (), scale: f32) -> Result<Gradients> {
         self.passes.push(loss.to_string());
         if self.fails == Some(loss) {
             return Err(Error::framework(loss)("no memory"));
@@ -163,7 +172,7 @@ fn observing_calls_equal_the_raw_operations_bit_for_bit() {
         blender.set_grad_scale(GradScale::value(scale)).unwrap();
         for step in 0..5 {
             let mut call = Call { step, independent, ..Call::default() };
-            let got = trainer.backward(&mut call).unwrap();
+            let got = call.on(&mut trainer).unwrap();
             let want = raw_step(&mut blender, step, independent, scale);
             let bits = |gradients: &Gradients| -> Vec<Option<Vec<u32>>> {
                 gradients.iter().map(|g| g.as_ref().map(|g| g.iter().map(|x| x.to_bits()).collect())).collect()
@@ -188,7 +197,7 @@ fn a_parameter_may_be_reached_in_some_calls_only() {
     for first in [None, Some(2)] {
         let mut trainer = trainer(config());
         for (step, dropped) in [first, Some(0), None, Some(1), Some(2), None].into_iter().enumerate() {
-            let got = trainer.backward(&mut Call { step, dropped, ..Call::default() }).unwrap();
+            let got = (Call { step, dropped, ..Call::default() }).on(&mut trainer).unwrap();
             for (i, got) in got.iter().enumerate() {
                 assert_eq!(got.is_some(), i < 3 && dropped != Some(i), "step {step}, parameter {i}");
             }
@@ -205,7 +214,7 @@ fn every_says_which_calls_observe() {
         let expected = trainer.observes();
         let weights = trainer.weights().to_vec();
         let mut call = Call { step, ..Call::default() };
-        let got = trainer.backward(&mut call).unwrap();
+        let got = call.on(&mut trainer).unwrap();
         assert_eq!(trainer.observed(), expected);
         observed.push(expected);
         if !expected {
@@ -227,7 +236,7 @@ fn offline_no_call_observes() {
     trainer.set_weights(&[0.0, 2.0, -0.5]).unwrap();
     trainer.set_grad_scale(4.0).unwrap();
     let mut call = Call::default();
-    trainer.backward(&mut call).unwrap();
+    call.on(&mut trainer).unwrap();
     assert_eq!(call.passes, ["[(1, 8.0), (2, -2.0)]"]);
     assert!(!trainer.observed() && trainer.end_epoch(9).unwrap().is_none());
 }
@@ -236,7 +245,7 @@ fn offline_no_call_observes() {
 fn a_super_epoch_ends_with_new_weights_and_no_observation() {
     let mut trainer = trainer(config().schedule(Schedule::online(2, 1).unwrap()));
     for epoch in 0..2 {
-        trainer.backward(&mut Call { step: epoch, ..Call::default() }).unwrap();
+        (Call { step: epoch, ..Call::default() }).on(&mut trainer).unwrap();
         assert_eq!(trainer.weights(), [1.0 / 3.0; 3]);
         let report = trainer.end_epoch(epoch as u64).unwrap();
         assert_eq!(report.is_some(), epoch == 1);
@@ -256,7 +265,7 @@ fn on_request_and_reports() {
     let log = seen.clone();
     trainer.on_observation(move |report| log.lock().unwrap().push(report.observed));
     for step in 0..3 {
-        trainer.backward(&mut Call { step, ..Call::default() }).unwrap();
+        Call { step, ..Call::default() }.on(&mut trainer).unwrap();
     }
     assert_eq!(*seen.lock().unwrap(), [1, 2, 3]);
     assert_eq!(trainer.weights(), [1.0 / 3.0; 3]);
@@ -264,7 +273,7 @@ fn on_request_and_reports() {
     assert_ne!(trainer.weights(), [1.0 / 3.0; 3]);
     // A panic of the function comes after the call.
     trainer.on_observation(|_| panic!("in the function"));
-    let call = std::panic::AssertUnwindSafe(|| trainer.backward(&mut Call::default()).map(drop));
+    let call = std::panic::AssertUnwindSafe(|| Call::default().on(&mut trainer).map(drop));
     assert!(std::panic::catch_unwind(call).is_err());
     assert_eq!((trainer.observations(), trainer.report().unwrap().observed), (4, 4));
 }
@@ -272,7 +281,7 @@ fn on_request_and_reports() {
 #[test]
 fn a_saved_state_continues_bit_for_bit() {
     let run = |trainer: &mut Trainer, steps: std::ops::Range<usize>| -> Vec<Gradients> {
-        steps.map(|step| trainer.backward(&mut Call { step, ..Call::default() }).unwrap()).collect()
+        steps.map(|step| Call { step, ..Call::default() }.on(trainer).unwrap()).collect()
     };
     let (mut one, mut other) = (trainer(config().every(2)), trainer(config().every(2)));
     run(&mut one, 0..3);
@@ -330,20 +339,20 @@ fn bad_input_is_named_and_changes_nothing() {
     assert_eq!(rejected(config().decay(1.0)), Blend::Decay { got: 1.0 });
 
     let mut trainer = trainer(config());
-    trainer.backward(&mut Call::default()).unwrap();
+    Call::default().on(&mut trainer).unwrap();
     let before = trainer.save().unwrap();
     let every = [Loss::Given(0), Loss::Given(1), Loss::Given(2), Loss::HeldOut, Loss::Train];
     for loss in every {
         let independent = loss == Loss::Train;
         let call = || Call { independent, step: 3, ..Call::default() };
-        let unreached = trainer.backward(&mut Call { unreached: Some(loss), ..call() }).unwrap_err();
+        let unreached = (Call { unreached: Some(loss), ..call() }).on(&mut trainer).unwrap_err();
         assert_eq!(unreached.to_string(), format!("{loss} reaches no parameter"));
-        let failed = trainer.backward(&mut Call { fails: Some(loss), ..call() }).unwrap_err();
+        let failed = (Call { fails: Some(loss), ..call() }).on(&mut trainer).unwrap_err();
         assert_eq!(failed.to_string(), format!("{loss}: no memory"));
     }
     for independent in [false, true] {
         let mut call = Call { independent, memory: Some(2), ..Call::default() };
-        let failed = trainer.backward(&mut call).unwrap_err();
+        let failed = call.on(&mut trainer).unwrap_err();
         assert_eq!(failed.to_string(), "the weighted sum of the losses: no memory");
     }
     assert_eq!(trainer.check_losses(2).unwrap_err().to_string(), "there are 2 losses, expected 3");

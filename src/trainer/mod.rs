@@ -197,18 +197,25 @@ impl Trainer {
         if got == expected { Ok(()) } else { Err(Error::Losses { expected, got }) }
     }
 
-    /// Runs one call: for those who write the crate of a framework.
+    /// Runs one call: for those who write the crate of a framework. `held_out` computes the fused loss on a held-out batch,
+    /// `train` on an independent training batch, without which t is the gradient of the last loss. Calls that observe call
+    /// them.
     ///
     /// # Errors
     /// Those of `passes`, [`Error::Unreached`], and [`Error::Blend`]. A call that does not observe checks the reach of the
     /// weighted sum alone.
-    pub fn backward<P: Passes>(&mut self, passes: &mut P) -> Result<P::Output> {
+    pub fn backward<P: Passes, R: IntoLoss<P::Loss>, T: IntoLoss<P::Loss>>(
+        &mut self,
+        passes: &mut P,
+        held_out: impl FnOnce() -> R,
+        train: Option<impl FnOnce() -> T>,
+    ) -> Result<P::Output> {
         if passes.device() != self.device {
             return Err(crate::Error::ForeignPlan.into());
         }
         let observes = self.observes();
         let (output, report) = match observes {
-            true => self.observe(passes)?,
+            true => self.observe(passes, held_out, train)?,
             false => (passes.weighted(&self.terms())?, None),
         };
         self.calls += 1;
@@ -226,15 +233,25 @@ impl Trainer {
         weighted.map(|(k, weight)| (k, weight * self.grad_scale)).collect()
     }
 
-    fn observe<P: Passes>(&mut self, passes: &mut P) -> Result<(P::Output, Option<Report>)> {
+    fn observe<P: Passes, R: IntoLoss<P::Loss>, T: IntoLoss<P::Loss>>(
+        &mut self,
+        passes: &mut P,
+        held_out: impl FnOnce() -> R,
+        train: Option<impl FnOnce() -> T>,
+    ) -> Result<(P::Output, Option<Report>)> {
         let mut v = Vec::with_capacity(self.weights.len());
         for k in 0..self.weights.len() {
-            v.push(self.gradients(passes, Loss::Given(k))?.into_iter());
+            let loss = passes.loss(k)?;
+            v.push(self.gradients(passes, Loss::Given(k), loss)?.into_iter());
         }
-        let valid = self.gradients(passes, Loss::HeldOut)?;
-        let train = match passes.has_train() {
-            true => Some(self.gradients(passes, Loss::Train)?),
-            false => None,
+        let loss = held_out().into_loss(Loss::HeldOut)?;
+        let valid = self.gradients(passes, Loss::HeldOut, loss)?;
+        let train = match train {
+            Some(train) => {
+                let loss = train().into_loss(Loss::Train)?;
+                Some(self.gradients(passes, Loss::Train, loss)?)
+            }
+            None => None,
         };
         let (two_passes, mut train) = (train.is_some(), train.map(Vec::into_iter));
         let mut rows = Vec::with_capacity(valid.len());
@@ -285,11 +302,11 @@ impl Trainer {
         Ok(blended)
     }
 
-    fn gradients<P: Passes>(&self, passes: &mut P, loss: Loss) -> Result<Gradients<P>> {
-        let gradients = passes.gradients(loss, self.grad_scale)?;
+    fn gradients<P: Passes>(&self, passes: &mut P, name: Loss, loss: P::Loss) -> Result<Gradients<P>> {
+        let gradients = passes.gradients(name, loss, self.grad_scale)?;
         match gradients.iter().any(Option::is_some) {
             true => Ok(gradients),
-            false => Err(Error::Unreached { loss }),
+            false => Err(Error::Unreached { loss: name }),
         }
     }
 

@@ -8,6 +8,8 @@ use super::error::{Loss, Result};
 
 /// The backward passes of one call of a trainer.
 pub trait Passes {
+    /// A scalar that a backward pass starts from.
+    type Loss;
     /// One gradient: a handle that is cheap to drop.
     type Gradient;
     /// Memory for one blended gradient.
@@ -21,15 +23,18 @@ pub trait Passes {
     /// Elements and dtype of a parameter.
     fn shape(&self, parameter: usize) -> (u64, DType);
 
-    /// Whether there is a function for the fused loss on an independent training batch.
-    fn has_train(&self) -> bool;
+    /// Loss `k` of the training batch.
+    ///
+    /// # Errors
+    /// Those of the framework and of the checks.
+    fn loss(&mut self, k: usize) -> Result<Self::Loss>;
 
     /// Runs the backward pass of a loss times `scale`, and returns the gradient of each parameter; `None` where the loss does
     /// not reach it. Each has its parameter's length, dtype and device, and its elements in the same order as the others.
     ///
     /// # Errors
     /// Those of the framework and of the checks.
-    fn gradients(&mut self, loss: Loss, scale: f32) -> Result<Vec<Option<Self::Gradient>>>;
+    fn gradients(&mut self, name: Loss, loss: Self::Loss, scale: f32) -> Result<Vec<Option<Self::Gradient>>>;
 
     /// Runs one backward pass on the sum of the losses `k` times their factors, and returns or stores its gradients.
     ///

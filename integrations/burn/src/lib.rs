@@ -64,7 +64,7 @@ impl GradBlend {
         losses: impl FnMut() -> L,
         held_out: impl FnOnce() -> R,
     ) -> Result<GradientsParams> {
-        self.call(module, losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), None)
+        self.call(module, losses, held_out, None::<fn() -> Tensor<1>>)
     }
 
     /// As [`backward`](Self::backward), with t from `train`, which computes the fused loss on a training batch drawn
@@ -88,17 +88,22 @@ impl GradBlend {
         R: IntoLoss<Tensor<1>>,
         T: IntoLoss<Tensor<1>>,
     {
-        let train = || train().into_loss(Loss::Train);
-        self.call(module, losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), Some(Box::new(train)))
+        self.call(module, losses, held_out, Some(train))
     }
 
-    fn call<M: Module, L: IntoIterator<Item = Tensor<1>>>(
+    fn call<M, L, R, T>(
         &mut self,
         module: &M,
         mut losses: impl FnMut() -> L,
-        held_out: passes::Closure<'_>,
-        train: Option<passes::Closure<'_>>,
-    ) -> Result<GradientsParams> {
+        held_out: impl FnOnce() -> R,
+        train: Option<impl FnOnce() -> T>,
+    ) -> Result<GradientsParams>
+    where
+        M: Module,
+        L: IntoIterator<Item = Tensor<1>>,
+        R: IntoLoss<Tensor<1>>,
+        T: IntoLoss<Tensor<1>>,
+    {
         let GradBlend { trainer, parameters } = self;
         visitors::check(module, parameters)?;
         let expected = trainer.weights().len();
@@ -112,8 +117,7 @@ impl GradBlend {
             }
             Ok(losses)
         };
-        let held_out = Some(held_out);
-        trainer.backward(&mut Call { module, parameters, losses: &mut losses, held_out, train })
+        trainer.backward(&mut Call { module, parameters, losses: &mut losses }, held_out, train)
     }
 }
 

@@ -10,16 +10,11 @@ use gradblend::{Device, Gradient, GradientMut, Stream, StreamRef, TensorGrads, b
 
 use crate::visitors::{self, Parameter, described};
 
-/// Computes a loss, once.
-pub(crate) type Closure<'a> = Box<dyn FnOnce() -> Result<Tensor<1>> + 'a>;
-
 /// One call of `backward`.
 pub(crate) struct Call<'a, M> {
     pub(crate) module: &'a M,
     pub(crate) parameters: &'a [Parameter],
     pub(crate) losses: &'a mut dyn FnMut() -> Result<Vec<Tensor<1>>>,
-    pub(crate) held_out: Option<Closure<'a>>,
-    pub(crate) train: Option<Closure<'a>>,
 }
 
 /// Rejects what a backward pass cannot start from.
@@ -89,6 +84,7 @@ fn elements_mut(data: &mut TensorData) -> std::result::Result<GradientMut<'_>, D
 }
 
 impl<M: Module> Passes for Call<'_, M> {
+    type Loss = Tensor<1>;
     type Gradient = TensorData;
     type Memory = TensorData;
     type Output = GradientsParams;
@@ -107,23 +103,13 @@ impl<M: Module> Passes for Call<'_, M> {
         (shape.iter().product::<usize>() as u64, dtype)
     }
 
-    fn has_train(&self) -> bool {
-        self.train.is_some()
+    fn loss(&mut self, k: usize) -> Result<Tensor<1>> {
+        Ok((self.losses)()?.swap_remove(k))
     }
 
-    fn gradients(&mut self, loss: Loss, scale: f32) -> Result<Vec<Option<TensorData>>> {
-        let closure = match loss {
-            Loss::HeldOut => self.held_out.take(),
-            Loss::Train => self.train.take(),
-            Loss::Given(_) | Loss::Sum => None,
-        };
-        let tensor = match (loss, closure) {
-            (Loss::Given(k), _) => (self.losses)()?.swap_remove(k),
-            (_, Some(closure)) => closure()?,
-            (_, None) => return Ok(Vec::new()),
-        };
-        check_loss(loss, &tensor)?;
-        self.pass(loss, if scale == 1.0 { tensor } else { tensor * scale })
+    fn gradients(&mut self, name: Loss, loss: Tensor<1>, scale: f32) -> Result<Vec<Option<TensorData>>> {
+        check_loss(name, &loss)?;
+        self.pass(name, if scale == 1.0 { loss } else { loss * scale })
     }
 
     fn weighted(&mut self, terms: &[(usize, f32)]) -> Result<GradientsParams> {

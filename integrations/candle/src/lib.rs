@@ -107,7 +107,7 @@ impl GradBlend {
         losses: &[Tensor],
         held_out: impl FnOnce() -> R,
     ) -> Result<GradStore> {
-        self.call(losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), None)
+        self.call(losses, held_out, None::<fn() -> Tensor>)
     }
 
     /// As [`backward`](Self::backward), with t from `train`, which computes the fused loss on a training batch drawn
@@ -121,8 +121,7 @@ impl GradBlend {
         held_out: impl FnOnce() -> R,
         train: impl FnOnce() -> T,
     ) -> Result<GradStore> {
-        let train = || train().into_loss(Loss::Train);
-        self.call(losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), Some(Box::new(train)))
+        self.call(losses, held_out, Some(train))
     }
 
     /// Gradients that were copied so far because they were not contiguous.
@@ -130,19 +129,18 @@ impl GradBlend {
         self.copied
     }
 
-    fn call<'a>(
-        &'a mut self,
-        losses: &'a [Tensor],
-        held_out: passes::Closure<'a>,
-        train: Option<passes::Closure<'a>>,
+    fn call<R: IntoLoss<Tensor>, T: IntoLoss<Tensor>>(
+        &mut self,
+        losses: &[Tensor],
+        held_out: impl FnOnce() -> R,
+        train: Option<impl FnOnce() -> T>,
     ) -> Result<GradStore> {
         let GradBlend { trainer, parameters, device, stream, copied } = self;
         trainer.check_losses(losses.len())?;
         for (k, loss) in losses.iter().enumerate() {
             passes::check_loss(Loss::Given(k), loss)?;
         }
-        let held_out = Some(held_out);
-        trainer.backward(&mut Call { parameters, losses, held_out, train, device: *device, stream, copied })
+        trainer.backward(&mut Call { parameters, losses, device: *device, stream, copied }, held_out, train)
     }
 }
 

@@ -19,15 +19,10 @@ pub(crate) struct Parameter {
     pub(crate) var: Var,
 }
 
-/// Computes a loss, once.
-pub(crate) type Closure<'a> = Box<dyn FnOnce() -> Result<Tensor> + 'a>;
-
 /// One call of `backward`.
 pub(crate) struct Call<'a> {
     pub(crate) parameters: &'a [Parameter],
     pub(crate) losses: &'a [Tensor],
-    pub(crate) held_out: Option<Closure<'a>>,
-    pub(crate) train: Option<Closure<'a>>,
     pub(crate) device: gradblend::Device,
     pub(crate) stream: &'a cuda::Stream,
     pub(crate) copied: &'a mut u64,
@@ -99,6 +94,7 @@ fn gradblend_dtype(var: &Var) -> DType {
 }
 
 impl Passes for Call<'_> {
+    type Loss = Tensor;
     type Gradient = Tensor;
     type Memory = Storage;
     type Output = GradStore;
@@ -112,24 +108,14 @@ impl Passes for Call<'_> {
         (var.elem_count() as u64, gradblend_dtype(var))
     }
 
-    fn has_train(&self) -> bool {
-        self.train.is_some()
+    fn loss(&mut self, k: usize) -> Result<Tensor> {
+        Ok(self.losses[k].clone())
     }
 
-    fn gradients(&mut self, loss: Loss, scale: f32) -> Result<Vec<Option<Tensor>>> {
-        let closure = match loss {
-            Loss::HeldOut => self.held_out.take(),
-            Loss::Train => self.train.take(),
-            Loss::Given(_) | Loss::Sum => None,
-        };
-        let tensor = match (loss, closure) {
-            (Loss::Given(k), _) => self.losses[k].clone(),
-            (_, Some(closure)) => closure()?,
-            (_, None) => return Ok(Vec::new()),
-        };
-        check_loss(loss, &tensor)?;
-        let root = if scale == 1.0 { Ok(tensor) } else { tensor * f64::from(scale) };
-        self.pass(loss, &root.map_err(Error::framework(loss))?)
+    fn gradients(&mut self, name: Loss, loss: Tensor, scale: f32) -> Result<Vec<Option<Tensor>>> {
+        check_loss(name, &loss)?;
+        let root = if scale == 1.0 { Ok(loss) } else { loss * f64::from(scale) };
+        self.pass(name, &root.map_err(Error::framework(name))?)
     }
 
     fn weighted(&mut self, terms: &[(usize, f32)]) -> Result<GradStore> {

@@ -244,7 +244,7 @@ fn candle_takes_over_the_memory_of_the_blend() {
     let parameters = [passes::Parameter { name: "x".into(), var: var.clone() }];
     let (device, stream, mut copied) = (gradblend::Device::cpu(), cuda::stream(&Device::Cpu), 0);
     let (stream, copied) = (&stream, &mut copied);
-    let mut call = Call { parameters: &parameters, losses: &[], held_out: None, train: None, device, stream, copied };
+    let mut call = Call { parameters: &parameters, losses: &[], device, stream, copied };
     let memory = call.memory(0).unwrap();
     let Storage::Cpu(storage) = &memory else { panic!("not on the CPU") };
     let before = storage.as_slice::<f32>().unwrap().as_ptr();

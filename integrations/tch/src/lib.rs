@@ -102,7 +102,7 @@ impl GradBlend {
     /// [`Error::Framework`]. They name the loss and the parameter, and `.grad` and the state have not changed. The graphs that
     /// backward passes have run through are used up: after an error of `held_out`, compute the losses anew.
     pub fn backward<R: IntoLoss<Tensor>>(&mut self, losses: &[Tensor], held_out: impl FnOnce() -> R) -> Result<()> {
-        self.call(losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), None)
+        self.call(losses, held_out, None::<fn() -> Tensor>)
     }
 
     /// As [`backward`](Self::backward), with t from `train`, which computes the fused loss on a training batch drawn
@@ -116,8 +116,7 @@ impl GradBlend {
         held_out: impl FnOnce() -> R,
         train: impl FnOnce() -> T,
     ) -> Result<()> {
-        let train = || train().into_loss(Loss::Train);
-        self.call(losses, Box::new(|| held_out().into_loss(Loss::HeldOut)), Some(Box::new(train)))
+        self.call(losses, held_out, Some(train))
     }
 
     /// Gradients that were copied so far: those of one parameter that are not dense, or differ in their strides.
@@ -125,11 +124,11 @@ impl GradBlend {
         self.copied
     }
 
-    fn call<'a>(
-        &'a mut self,
-        losses: &'a [Tensor],
-        held_out: passes::Closure<'a>,
-        train: Option<passes::Closure<'a>>,
+    fn call<R: IntoLoss<Tensor>, T: IntoLoss<Tensor>>(
+        &mut self,
+        losses: &[Tensor],
+        held_out: impl FnOnce() -> R,
+        train: Option<impl FnOnce() -> T>,
     ) -> Result<()> {
         let GradBlend { trainer, device, parameters, frozen, copied } = self;
         trainer.check_losses(losses.len())?;
@@ -140,9 +139,9 @@ impl GradBlend {
             parameter.check(parameters[0].var.device())?;
         }
         let trained = passes::trained(parameters)?;
-        let mut call = Call::new(*device, parameters, trained, losses, held_out, train, copied);
+        let mut call = Call::new(*device, parameters, trained, losses, copied);
         // As `backward` of PyTorch does, also where gradients are switched off. tch does not switch them off again in a panic.
-        let ran = tch::with_grad(|| catch_unwind(AssertUnwindSafe(|| trainer.backward(&mut call))));
+        let ran = tch::with_grad(|| catch_unwind(AssertUnwindSafe(|| trainer.backward(&mut call, held_out, train))));
         ran.unwrap_or_else(|panic| resume_unwind(panic))
     }
 }

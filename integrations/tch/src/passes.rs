@@ -136,17 +136,12 @@ fn dense(tensor: &Tensor) -> bool {
     })
 }
 
-/// Computes a loss, once.
-pub(crate) type Closure<'a> = Box<dyn FnOnce() -> Result<Tensor> + 'a>;
-
 /// One call of `backward`.
 pub(crate) struct Call<'a> {
     device: gradblend::Device,
     parameters: &'a [Parameter],
     trained: Vec<bool>,
     losses: &'a [Tensor],
-    held_out: Option<Closure<'a>>,
-    train: Option<Closure<'a>>,
     copied: &'a mut u64,
     /// Strides of each parameter's gradients: those of the first one that is dense.
     strides: Vec<Option<Vec<i64>>>,
@@ -158,12 +153,10 @@ impl<'a> Call<'a> {
         parameters: &'a [Parameter],
         trained: Vec<bool>,
         losses: &'a [Tensor],
-        held_out: Closure<'a>,
-        train: Option<Closure<'a>>,
         copied: &'a mut u64,
     ) -> Self {
         let strides = vec![None; parameters.len()];
-        Call { device, parameters, trained, losses, held_out: Some(held_out), train, copied, strides }
+        Call { device, parameters, trained, losses, copied, strides }
     }
 
     /// The gradients of one backward pass, each `None` where the loss does not reach the parameter.
@@ -291,6 +284,7 @@ fn empty(like: &Tensor, strides: &[i64]) -> std::result::Result<Tensor, TchError
 }
 
 impl Passes for Call<'_> {
+    type Loss = Tensor;
     type Gradient = Tensor;
     type Memory = Tensor;
     type Output = ();
@@ -309,26 +303,16 @@ impl Passes for Call<'_> {
         (var.numel() as u64, dtype)
     }
 
-    fn has_train(&self) -> bool {
-        self.train.is_some()
+    fn loss(&mut self, k: usize) -> Result<Tensor> {
+        Ok(self.losses[k].shallow_clone())
     }
 
-    fn gradients(&mut self, loss: Loss, scale: f32) -> Result<Vec<Option<Tensor>>> {
-        let closure = match loss {
-            Loss::HeldOut => self.held_out.take(),
-            Loss::Train => self.train.take(),
-            Loss::Given(_) | Loss::Sum => None,
-        };
-        let tensor = match (loss, closure) {
-            (Loss::Given(k), _) => self.losses[k].shallow_clone(),
-            (_, Some(closure)) => closure()?,
-            (_, None) => return Ok(Vec::new()),
-        };
-        check_loss(loss, &tensor)?;
-        let root = if scale == 1.0 { Ok(tensor) } else { tensor.f_mul_scalar(f64::from(scale)) };
+    fn gradients(&mut self, name: Loss, loss: Tensor, scale: f32) -> Result<Vec<Option<Tensor>>> {
+        check_loss(name, &loss)?;
+        let root = if scale == 1.0 { Ok(loss) } else { loss.f_mul_scalar(f64::from(scale)) };
         // The losses of a batch share their graph; the fused one comes last.
-        let keep_graph = matches!(loss, Loss::Given(k) if k + 1 < self.losses.len());
-        self.pass(loss, &root.map_err(failed(loss))?, keep_graph)
+        let keep_graph = matches!(name, Loss::Given(k) if k + 1 < self.losses.len());
+        self.pass(name, &root.map_err(failed(name))?, keep_graph)
     }
 
     fn weighted(&mut self, terms: &[(usize, f32)]) -> Result<()> {
