@@ -78,7 +78,6 @@ fn candle_on_cuda() -> Result<()> {
     sh.set_var("CUDA_COMPUTE_CAP", "80");
     // Leaves out our own kernels.
     sh.set_var("DOCS_RS", "1");
-    sh.set_var("CARGO_TARGET_DIR", tools::target()?.join("candle-cuda"));
     let crates = ["--package=gradblend-candle", "--features=cuda", "--lib"];
     Ok(cmd!(sh, "cargo clippy --locked {crates...} -- -D warnings").run()?)
 }
