@@ -12,7 +12,8 @@ use crate::tools;
 /// Runs all of them, as many at a time as there are cores: each has long commands that use one.
 pub(crate) fn run(sh: &Shell) -> Result<()> {
     tools::packages(sh, &["cmake"])?;
-    let parts: [fn() -> Result<()>; 4] = [tch, burn, libtorch, candle_on_cuda];
+    // The longest first, as halves of this list start together.
+    let parts: [fn() -> Result<()>; 4] = [tch, libtorch, burn, candle_on_cuda];
     parts.par_iter().try_for_each(|part| part())
 }
 
