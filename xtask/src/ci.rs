@@ -44,7 +44,7 @@ const SECTIONS: [Section; 20] = [
     ("laboratory", &[], laboratory),
     ("closed-pipes", CLOSED_PIPES, closed_pipes),
     ("fuzz", &[], |_| fuzz(30)),
-    ("mutants", &[], |_| mutants::run(&[])),
+    ("mutants", &[], |_| mutants::run_quarter()),
     ("gpu-bundle", &[], bundle),
 ];
 const FORMAT: &[&str] = &[
@@ -88,8 +88,9 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
         // These take minutes to compile on a fresh machine, and some of what runs meanwhile keeps one core busy. A
         // section that needs them waits, and reports an error.
         thread::spawn(|| tools::cargo_c(&tools::shell()?).and_then(|_| tools::cargo_fuzz(&tools::shell()?)));
-        // Gigabytes to download.
+        // Gigabytes to download, and hundreds of crates.
         thread::spawn(|| tools::python(&tools::shell()?));
+        thread::spawn(integrations::fetch);
     }
     for (name, commands, function) in SECTIONS {
         if names.is_empty() || names.iter().any(|wanted| wanted == name) {

@@ -17,6 +17,15 @@ pub(crate) fn run(sh: &Shell) -> Result<()> {
     parts.par_iter().try_for_each(|part| part())
 }
 
+/// Downloads what the crates depend on that are workspaces of their own.
+pub(crate) fn fetch() -> Result<()> {
+    for name in ["tch", "burn"] {
+        let sh = workspace(name)?;
+        cmd!(sh, "cargo fetch --locked --quiet").run()?;
+    }
+    Ok(())
+}
+
 /// A shell in a crate that is a workspace of its own. Its builds stay in a folder of the target folder.
 fn workspace(name: &str) -> Result<Shell> {
     let sh = tools::shell()?;

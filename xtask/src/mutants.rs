@@ -51,14 +51,33 @@ impl Mutant {
 
 /// Runs the mutants of tests/emulator/mutants.toml whose names contain one of `names`, or all.
 pub(crate) fn run(names: &[String]) -> Result<()> {
-    let text = fs::read_to_string(tools::root().join("tests/emulator/mutants.toml"))?;
-    let mut mutants = toml::from_str::<List>(&text)?.mutant;
+    let mut mutants = list()?;
     for name in names {
         ensure!(mutants.iter().any(|mutant| mutant.name.contains(name)), "no mutant has a name that contains {name:?}");
     }
     mutants.retain(|mutant| names.is_empty() || names.iter().any(|name| mutant.name.contains(name)));
+    try_all(&mutants)
+}
+
+/// Runs a quarter of the mutants, another one for each commit: all take minutes.
+pub(crate) fn run_quarter() -> Result<()> {
+    const PARTS: usize = 4;
+    let sh = tools::shell()?;
+    let commit = cmd!(sh, "git rev-parse HEAD").quiet().read()?;
+    let part = commit.bytes().map(usize::from).sum::<usize>() % PARTS;
+    let quarter = list()?.into_iter().skip(part).step_by(PARTS).collect::<Vec<_>>();
+    println!("part {} of {PARTS}: {} mutants", part + 1, quarter.len());
+    try_all(&quarter)
+}
+
+fn list() -> Result<Vec<Mutant>> {
+    let text = fs::read_to_string(tools::root().join("tests/emulator/mutants.toml"))?;
+    Ok(toml::from_str::<List>(&text)?.mutant)
+}
+
+fn try_all(mutants: &[Mutant]) -> Result<()> {
     let kernels = tools::root().join("kernels");
-    for mutant in &mutants {
+    for mutant in mutants {
         mutant.break_text(&fs::read_to_string(kernels.join(&mutant.file))?)?;
     }
     let base = emulator::build(Detect::Nothing, None)?;
