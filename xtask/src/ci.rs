@@ -67,10 +67,22 @@ const CLOSED_PIPES: &[&str] = &[
     "cargo build --locked --release --package gradblend-candle --example late_fusion",
     "cargo build --locked --release --package gradblend-lab",
 ];
-/// Test programs that run kernels, on several orders of threads.
-const SANITIZED: [&str; 7] = ["step", "blend", "observe", "cuda", "graph", "traffic", "driver"];
-/// More of them, on one order: they take longer, or add little to those above. `alloc` has an allocator of its own.
-const SANITIZED_ONCE: [&str; 6] = ["dot", "random", "plan", "checkpoint", "solve", "dlpack"];
+/// Test programs that run kernels, on one order of threads, another one for each commit. `alloc` has an allocator of its own.
+const SANITIZED: [&str; 13] = [
+    "step",
+    "blend",
+    "observe",
+    "cuda",
+    "graph",
+    "traffic",
+    "driver",
+    "dot",
+    "random",
+    "plan",
+    "checkpoint",
+    "solve",
+    "dlpack",
+];
 /// Test programs that execute all lines of the kernels, to detect data races.
 const RACED: [&str; 5] = ["step", "blend", "observe", "cuda", "solve"];
 
@@ -173,9 +185,8 @@ fn on_emulator(_: &Shell) -> Result<()> {
 
 fn sanitizers(_: &Shell) -> Result<()> {
     // Each seed is another order of threads.
-    let once = SANITIZED.iter().chain(&SANITIZED_ONCE).map(|name| (*name, "1"));
-    let programs: Vec<_> = once.chain(SANITIZED.map(|name| (name, "2"))).collect();
-    on_kernels(Detect::Sanitize, &programs)?;
+    let seed = ["1", "2"][tools::by_commit(2)?];
+    on_kernels(Detect::Sanitize, &SANITIZED.map(|name| (name, seed)))?;
     // Whether a barrier orders two accesses does not depend on the order of threads.
     on_kernels(Detect::Races, &RACED.map(|name| (name, "1")))
 }

@@ -62,9 +62,7 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
 /// Runs a quarter of the mutants, another one for each commit: all take minutes.
 pub(crate) fn run_quarter() -> Result<()> {
     const PARTS: usize = 4;
-    let sh = tools::shell()?;
-    let commit = cmd!(sh, "git rev-parse HEAD").quiet().read()?;
-    let part = commit.bytes().map(usize::from).sum::<usize>() % PARTS;
+    let part = tools::by_commit(PARTS)?;
     let quarter = list()?.into_iter().skip(part).step_by(PARTS).collect::<Vec<_>>();
     println!("part {} of {PARTS}: {} mutants", part + 1, quarter.len());
     try_all(&quarter)

@@ -25,6 +25,13 @@ pub(crate) fn shell() -> Result<Shell> {
     Ok(sh)
 }
 
+/// A number below `parts`, another one for each commit: for checks of which each run of CI makes a part.
+pub(crate) fn by_commit(parts: usize) -> Result<usize> {
+    let sh = shell()?;
+    let commit = cmd!(sh, "git rev-parse HEAD").quiet().read()?;
+    Ok(commit.bytes().map(usize::from).sum::<usize>() % parts)
+}
+
 /// Cargo's target folder.
 pub(crate) fn target() -> Result<PathBuf> {
     let folder = env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);

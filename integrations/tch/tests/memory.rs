@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 const K: usize = 3;
 /// Parameters, of `SIDE` x `SIDE` each: above the 32 MiB up to which glibc keeps memory that is freed.
-const PARAMETERS: usize = 6;
+const PARAMETERS: usize = 4;
 const SIDE: i64 = 3000;
 
 /// A line of the process's status, in bytes.
@@ -51,7 +51,7 @@ fn an_observing_call_holds_k_plus_two_sets() {
                 assert_eq!(gb.observed(), observes);
                 let least = if observes { K as f64 + 2.0 } else { 1.0 };
                 if round > 0 {
-                    assert!(peak > least - 0.3 && peak < least + 0.4, "independent {independent}: {peak} sets");
+                    assert!(peak > least - 0.3 && peak < least + 0.5, "independent {independent}: {peak} sets");
                 }
             }
         }
