@@ -32,7 +32,7 @@ pub struct Plan<'a> {
     table: Table,
     memory: InProcess<AnyMemory>,
     bound: bool,
-    /// The plan's buffers in memory that cudarc tracks; all are ordered by one stream.
+    /// The plan's buffers in memory that its owner tracks; all are ordered by one stream.
     tracked: Vec<Tracked<'a>>,
     borrow: PhantomData<&'a mut [u8]>,
 }

@@ -140,7 +140,7 @@ pub enum Error {
         /// The unknown address: of the buffer's first or last byte.
         address: u64,
     },
-    /// A blender of the CPU cannot read a gradient in memory of cudarc.
+    /// A blender of the CPU cannot read a gradient in a `CudaSlice`.
     #[error("a gradient at {address:#x} is memory of a CUDA device, which the CPU cannot read")]
     DeviceMemory {
         /// Address of the gradient.
@@ -267,7 +267,7 @@ pub enum Error {
     /// The plan is released: it has no addresses until it is updated.
     #[error("the plan is released; update it before running it")]
     ReleasedPlan,
-    /// A plan of cudarc's memory has two streams, or runs on another stream than that of its gradients, or the stream belongs to
+    /// A plan of `CudaSlice`s has two streams, or runs on another stream than that of its gradients, or the stream belongs to
     /// another `CudaContext` than the memory, or to another device than the blender.
     #[error("the gradients belong to another stream: make, update and run the plan on one stream of their context")]
     ForeignStream,

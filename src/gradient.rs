@@ -1,4 +1,4 @@
-//! One gradient as the caller holds it: a slice, or device memory that cudarc tracks.
+//! One gradient as the caller holds it: a slice, or device memory that its owner tracks.
 
 use std::any::Any;
 use std::marker::PhantomData;
@@ -43,7 +43,7 @@ pub(crate) struct Tracked<'a> {
 /// A gradient that is read, with a dtype that is known at run time: for
 /// [`TensorGrads::from_gradients`](crate::TensorGrads::from_gradients).
 ///
-/// Made from a `&[T]`; with the feature `cuda` also from device memory of cudarc, by `Gradient::cuda`.
+/// Made from a `&[T]`; with the feature `cuda` also from a `CudaSlice` or a view of one, by `Gradient::cuda`.
 #[derive(Debug)]
 pub struct Gradient<'a> {
     pub(crate) grad: Grad,
@@ -71,7 +71,7 @@ impl<'a, T: Element> From<&'a [T]> for Gradient<'a> {
 
 /// A gradient that is written, for [`TensorGrads::from_gradients`](crate::TensorGrads::from_gradients).
 ///
-/// Made from a `&mut [T]`; with the feature `cuda` also from device memory of cudarc, by `GradientMut::cuda`.
+/// Made from a `&mut [T]`; with the feature `cuda` also from a `CudaSlice` or a view of one, by `GradientMut::cuda`.
 #[derive(Debug)]
 pub struct GradientMut<'a>(pub(crate) Gradient<'a>);
 

@@ -123,7 +123,7 @@ pub struct TensorGrads<'a> {
     shape: (u64, DType),
     /// Whether a gradient is a slice. A call that uses a slice synchronizes before it returns.
     pub(crate) slices: bool,
-    /// Gradients in memory that cudarc tracks.
+    /// Gradients in memory that its owner tracks.
     pub(crate) tracked: Vec<Tracked<'a>>,
     borrow: PhantomData<&'a mut [u8]>,
 }
@@ -300,7 +300,7 @@ impl<'a> TensorGrads<'a> {
 
 /// A borrowed stream of a device, on which operations submit their work: `cudaStream_t` or `CUstream`. The CPU ignores it.
 ///
-/// With the feature `cuda`, a `&CudaStream` of cudarc converts to one: `blender.step(&plan, (&stream).into())`. A blender
+/// With the feature `cuda`, a `&CudaStream` converts to one: `blender.step(&plan, (&stream).into())`. A blender
 /// that is used with several streams makes each wait for its work on the one before; in a capture it does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamRef<'a>(u64, PhantomData<&'a ()>);
