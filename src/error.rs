@@ -348,6 +348,26 @@ pub enum Error {
         /// The scale.
         got: f32,
     },
+    /// The ranks count themselves differently, or do not number themselves from 0 on.
+    #[error("the ranks are no group: {reason}")]
+    Group {
+        /// What was found.
+        reason: String,
+    },
+    /// A rank has another K, configuration or state than rank 0.
+    #[error("rank {rank} has another {what} than rank 0")]
+    RankDiffers {
+        /// The first such rank.
+        rank: usize,
+        /// `"number of modalities"`, `"configuration"` or `"state"`.
+        what: &'static str,
+    },
+    /// The engine failed to add numbers up over the ranks.
+    #[error("the exchange between ranks failed: {reason}")]
+    Exchange {
+        /// The engine's message.
+        reason: String,
+    },
     /// A saved state was written by a blender with another configuration.
     #[error("the saved state has {what} {got}, this blender has {expected}")]
     StateMismatch {

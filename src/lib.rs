@@ -52,6 +52,11 @@
 //! Every check comes before any work: after an [`Error`] other than [`Error::Cuda`], a failure of the driver, nothing has
 //! changed. No function panics on bad input.
 //!
+//! # Ranks
+//!
+//! [`Blender::reduce`] adds the products up over ranks that hold parts of each gradient, by MPI, NCCL or any engine ([`Ranks`]).
+//! `docs/distributed.md` of the repository says what to add up in which case.
+//!
 //! # Processes
 //!
 //! A forked process cannot use the blenders and plans of its parent, whose threads and device contexts it lacks: their calls
@@ -77,6 +82,7 @@ pub mod ffi;
 mod gradient;
 mod losses;
 mod process;
+mod ranks;
 mod report;
 mod schedule;
 mod solve;
@@ -93,6 +99,7 @@ pub use error::{Error, Result, Role};
 pub use gradient::{Gradient, GradientMut};
 pub use half::{bf16, f16};
 pub use losses::{Estimate, Losses, MeanLoss, Trainee, gb_estimate, ogr};
+pub use ranks::{EngineError, Ranks, Sums};
 pub use report::Report;
 pub use schedule::Schedule;
 pub use solve::{Negative, Overfitting, Policy, Solution, solve};

@@ -9,15 +9,19 @@ pub(crate) mod cuda;
 
 use std::fmt::Debug;
 
-use crate::abi::State;
+use crate::abi::{MAX_MODALITIES, State};
 use crate::config::{Config, Pass};
 use crate::error::{Error, Result};
 use crate::gradient::Tracked;
+use crate::ranks::Sums;
 use crate::table::{Buffer, Grouping, Table};
 use crate::tensor::{Scale, StreamRef};
 
 use cpu::Cpu;
 use cuda::Cuda;
+
+/// Pending sums as a state has them.
+pub(crate) type PendingSums = [f64; 2 * MAX_MODALITIES];
 
 /// A blender's configuration, state and operations on one kind of device.
 pub(crate) trait Backend: Debug + Sized {
@@ -65,6 +69,21 @@ pub(crate) trait Backend: Debug + Sized {
 
     /// Address of the 2K pending sums.
     fn pending_sums(&self) -> *mut f64;
+
+    /// The 2K pending sums, for work on `stream`, which waits for the earlier work on them.
+    fn sums<'a>(&'a mut self, stream: StreamRef<'a>) -> Result<Sums<'a>>;
+
+    /// Makes later work on the state wait for what was submitted to `stream`.
+    fn record(&mut self, stream: StreamRef<'_>) -> Result<()>;
+
+    /// Keeps a copy of the pending sums.
+    fn keep_sums(&mut self, stream: StreamRef<'_>) -> Result<()>;
+
+    /// The sums that were kept, at the start of an array; zeros before. Synchronizes `stream`.
+    fn kept_sums(&self, stream: StreamRef<'_>) -> Result<PendingSums>;
+
+    /// Replaces the first pending sums.
+    fn put_sums(&mut self, sums: &[f64], stream: StreamRef<'_>) -> Result<()>;
 
     /// Address of the K weights in force as f32.
     fn device_weights(&self) -> *const f32;
@@ -179,6 +198,26 @@ impl Backend for AnyBackend {
 
     fn pending_sums(&self) -> *mut f64 {
         each!(self, backend => backend.pending_sums())
+    }
+
+    fn sums<'a>(&'a mut self, stream: StreamRef<'a>) -> Result<Sums<'a>> {
+        each!(self, backend => backend.sums(stream))
+    }
+
+    fn record(&mut self, stream: StreamRef<'_>) -> Result<()> {
+        each!(self, backend => backend.record(stream))
+    }
+
+    fn keep_sums(&mut self, stream: StreamRef<'_>) -> Result<()> {
+        each!(self, backend => backend.keep_sums(stream))
+    }
+
+    fn kept_sums(&self, stream: StreamRef<'_>) -> Result<PendingSums> {
+        each!(self, backend => backend.kept_sums(stream))
+    }
+
+    fn put_sums(&mut self, sums: &[f64], stream: StreamRef<'_>) -> Result<()> {
+        each!(self, backend => backend.put_sums(sums, stream))
     }
 
     fn device_weights(&self) -> *const f32 {

@@ -4,10 +4,11 @@ use crate::abi::State;
 use crate::config::{Config, Pass};
 use crate::error::{Error, Result};
 use crate::gradient::Tracked;
+use crate::ranks::Sums;
 use crate::table::{Buffer, Grouping, Table};
 use crate::tensor::{Scale, StreamRef};
 
-use super::{Backend, Memory};
+use super::{Backend, Memory, PendingSums};
 
 /// Returns [`Error::NotBuilt`].
 pub(crate) fn find(ordinal: i32) -> Result<()> {
@@ -76,6 +77,26 @@ impl Backend for Cuda {
     }
 
     fn pending_sums(&self) -> *mut f64 {
+        match *self {}
+    }
+
+    fn sums<'a>(&'a mut self, _: StreamRef<'a>) -> Result<Sums<'a>> {
+        match *self {}
+    }
+
+    fn record(&mut self, _: StreamRef<'_>) -> Result<()> {
+        match *self {}
+    }
+
+    fn keep_sums(&mut self, _: StreamRef<'_>) -> Result<()> {
+        match *self {}
+    }
+
+    fn kept_sums(&self, _: StreamRef<'_>) -> Result<PendingSums> {
+        match *self {}
+    }
+
+    fn put_sums(&mut self, _: &[f64], _: StreamRef<'_>) -> Result<()> {
         match *self {}
     }
 

@@ -92,6 +92,9 @@ fn status(error: &Error) -> Status {
         | Error::Schedule { .. }
         | Error::MisalignedScale { .. }
         | Error::Scale { .. }
+        | Error::Group { .. }
+        | Error::RankDiffers { .. }
+        | Error::Exchange { .. }
         | Error::StateMismatch { .. } => INVALID_ARGUMENT,
     }
 }

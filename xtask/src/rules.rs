@@ -38,7 +38,7 @@ const WORDS: &str = concat!(
 /// Modules of `src`, from the lowest layer to the highest. A module imports from its own layer and from lower ones.
 const LAYERS: [&[&str]; 9] = [
     &["abi", "error"],
-    &["process", "gradient", "tensor"],
+    &["process", "gradient", "tensor", "ranks"],
     &["state", "table", "solve"],
     &["config", "report", "losses", "schedule"],
     &["backend"],

@@ -16,12 +16,13 @@ use crate::abi::{MAX_MODALITIES, State};
 use crate::config::{Cadence, Config, Pass};
 use crate::error::{Error, Result};
 use crate::gradient::Tracked;
+use crate::ranks;
 use crate::solve::{Overfitting, solve_into};
 use crate::state::{self, Flags};
 use crate::table::{Buffer, Grouping, Table, reserved};
 use crate::tensor::{Scale, StreamRef};
 
-use super::{Backend, Memory};
+use super::{Backend, Memory, PendingSums};
 use pass::{Kernel, SpanPass, Sums};
 use pool::Pool;
 
@@ -39,6 +40,8 @@ pub(crate) struct Cpu {
     kernel: Kernel,
     /// Owned, and never moved: callers hold the addresses of the pending sums and of the f32 weights.
     state: NonNull<State>,
+    /// The pending sums of this rank before those of all were added.
+    kept: PendingSums,
 }
 
 // SAFETY: the state belongs to this value alone; callers that hold addresses into it order their accesses themselves.
@@ -63,7 +66,7 @@ impl Cpu {
             bytemuck::try_zeroed_box::<State>().map_err(|()| Error::OutOfMemory { what: "the blender", bytes })?;
         *memory = *state;
         let state = NonNull::from(Box::leak(memory));
-        Ok(Cpu { config, scale: Scale::default(), pool, kernel: pass::best(), state })
+        Ok(Cpu { config, scale: Scale::default(), pool, kernel: pass::best(), state, kept: [0.0; _] })
     }
 
     fn state(&self) -> &State {
@@ -225,6 +228,29 @@ impl Backend for Cpu {
     fn pending_sums(&self) -> *mut f64 {
         // SAFETY: `pending` is a field of the state, which is alive.
         unsafe { (&raw mut (*self.state.as_ptr()).pending).cast() }
+    }
+
+    fn sums<'a>(&'a mut self, _: StreamRef<'a>) -> Result<ranks::Sums<'a>> {
+        let count = 2 * self.config.k();
+        Ok(ranks::Sums::Host(&mut self.state_mut().pending[..count]))
+    }
+
+    fn record(&mut self, _: StreamRef<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn keep_sums(&mut self, _: StreamRef<'_>) -> Result<()> {
+        self.kept = self.state().pending;
+        Ok(())
+    }
+
+    fn kept_sums(&self, _: StreamRef<'_>) -> Result<PendingSums> {
+        Ok(self.kept)
+    }
+
+    fn put_sums(&mut self, sums: &[f64], _: StreamRef<'_>) -> Result<()> {
+        self.state_mut().pending[..sums.len()].copy_from_slice(sums);
+        Ok(())
     }
 
     fn device_weights(&self) -> *const f32 {

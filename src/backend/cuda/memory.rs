@@ -57,14 +57,22 @@ impl Allocation {
         copied
     }
 
-    /// Copies a record from the start of the buffer, and synchronizes the stream. The context must be current.
-    pub(super) fn read<T: AnyBitPattern + NoUninit>(&self, stream: StreamRef<'_>) -> Result<T> {
+    /// Copies bytes within the buffer, in the order of the stream. The parts do not overlap. The context must be current.
+    pub(super) fn copy(&self, to: u64, from: u64, bytes: usize, stream: StreamRef<'_>) -> Result<()> {
+        debug_assert!(to.max(from) + bytes as u64 <= self.bytes);
+        let (to, from, handle) = (self.address + to, self.address + from, stream.as_raw() as CUstream);
+        // SAFETY: both parts are in the buffer; `Stream::from_raw` requires a live stream.
+        unsafe { call!(cuMemcpyDtoDAsync_v2(to, from, bytes, handle)) }
+    }
+
+    /// Copies a record from the buffer, and synchronizes the stream. The context must be current.
+    pub(super) fn read<T: AnyBitPattern + NoUninit>(&self, offset: u64, stream: StreamRef<'_>) -> Result<T> {
         let mut to = T::zeroed();
-        debug_assert!(size_of::<T>() as u64 <= self.bytes);
+        debug_assert!(offset + size_of::<T>() as u64 <= self.bytes);
         let start = bytemuck::bytes_of_mut(&mut to).as_mut_ptr().cast::<c_void>();
         let handle = stream.as_raw() as CUstream;
         // SAFETY: both sides have as many bytes, and `to` outlives the copy: the stream is synchronized below.
-        let copied = unsafe { call!(cuMemcpyDtoHAsync_v2(start, self.address, size_of::<T>(), handle)) };
+        let copied = unsafe { call!(cuMemcpyDtoHAsync_v2(start, self.address + offset, size_of::<T>(), handle)) };
         // After a failed copy too: nothing may write to `to` once it is gone.
         let waited = synchronize(stream);
         copied.and(waited).map(|()| to)

@@ -10,15 +10,16 @@ mod tracked;
 
 use std::ffi::c_void;
 
-use bytemuck::{Zeroable, bytes_of};
+use bytemuck::{Zeroable, bytes_of, cast_slice};
 
 use crate::abi::{ALIGNMENT, BlenderArgs, MAX_MODALITIES, ObservationArgs, Progress, State, Weights};
 use crate::config::{Config, Pass};
 use crate::error::{Error, Result};
+use crate::ranks::Sums;
 use crate::table::{Grouping, Table};
 use crate::tensor::{Scale, StreamRef};
 
-use super::Backend;
+use super::{Backend, PendingSums};
 use context::{Context, Kernel, reject_capture, synchronize};
 use memory::{Allocation, PlanMemory};
 use queue::{Queue, parameter};
@@ -34,22 +35,26 @@ pub(crate) struct Cuda {
     config: Config,
     args: BlenderArgs,
     scale: ObservationArgs,
-    /// [`State`], [`Progress`], then zeros.
+    /// [`State`], [`Progress`], zeros, then the pending sums that were kept.
     buffer: Allocation,
 }
 
 const PROGRESS_OFFSET: u64 = size_of::<State>() as u64;
 const ZEROS_OFFSET: u64 = (PROGRESS_OFFSET + size_of::<Progress>() as u64).next_multiple_of(ALIGNMENT);
+const KEPT_OFFSET: u64 = ZEROS_OFFSET + ALIGNMENT;
+const SUMS_OFFSET: u64 = std::mem::offset_of!(State, pending) as u64;
 
 impl Cuda {
     pub(crate) fn new(ordinal: i32, config: Config, state: &State) -> Result<Self> {
         let queue = Queue::new(ordinal)?;
         let _current = queue.context.enter_relaxed()?;
-        let buffer = queue.allocate(ZEROS_OFFSET + ALIGNMENT, "the blender")?;
+        let kept = PendingSums::zeroed();
+        let buffer = queue.allocate(KEPT_OFFSET + size_of_val(&kept) as u64, "the blender")?;
         let own = queue.context.own();
         buffer.write(0, bytes_of(state), own)?;
         buffer.write(PROGRESS_OFFSET, bytes_of(&Progress::zeroed()), own)?;
         buffer.write(ZEROS_OFFSET, &[0; ALIGNMENT as usize], own)?;
+        buffer.write(KEPT_OFFSET, bytes_of(&kept), own)?;
         synchronize(own)?;
         let (average, decay) = config.average.coded();
         let args = BlenderArgs {
@@ -71,6 +76,16 @@ impl Cuda {
 
     fn context(&self) -> &Context {
         &self.buffer.queue.context
+    }
+
+    /// Replaces bytes of the buffer.
+    fn put(&self, offset: u64, bytes: &[u8], what: &'static str, stream: StreamRef<'_>) -> Result<()> {
+        let _current = self.context().enter_relaxed()?;
+        reject_capture(stream, what)?;
+        let submission = self.buffer.queue.order(stream)?;
+        let copied = self.buffer.write(offset, bytes, stream);
+        self.buffer.queue.record(stream, submission);
+        copied
     }
 
     /// Launches a kernel on the blender's state, with the parameters that follow [`BlenderArgs`].
@@ -168,21 +183,46 @@ impl Backend for Cuda {
         let _current = self.context().enter_relaxed()?;
         reject_capture(stream, "reading the state")?;
         drop(self.buffer.queue.order(stream)?);
-        self.buffer.read(stream)
+        self.buffer.read(0, stream)
     }
 
     fn write(&mut self, state: &State, stream: StreamRef<'_>) -> Result<()> {
-        let _current = self.context().enter_relaxed()?;
-        reject_capture(stream, "loading a state")?;
-        let submission = self.buffer.queue.order(stream)?;
-        let copied = self.buffer.write(0, bytes_of(state), stream);
-        self.buffer.queue.record(stream, submission);
-        copied
+        self.put(0, bytes_of(state), "loading a state", stream)
     }
 
     fn pending_sums(&self) -> *mut f64 {
-        let offset = std::mem::offset_of!(State, pending);
-        std::ptr::without_provenance_mut(self.buffer.address as usize + offset)
+        std::ptr::without_provenance_mut((self.buffer.address + SUMS_OFFSET) as usize)
+    }
+
+    fn sums<'a>(&'a mut self, stream: StreamRef<'a>) -> Result<Sums<'a>> {
+        let _current = self.context().enter()?;
+        drop(self.buffer.queue.order(stream)?);
+        Ok(Sums::Device { address: self.pending_sums(), count: 2 * self.config.k(), stream })
+    }
+
+    fn record(&mut self, stream: StreamRef<'_>) -> Result<()> {
+        let _current = self.context().enter()?;
+        self.buffer.queue.record(stream, self.buffer.queue.order(stream)?);
+        Ok(())
+    }
+
+    fn keep_sums(&mut self, stream: StreamRef<'_>) -> Result<()> {
+        let _current = self.context().enter()?;
+        let submission = self.buffer.queue.order(stream)?;
+        self.buffer.copy(KEPT_OFFSET, SUMS_OFFSET, size_of::<PendingSums>(), stream)?;
+        self.buffer.queue.record(stream, submission);
+        Ok(())
+    }
+
+    fn kept_sums(&self, stream: StreamRef<'_>) -> Result<PendingSums> {
+        let _current = self.context().enter_relaxed()?;
+        reject_capture(stream, "reading the sums")?;
+        drop(self.buffer.queue.order(stream)?);
+        self.buffer.read(KEPT_OFFSET, stream)
+    }
+
+    fn put_sums(&mut self, sums: &[f64], stream: StreamRef<'_>) -> Result<()> {
+        self.put(SUMS_OFFSET, cast_slice(sums), "replacing the sums", stream)
     }
 
     fn device_weights(&self) -> *const f32 {

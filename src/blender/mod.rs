@@ -1,80 +1,27 @@
 //! The blender and its plans: checks, then dispatch to a backend.
 
+mod plan;
+mod ranks;
+
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::Zeroable;
 
 use crate::abi::{MAX_MODALITIES, State};
-use crate::backend::{AnyBackend, AnyMemory, Backend, Memory};
+use crate::backend::{AnyBackend, Backend, Memory};
 use crate::checkpoint;
 use crate::config::{Config, Pass};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::gradient::Tracked;
 use crate::process::InProcess;
 use crate::report::Report;
 use crate::state;
 use crate::table::Table;
 use crate::tensor::{GradScale, Scale, StreamRef, TensorGrads};
 
-/// A checked list of parameter tensors with the memory that operations on it need. Running it allocates nothing.
-///
-/// A plan belongs to the blender that made it. Either may be dropped first; on a CUDA device, each drop waits for the
-/// blender's work. To wait for the work of a captured graph, it waits for the whole device, which invalidates captures in
-/// progress there. A graph must not be launched after its blender or its plan is dropped.
-///
-/// A plan of slices borrows them: [`release`](Self::release) ends the borrow and keeps the table, and
-/// [`update`](Self::update) binds slices of the same lengths and dtypes again.
-#[derive(Debug)]
-pub struct Plan<'a> {
-    blender: u64,
-    table: Table,
-    memory: InProcess<AnyMemory>,
-    bound: bool,
-    /// The plan's buffers in memory that its owner tracks; all are ordered by one stream.
-    tracked: Vec<Tracked<'a>>,
-    borrow: PhantomData<&'a mut [u8]>,
-}
-
-impl<'a> Plan<'a> {
-    /// Binds other addresses for the same lengths and dtypes; other gradients may be absent than before. Allocates
-    /// nothing.
-    ///
-    /// The update is ordered after the work submitted to `stream` before; the CPU ignores `stream`. A graph captured
-    /// before uses the new addresses.
-    ///
-    /// # Errors
-    /// Those of [`Blender::plan`]; [`Error::PlanTensors`], [`Error::Length`] or [`Error::MixedDTypes`] for tensors other
-    /// than those the plan was made for; [`Error::Capturing`]. The plan then stays as it was. After [`Error::Cuda`] from a
-    /// copy the plan is released, and a graph that contains it must not be launched.
-    pub fn update(&mut self, tensors: impl IntoIterator<Item = TensorGrads<'a>>, stream: StreamRef<'_>) -> Result<()> {
-        let memory = self.memory.get()?;
-        let mut tracked = Vec::new();
-        self.table.stage(with_tracked(tensors, &mut tracked))?;
-        memory.check_tracked(&tracked, Some(stream))?;
-        memory.check_update(self.table.staged(), stream)?;
-        self.table.commit();
-        self.tracked = tracked;
-        let copied = memory.update(&self.table, stream);
-        // After a failed copy the device's table is unknown.
-        self.bound = copied.is_ok();
-        copied
-    }
-
-    /// Number of tensors, and K.
-    #[cfg(feature = "capi")]
-    pub(crate) fn shape(&self) -> (usize, usize) {
-        (self.table.rows.tensors.len(), self.table.modalities)
-    }
-
-    /// Ends the borrow of the gradients. The plan cannot run until it is updated.
-    pub fn release(mut self) -> Plan<'static> {
-        self.table.unbind();
-        let Plan { blender, table, memory, .. } = self;
-        Plan { blender, table, memory, bound: false, tracked: Vec::new(), borrow: PhantomData }
-    }
-}
+pub use plan::Plan;
+use plan::with_tracked;
 
 /// Estimates the weights of K losses from their gradients, and blends the gradients with these weights.
 ///
@@ -103,6 +50,8 @@ impl<'a> Plan<'a> {
 pub struct Blender {
     id: u64,
     backend: InProcess<AnyBackend>,
+    /// Whether the ranks were found to agree, which the first exchange checks.
+    agreed: bool,
 }
 
 impl Blender {
@@ -119,7 +68,7 @@ impl Blender {
         let mut state = State::zeroed();
         state::set_weights(&mut state, &[1.0 / k as f64; MAX_MODALITIES][..k]);
         let backend = InProcess::new("blender was made", AnyBackend::new(device.ordinal(), config, &state)?)?;
-        Ok(Blender { id: NEXT.fetch_add(1, Ordering::Relaxed), backend })
+        Ok(Blender { id: NEXT.fetch_add(1, Ordering::Relaxed), backend, agreed: false })
     }
 
     /// The configuration that the blender was made with.
@@ -326,15 +275,4 @@ impl Blender {
         let state = checkpoint::read(saved, self.config())?;
         self.backend.get_mut()?.write(&state, stream)
     }
-}
-
-/// Passes tensors on, and keeps what tracks their memory.
-fn with_tracked<'a>(
-    tensors: impl IntoIterator<Item = TensorGrads<'a>>,
-    tracked: &mut Vec<Tracked<'a>>,
-) -> impl Iterator<Item = TensorGrads<'a>> {
-    tensors.into_iter().map(|mut tensor| {
-        tracked.append(&mut tensor.tracked);
-        tensor
-    })
 }
