@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._library import Error, Flags, Status, version
+from ._library import Error, ExchangeError, Flags, Status, version
 from .blender import Blender, DeviceArray, Pass, Plan, Report, TensorGrads
 from .losses import Estimate, Losses, MeanLoss, Solution, Trainee, gb_estimate, ogr, solve
 from .schedule import Schedule
@@ -23,6 +23,7 @@ __all__ = [
     "DeviceArray",
     "Error",
     "Estimate",
+    "ExchangeError",
     "Flags",
     "GradBlend",
     "Losses",

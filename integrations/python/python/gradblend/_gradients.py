@@ -11,7 +11,20 @@ from torch import Tensor
 from ._library import Error, ffi
 from .blender import Blender, Plan
 
-__all__ = ["Gradients", "Table", "backward_pass", "check_gradient", "check_graph", "check_loss", "parameters", "short"]
+__all__ = [
+    "Gradients",
+    "Table",
+    "backward_pass",
+    "check_gradient",
+    "check_graph",
+    "check_loss",
+    "is_sharded",
+    "like",
+    "local",
+    "owns_memory",
+    "parameters",
+    "short",
+]
 
 #: Codes of `gradblend_tensor.dtype`.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -23,15 +36,16 @@ Gradients = list[Optional[Tensor]]
 class Table:
     """The plan over all parameters. Their gradients have other addresses at each observing call."""
 
-    def __init__(self, names: list[str], params: list[Tensor], blender: Blender) -> None:
-        self._names = names
+    def __init__(self, names: list[str], params: list[Tensor], blender: Blender, counted: list[bool] | None) -> None:
+        """`counted` says which products this rank counts; None: all."""
+        self._names, self._counted = names, counted
         self._modalities = k = blender.modalities
         self._records = ffi.new("struct gradblend_tensor[]", len(params))
         self._addresses = ffi.new("uintptr_t[]", len(params) * k)
         rows = ffi.cast("void **", self._addresses)
         for i, param in enumerate(params):
             record = self._records[i]
-            record.len, record.dtype, record.modalities = param.numel(), DTYPES[param.dtype], rows + i * k
+            record.len, record.dtype, record.modalities = local(param).numel(), DTYPES[param.dtype], rows + i * k
         self.plan = Plan(blender, self._records, None)
         self.copied = 0
 
@@ -45,8 +59,8 @@ class Table:
         bound: list[Gradients] = []
         for i, (t_i, g_i, *v) in enumerate(zip(t, g, *grads)):
             reached = any(grad is not None for grad in v)
-            if not reached:
-                # The held-out loss alone does not make a product.
+            if not reached or (self._counted is not None and not self._counted[i]):
+                # The held-out loss alone does not make a product, and another rank makes one of what it holds as well.
                 t_i = g_i = None
             elif t_i is None and g_i is not None:
                 t_i = torch.zeros_like(g_i)
@@ -86,7 +100,7 @@ class Table:
         return [None if grad is None else copies[id(grad)] for grad in grads]
 
 
-def parameters(params: Iterable[Any]) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+def parameters(params: Iterable[Any], sharded: bool) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
     """Names and tensors of what an optimiser takes, without duplicates; and those that must stay frozen."""
     if isinstance(params, torch.nn.Module):
         raise Error("params is a module, expected module.named_parameters()")
@@ -121,8 +135,10 @@ def parameters(params: Iterable[Any]) -> tuple[list[tuple[str, Tensor]], list[tu
             raise Error(f"{name} is on {param.device}, expected the CPU or a CUDA device")
         if param.device != trained[0][1].device:
             raise Error(f"{name} is on {param.device}, but {trained[0][0]} is on {trained[0][1].device}: use one device")
-        if type(param) not in (Tensor, torch.nn.Parameter) and param.numel() > 0 and param.data_ptr() == 0:
-            raise Error(f"{name} is a {type(param).__name__} without an address: sharded parameters are not supported")
+        if is_sharded(param) and not sharded:
+            raise Error(f"{name} is a {type(param).__name__}: sharded parameters need process_group")
+        if not is_sharded(param) and param.numel() > 0 and param.data_ptr() == 0:
+            raise Error(f"{name} is a {type(param).__name__} without an address, expected a plain tensor")
     device = trained[0][1].device
     kept: list[tuple[str, Tensor]] = []
     others: list[tuple[str, Tensor]] = []
@@ -131,14 +147,51 @@ def parameters(params: Iterable[Any]) -> tuple[list[tuple[str, Tensor]], list[tu
     return kept, others
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor: each rank of a mesh holds a part of it, or a copy."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor on this rank."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        return part
+
+
+def like(param: Tensor, part: Tensor) -> Tensor:
+    """The gradient of a parameter from its part on this rank."""
+    if not is_sharded(param):
+        return part
+    placed: Any = param
+    shape = {"shape": param.shape, "stride": param.stride()}
+    whole: Tensor = type(placed).from_local(part, placed.device_mesh, placed.placements, run_check=False, **shape)
+    return whole
+
+
 def backward_pass(root: Tensor, what: str, trained: list[Tensor], retain: bool) -> None:
     """A backward pass that names the loss if its graph is gone."""
     try:
-        torch.autograd.backward(root, retain_graph=retain, inputs=trained)
+        if any(map(is_sharded, trained)):
+            _whole_backward_pass(root, trained, retain)
+        else:
+            torch.autograd.backward(root, retain_graph=retain, inputs=trained)
     except RuntimeError as error:
         if "second time" in str(error):
             raise Error(f"{what}: another backward pass has run through this graph and freed it") from error
         raise
+
+
+def _whole_backward_pass(root: Tensor, trained: list[Tensor], retain: bool) -> None:
+    """A backward pass through modules of `fully_shard`, whose graphs have other leaves than the parameters."""
+    own = {id(param) for param in trained}
+    leaves = [node.variable for node in _nodes(root, set()) if hasattr(node, "variable")]
+    others = [(leaf, leaf.grad) for leaf in leaves if id(leaf) not in own]
+    torch.autograd.backward(root, retain_graph=retain)
+    for leaf, grad in others:
+        leaf.grad = grad
 
 
 def check_loss(what: str, loss: Any) -> Tensor:
@@ -154,17 +207,23 @@ def check_loss(what: str, loss: Any) -> Tensor:
     return loss
 
 
-def check_graph(root: Tensor, what: str, seen: set[Any]) -> None:
-    """Rejects reentrant checkpoints, which cannot run in a backward pass for given parameters: they get no gradient, or torch's
-    error does not say which loss it is."""
+def _nodes(root: Tensor, seen: set[Any]) -> Iterable[Any]:
+    """The nodes of a graph that are not in `seen`, which gets them."""
     nodes = [root.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            if node.name() == "CheckpointFunctionBackward":
-                raise Error(f"{what} uses torch.utils.checkpoint with use_reentrant=True, expected use_reentrant=False")
+            yield node
             nodes += [following for following, _ in node.next_functions]
+
+
+def check_graph(root: Tensor, what: str, seen: set[Any]) -> None:
+    """Rejects reentrant checkpoints, which cannot run in a backward pass for given parameters: they get no gradient, or torch's
+    error does not say which loss it is."""
+    for node in _nodes(root, seen):
+        if node.name() == "CheckpointFunctionBackward":
+            raise Error(f"{what} uses torch.utils.checkpoint with use_reentrant=True, expected use_reentrant=False")
 
 
 def check_gradient(what: str, grad: Tensor, param: Tensor) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Error",
+    "ExchangeError",
     "Flags",
     "Options",
     "Policy",
@@ -67,6 +68,10 @@ class Error(RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.status)
+
+
+class ExchangeError(Error):
+    """Ranks could not exchange numbers: one is gone, or did not come within the time-out of the process group."""
 
 
 class Policy(TypedDict, total=False):

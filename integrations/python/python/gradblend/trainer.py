@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
 
-from ._gradients import Gradients, Table, backward_pass, check_gradient, check_graph, check_loss, parameters, short
-from ._library import Error, Options, lib, number
-from .blender import Blender, Report
+from ._gradients import (
+    Gradients,
+    Table,
+    backward_pass,
+    check_gradient,
+    check_graph,
+    check_loss,
+    is_sharded,
+    like,
+    local,
+    parameters,
+    short,
+)
+from ._library import Error, Options, config, ffi, lib, number
+from ._ranks import Masks, Ranks, Wrapped, counted_here, fingerprint, finite, wrappers
+from .blender import Blender, Pass, Report
 from .schedule import Schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["GradBlend"]
+
+#: A fused loss, or one and the number of samples that it is the mean of.
+HeldOut = Union[Tensor, tuple[Tensor, int]]
 
 
 class GradBlend:
@@ -44,6 +62,12 @@ class GradBlend:
         scaler: The `torch.amp.GradScaler` of the loop. Losses are scaled by it, and its scale is divided out of the
             moments. Go on with `scaler.step(optimizer)` and `scaler.update()`.
         on_observation: Called with a `Report` after each observation. On CUDA the report synchronizes the stream.
+        process_group: The ranks that train this model, a group of `torch.distributed`; all make the same calls, and have
+            the same weights, bit for bit. Parameters are those of a module in DistributedDataParallel, or of one that
+            each rank has a copy of, or all DTensors (`fully_shard`). `.grad` gets the mean over the ranks.
+        exact: Observe the gradients' means over the ranks (of copies: K + 1 times the traffic of a call that does not
+            observe). False: observe the products of each rank's own gradients, one observation a rank, noisier; only
+            the blend is averaged. Sharded gradients are means already.
         options: Of `Blender`: `decay`, `min_weight`, `overfitting`, `negative`, `average`, `damping`, `cadence`,
             `threads`. The weights start at 1/K; `min_weight` bounds those that are found. `cadence` is
             "every_observation" unless there is a schedule.
@@ -61,9 +85,11 @@ class GradBlend:
         schedule: Schedule | None = None,
         scaler: Any = None,
         on_observation: Callable[[Report], object] | None = None,
+        process_group: Any = None,
+        exact: bool = True,
         **options: Unpack[Options],
     ) -> None:
-        named, self._untrainable = parameters(params)
+        named, self._untrainable = parameters(params, process_group is not None)
         self._names, self._params = [name for name, _ in named], [param for _, param in named]
         if "device" in options:
             raise TypeError("unexpected option 'device': it is that of the parameters")
@@ -87,7 +113,21 @@ class GradBlend:
         self._weights: Tensor = self.blender.weights.torch()
         self._host = _HostCopy(self._weights)
         self._scale: Tensor | None = None
-        self._table = Table(self._names, self._params, self.blender)
+        record = config(num_losses, **options)
+        record.threads = 0  # may differ between ranks
+        self._options = bytes(ffi.buffer(record)) + repr((self._every, schedule)).encode()
+        self._exact = exact
+        self._ranks: Ranks | None = None
+        self._wrapped: Wrapped | None = None
+        #: For copies on several ranks: the parameters that each loss reaches on any rank, if that is known, and those with
+        #: gradients of this rank in `.grad`.
+        self._reached: Masks | None = None
+        self._unaveraged = [False] * len(self._params)
+        self._accumulates = False
+        #: The losses of an observing call.
+        self._values: Gradients = []
+        counted = self._join(named, process_group)
+        self._table = Table(self._names, self._params, self.blender, counted)
         _keep_graphs_of_compiled_modules()
 
     @property
@@ -99,6 +139,17 @@ class GradBlend:
     def observations(self) -> int:
         """Calls of this object that observed, skipped observations included."""
         return self._observations
+
+    @property
+    def nonfinite_ranks(self) -> tuple[int, ...]:
+        """Ranks whose gradients, or products of sharded ones, were not finite in the latest observing call."""
+        return () if self._ranks is None else self._ranks.nonfinite_ranks()
+
+    @property
+    def exchanged(self) -> int:
+        """Bytes that this rank gave to collective operations of this object so far. DistributedDataParallel and
+        `fully_shard` exchange more."""
+        return 0 if self._ranks is None else self._ranks.bytes
 
     @property
     def copied(self) -> int:
@@ -113,6 +164,7 @@ class GradBlend:
         """Puts K weights in force as given, until the next reweight: with `Schedule.offline()`, for good."""
         self.blender.set_weights(weights)
         self._host.refresh()
+        self._reached = None
 
     def reweight(self) -> None:
         """Solves for the weights of the moments now; for `cadence="on_request"`, as after a number of observations."""
@@ -142,25 +194,33 @@ class GradBlend:
 
     def state_dict(self) -> dict[str, Any]:
         """The moments, the weights and the position among calls, for `load_state_dict`: continues bit for bit."""
-        return {"calls": self._calls, "blender": torch.frombuffer(bytearray(self.blender.save()), dtype=torch.uint8)}
+        blender = torch.frombuffer(bytearray(self.blender.save()), dtype=torch.uint8)
+        return {"calls": self._calls, "each_rank": self._observes_each_rank(), "blender": blender}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a state of `state_dict`, of any device.
+        """Restores a state of `state_dict`, of any device and any number of ranks.
 
-        `Error` for another K, average or decay, or a state that is damaged; nothing has changed then.
+        `Error` for another K, average or decay, a state that is damaged, or one of `exact=False` where this is another, or
+        the reverse: the variance of an observation differs. Nothing has changed then.
         """
         if not isinstance(state, dict) or not _is_bytes(state.get("blender")) or "calls" not in state:
             raise Error("state: expected what GradBlend.state_dict() returned")
         calls = number("state['calls']", state["calls"], 0, 2**63 - 1)
+        kinds = ("gradients of the whole batch", "gradients of each rank's batch (exact=False)")
+        own, got = self._observes_each_rank(), bool(state.get("each_rank", False))
+        if own != got:
+            raise Error(f"state: its observations are of the {kinds[got]}, here they are of the {kinds[own]}")
         self.blender.load(bytes(state["blender"].tolist()))
         self._calls = calls
         self._host.refresh()
+        self._reached = None
 
     def backward(
         self,
         losses: Sequence[Tensor] | Tensor,
-        held_out: Callable[[], Tensor] | None = None,
-        train: Callable[[], Tensor] | None = None,
+        held_out: Callable[[], HeldOut] | None = None,
+        train: Callable[[], HeldOut] | None = None,
+        samples: int | None = None,
     ) -> bool:
         """Adds the gradient of sum_k w_k L_k to `.grad`. Returns whether the call observed.
 
@@ -174,8 +234,12 @@ class GradBlend:
                 observing calls only, which then run one more backward pass. Without it t is the gradient of the fused
                 loss in `losses`: cheaper, but the noise of that batch counts as overfitting of the fused loss, which
                 lowers its weight.
+            samples: On several ranks with batches of different sizes: how many samples the losses are means of. Ranks
+                then count by their samples. All ranks give it, or none; `held_out` and `train` return (loss, samples)
+                for the same. A rank that has run out of batches gives any losses and 0.
 
         Raises:
+            ExchangeError: A rank is gone, or did not make this call within the time-out of the process group.
             Error: Wrong number of losses, one that is no scalar or has no graph, `held_out` or `train` that returns no
                 such loss, a loss that reaches no parameter, or a gradient that is sparse or of another dtype. Names the
                 loss or the parameter; `.grad` and the state are unchanged. Calls that do not observe leave gradients to
@@ -187,26 +251,82 @@ class GradBlend:
         try:
             # As `backward` does, also where gradients are switched off.
             with torch.enable_grad():
-                observes = self._backward(self._roots(losses), held_out, train)
+                observes = self._backward(self._roots(losses), held_out, train, samples)
         finally:
             self._running = False
         if observes and self._on_observation is not None:
             self._on_observation(self.report())
         return observes
 
-    def _backward(self, roots: list[Tensor], held_out: Callable[[], Tensor] | None, train: Callable[[], Tensor] | None) -> bool:
-        offline = self._schedule == Schedule.offline()
-        observes = not offline and self._calls % self._every == 0
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Micro-batches on several ranks: calls in this context leave gradients of one rank in `.grad`, which the next call
+        outside averages, all at once. Forward passes of DistributedDataParallel belong into it too."""
+        if self._ranks is not None and self._sharded:
+            raise Error("no_sync: sharded gradients are means over the ranks already")
+        before, self._accumulates = self._accumulates, True
+        try:
+            with ExitStack() as contexts:
+                for module in self._wrapped.modules if self._wrapped is not None else []:
+                    contexts.enter_context(module.no_sync())
+                yield
+        finally:
+            self._accumulates = before
+
+    def _join(self, named: list[tuple[str, Tensor]], group: Any) -> list[bool] | None:
+        """Becomes one of the ranks of a group, and returns whether this rank counts the products of each sharded parameter."""
+        initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+        modules = wrappers(named) if initialized else []
+        if group is None:
+            if modules:
+                raise Error("params are those of a DistributedDataParallel, and process_group is missing")
+            return None
+        self._ranks = Ranks(group, self._device)
+        if modules:
+            self._wrapped = Wrapped(modules, self._params, weakref.WeakMethod(self._may_average))
+        return counted_here(self._params, self._names, self._ranks)
+
+    @property
+    def _sharded(self) -> bool:
+        return is_sharded(self._params[0])
+
+    def _observes_each_rank(self) -> bool:
+        return self._ranks is not None and not self._exact and not self._sharded
+
+    def _observes(self) -> bool:
+        """Whether the next call observes."""
+        return self._schedule != Schedule.offline() and self._calls % self._every == 0
+
+    def _may_average(self) -> bool:
+        """Whether a DistributedDataParallel can average the gradients of the next call: one backward pass reaches all."""
+        return not self._observes() and all(weight != 0 for weight in self._host.read())
+
+    def _backward(
+        self,
+        roots: list[Tensor],
+        held_out: Callable[[], HeldOut] | None,
+        train: Callable[[], HeldOut] | None,
+        samples: int | None,
+    ) -> bool:
+        observes = self._observes()
         if self._scaler is not None:
             # The scale by the scaler's public interface, which also makes it initialise itself.
             self._scale = self._scaler.scale(torch.ones((), device=self._device))
+        share = self._share(samples)
         if observes:
-            self._observe(roots, held_out, train)
+            self._observe(roots, held_out, train, share, samples != 0)
         else:
-            self._weighted(roots)
+            self._weighted(roots, share)
         self._calls += 1
         self._observations += observes
         return observes
+
+    def _share(self, samples: int | None) -> Tensor | None:
+        """This rank's share of the samples, times the number of ranks."""
+        if samples is None:
+            return None
+        samples = number("samples", samples, 0, 2**53)
+        return None if self._ranks is None else self._ranks.share(samples)
 
     def _roots(self, losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
         k = self.blender.modalities
@@ -231,32 +351,88 @@ class GradBlend:
             raise Error("no parameter requires a gradient")
         return trained
 
-    def _weighted(self, losses: list[Tensor]) -> None:
+    def _weighted(self, losses: list[Tensor], share: Tensor | None) -> None:
         """One backward pass on sum_k w_k L_k. Leaves out losses of weight 0: 0 times an infinity is NaN."""
         in_force = self._host.read()
-        weights = self._weights if self._scale is None else self._weights * self._scale
+        weights = self._weights
+        for factor in (self._scale, share):
+            weights = weights if factor is None else weights * factor
         terms = [weights[k] * loss.reshape(()).to(self._device) for k, loss in enumerate(losses) if in_force[k] != 0]
         trained = self._trained()
+        averaged = self._averaged_by_module()
         if terms:
             # One root: with several, autograd holds on to more gradients.
             backward_pass(torch.stack(terms).sum(), "losses", trained, retain=False)
             if all(param.grad is None for param in trained):
                 raise Error("losses reach no parameter: all gradients are None")
+        if self._ranks is not None and not self._sharded:
+            grads = [param.grad for param in self._params]
+            if self._reached is None:
+                self._ranks.agree(self._facts(0), True)
+                self._reached = self._ranks.masks([grads]) * len(losses)
+            new = _any_of(mask for weight, mask in zip(in_force, self._reached) if weight != 0)
+            new = new or [False] * len(grads)
+            if averaged is not None:
+                # All that was in `.grad`.
+                new, self._unaveraged = ([to_do and not has for to_do, has in zip(x, averaged)] for x in (new, self._unaveraged))
+            self._average(grads, new)
+            for param, grad in zip(self._params, grads):
+                param.grad = grad
 
-    def _observe(self, losses: list[Tensor], held_out: Callable[[], Tensor] | None, train: Callable[[], Tensor] | None) -> None:
+    def _averaged_by_module(self) -> list[bool] | None:
+        """The parameters whose gradients the forward pass made a DistributedDataParallel average."""
+        return self._wrapped.has if self._wrapped is not None and self._wrapped.averages else None
+
+    def _synchronizes(self) -> bool:
+        return not self._accumulates and (self._wrapped is None or self._wrapped.synchronizes)
+
+    def _average(self, grads: Gradients, new: list[bool]) -> None:
+        """Replaces the new gradients, and those that other calls have left, by their means over the ranks, or notes that this
+        is still to do."""
+        assert self._ranks is not None
+        unaveraged = _any_of([new, self._unaveraged])
+        if self._synchronizes():
+            self._ranks.average([grads], [unaveraged], self._params)
+            unaveraged = [False] * len(grads)
+        self._unaveraged = unaveraged
+
+    def _facts(self, sets: int) -> dict[str, int]:
+        """What must be the same on all ranks."""
+        scale = None if self._scale is None else float(self._scale)
+        return {
+            "number of losses": self.blender.modalities,
+            "number of parameters": len(self._params),
+            "number of gradients": sets,
+            "set of options": fingerprint(self._options, self._exact, self._sharded),
+            "number of calls": self._calls,
+            # Without its checksum: one of both would be the same for all states.
+            "state": fingerprint(self.blender.save()[:-4], scale),
+        }
+
+    def _observe(
+        self,
+        losses: list[Tensor],
+        held_out: Callable[[], HeldOut] | None,
+        train: Callable[[], HeldOut] | None,
+        share: Tensor | None,
+        counts: bool,
+    ) -> None:
         if held_out is None:
             raise Error(f"this call observes (call {self._calls}, every {self._every}): held_out is missing")
         for name, function in (("held_out", held_out), ("train", train)):
             if function is not None and not callable(function):
                 raise Error(f"{name} is {type(function).__name__}, expected a function that returns a loss")
+        if self._averaged_by_module():
+            raise Error("the forward pass came before the state was loaded, or before GradBlend was made: run it again")
         trained = self._trained()
         before = [param.grad for param in self._params]
         for name, param, grad in zip(self._names, self._params, before):
             if grad is not None:
-                check_gradient(f"{name}.grad", grad, param)
+                check_gradient(f"{name}.grad", local(grad), local(param))
                 if grad.is_inference() or any(s == 0 and n > 1 for s, n in zip(grad.stride(), grad.shape)):
                     raise Error(f"{name}.grad cannot be added to: it is expanded, or an inference tensor")
         after: Gradients = before
+        self._values = []
         try:
             for param in self._params:
                 param.grad = None
@@ -264,21 +440,69 @@ class GradBlend:
             seen: set[Any] = set()
             for k, loss in enumerate(losses):
                 check_graph(loss, f"losses[{k}]", seen)
-            grads = [self._gradients(loss, f"losses[{k}]", trained, k < last) for k, loss in enumerate(losses)]
+            # The products of one rank are those of its own mean loss.
+            factor = None if self._observes_each_rank() else share
+            grads = [self._gradients(loss, f"losses[{k}]", trained, k < last, factor) for k, loss in enumerate(losses)]
             g = self._closure("held_out", held_out, trained)
             t = grads[last] if train is None else self._closure("train", train, trained)
-            blended, _bound = self._table.bind(grads, t, g)  # bound until the step is submitted
-            if self._scale is not None:
-                self.blender.set_grad_scale(self._scale.data_ptr())
-            try:
-                self.blender.step(self._table.plan)
-            finally:
-                self.blender.set_grad_scale(None)  # the address was that of this call's tensor
+            blended = self._step(grads, t, g, share, counts)
             self._host.refresh()
-            after = [old if new is None else new if old is None else _add(old, new) for old, new in zip(before, blended)]
+            parts = [None if grad is None else local(grad) for grad in before]
+            after = self._total(parts, blended)
+            after = [
+                old if old is not None and part is new else None if new is None else like(param, new)
+                for param, old, part, new in zip(self._params, before, parts, after)
+            ]
         finally:
             for param, grad in zip(self._params, after):
                 param.grad = grad
+
+    def _total(self, before: Gradients, blended: Gradients) -> Gradients:
+        """What is in `.grad` after an observing call."""
+        if self._ranks is not None and not self._sharded and (self._observes_each_rank() or any(self._unaveraged)):
+            # Added to the blend, so that `.grad` is unchanged if the exchange fails.
+            total = [old if new is None else new if old is None else _add(new, old) for old, new in zip(before, blended)]
+            assert self._reached is not None
+            self._average(total, _any_of(self._reached))
+            return total
+        return [old if new is None else new if old is None else _add(old, new) for old, new in zip(before, blended)]
+
+    def _step(self, grads: list[Gradients], t: Gradients, g: Gradients, share: Tensor | None, counts: bool) -> Gradients:
+        """Observes and blends; on several ranks the products or the gradients of all."""
+        ranks, each_rank = self._ranks, self._observes_each_rank()
+        sets = [*grads, g] if t is grads[-1] else [*grads, g, t]
+        if ranks is not None:
+            averages = self._exact and not self._sharded
+            ranks.agree(self._facts(len(sets)), finite(sets if averages else [self._values]))
+            if not self._sharded:
+                masks = ranks.masks(sets)
+                self._reached = masks[: len(grads)]
+                if averages:
+                    ranks.average(sets, masks, self._params)
+        blended, _bound = self._table.bind(grads, t, g)  # bound until the step is submitted
+        if self._scale is not None:
+            self.blender.set_grad_scale(self._scale.data_ptr())
+        try:
+            if ranks is None or (self._exact and not self._sharded):
+                self.blender.step(self._table.plan)
+            else:
+                self.blender.run(self._table.plan, Pass.DOT | Pass.BLEND)
+                try:
+                    if each_rank:
+                        ranks.observe_each(self.blender, counts)
+                    else:
+                        ranks.sum_products(self.blender)
+                        self.blender.observe()
+                except Error:
+                    self.blender.pending_sums.torch().zero_()
+                    raise
+        finally:
+            self.blender.set_grad_scale(None)  # the address was that of this call's tensor
+        if each_rank and share is not None:
+            for grad in blended:
+                if grad is not None:
+                    grad.mul_(share)
+        return blended
 
     def _closure(self, name: str, function: Any, trained: list[Tensor]) -> Gradients:
         try:
@@ -286,25 +510,32 @@ class GradBlend:
         except StopIteration as error:
             # It would end a generator or a loop around this call without a word.
             raise Error(f"{name} raised StopIteration: its batches are used up") from error
+        samples = None
+        if isinstance(returned, tuple) and len(returned) == 2:
+            returned, samples = returned
         loss = check_loss(f"the loss that {name} returned", returned)
         check_graph(loss, name, set())
         for param in trained:
             param.grad = None  # that a backward pass inside the function has left
-        return self._gradients(loss, name, trained, retain=False)
+        share = self._share(samples)
+        return self._gradients(loss, name, trained, False, None if self._observes_each_rank() else share)
 
-    def _gradients(self, loss: Tensor, what: str, trained: list[Tensor], retain: bool) -> Gradients:
+    def _gradients(self, loss: Tensor, what: str, trained: list[Tensor], retain: bool, factor: Tensor | None) -> Gradients:
         """The gradient of a loss for each parameter. By way of `.grad`, so autograd gives each a buffer of its own in the
         parameter's layout, and does not copy it."""
-        root = loss if self._scale is None else loss * self._scale.to(loss.device)
+        self._values.append(loss.detach().reshape(()).float())
+        root = loss
+        for scale in (self._scale, factor):
+            root = root if scale is None else root * scale.to(loss.device)
         backward_pass(root, what, trained, retain)
-        grads = [param.grad for param in self._params]
+        grads = [_part(param) for param in self._params]
         for param in trained:
             param.grad = None
         if all(grad is None for grad in grads):
             raise Error(f"{what} reaches no parameter: all its gradients are None")
         for name, param, grad in zip(self._names, self._params, grads):
             if grad is not None:
-                check_gradient(f"{name}: the gradient of {what}", grad, param)
+                check_gradient(f"{name}: the gradient of {what}", grad, local(param))
         return grads
 
 
@@ -327,6 +558,18 @@ class _HostCopy:
         if self._event is not None:
             self._event.synchronize()
         return [float(weight) for weight in self._copy.tolist()]
+
+
+def _part(param: Tensor) -> Tensor | None:
+    """This rank's part of the gradient of a parameter."""
+    grad: Any = param.grad
+    if grad is not None and is_sharded(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return None if grad is None else local(grad)
+
+
+def _any_of(masks: Iterable[list[bool]]) -> list[bool]:
+    return [any(flags) for flags in zip(*masks)]
 
 
 def _is_bytes(value: Any) -> bool:

@@ -1,0 +1,490 @@
+"""What test_ranks.py runs on each rank: every scenario raises where something is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import gradblend
+import torch
+import torch.distributed as dist
+from gradblend import Error, ExchangeError, GradBlend
+from networks import BATCH, Moments, Network, autograd, batches, bits
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+K = 3
+DECAY = 0.9
+STEPS = 5
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Run:
+    """The batches of all ranks, and a network that starts equal everywhere."""
+
+    def __init__(self, seed: int = 0, sizes: list[int] | None = None) -> None:
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        torch.manual_seed(seed)
+        self.model = Network(K, shared=True)
+        self.alone = copy.deepcopy(self.model)
+        self._training, self._held_out = batches(K, seed + 1), batches(K, seed + 2)
+        self._sizes = sizes or [BATCH] * self.count
+
+    def draw(self) -> tuple[list[Batch], list[Batch]]:
+        """A training and a held-out batch of each rank."""
+        pairs = [(next(self._training), next(self._held_out)) for _ in range(self.count)]
+        cut = [[(x[:size], y[:size]) for x, y in pair] for pair, size in zip(pairs, self._sizes)]
+        return [pair[0] for pair in cut], [pair[1] for pair in cut]
+
+
+def whole(of_ranks: list[Batch]) -> Batch:
+    return torch.cat([x for x, _ in of_ranks]), torch.cat([y for _, y in of_ranks])
+
+
+def same_bits(what: str, *tensors: Tensor) -> None:
+    """Whether all ranks have these bits."""
+    own = [bits(tensor) for tensor in tensors]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    assert all(other == own for other in every), f"{what} differ between the ranks"
+
+
+def same_state(gb: GradBlend, *tensors: Tensor) -> None:
+    same_bits("states", torch.frombuffer(bytearray(gb.blender.save()), dtype=torch.uint8), gb.weights, *tensors)
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def blender(**options: Any) -> Any:
+    return {"num_losses": K, "decay": DECAY, **options}
+
+
+def step(model: nn.Module, rate: float = 0.1) -> None:
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.grad is not None:
+                param -= rate * param.grad
+                param.grad = None
+
+
+def train(
+    run: Run,
+    model: nn.Module,
+    gb: GradBlend,
+    losses: Callable[[Any, Batch], list[Tensor]],
+    every: int,
+    by: list[int] | None = None,
+) -> None:
+    """Trains on several ranks and, with the whole batches, on one; their moments, weights and parameters must be the same."""
+    alone = run.alone
+    reference = GradBlend(alone.named_parameters(), every=every, **blender())
+    for call in range(STEPS):
+        training, held_out = run.draw()
+        own, own_held_out = training[run.rank], held_out[run.rank]
+        share = {} if by is None else {"samples": by[run.rank]}
+
+        def held_out_loss(batch: Batch = own_held_out) -> Any:
+            loss = losses(model, batch)[-1]
+            return loss if by is None else (loss, by[run.rank])
+
+        observed = gb.backward(losses(model, own), held_out=held_out_loss, **share)
+        assert observed == (call % every == 0)
+        reference.backward(alone.losses(whole(training)), held_out=lambda: alone.losses(whole(held_out))[-1])
+        for got, expected in zip(model.parameters(), alone.parameters()):
+            assert (got.grad is None) == (expected.grad is None)
+            if got.grad is not None and expected.grad is not None:
+                close(full(got.grad), expected.grad)
+        got_report, report = gb.report(), reference.report()
+        close(torch.tensor(got_report.mean), torch.tensor(report.mean))
+        close(torch.tensor(got_report.second_moment).sqrt(), torch.tensor(report.second_moment).sqrt())
+        same_state(gb)
+        step(model)
+        step(alone)
+    for got, expected in zip(model.parameters(), alone.parameters()):
+        close(full(got), expected.detach())
+    same_bits("parameters", *(full(param) for param in model.parameters()))
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor without its mesh."""
+    with torch.no_grad():
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().clone()
+
+
+def of_network(model: Any, batch: Batch) -> list[Tensor]:
+    return model.losses(batch)
+
+
+def of_module(model: Any, batch: Batch) -> list[Tensor]:
+    """Losses by the forward pass of a module that wraps a network."""
+    return [F.cross_entropy(logits.float(), batch[1]) for logits in model(batch[0])]
+
+
+def copies() -> None:
+    for every in (1, 3):
+        run = Run()
+        gb = GradBlend(run.model.named_parameters(), every=every, process_group=dist.group.WORLD, **blender())
+        train(run, run.model, gb, of_network, every)
+
+
+def uneven_batches() -> None:
+    for every in (1, 2):
+        sizes = [BATCH - 2 * rank for rank in range(dist.get_world_size())]
+        run = Run(sizes=sizes)
+        gb = GradBlend(run.model.named_parameters(), every=every, process_group=dist.group.WORLD, **blender())
+        train(run, run.model, gb, of_network, every, by=sizes)
+
+
+def ddp() -> None:
+    for every in (1, 3):
+        run = Run()
+        model = DistributedDataParallel(run.model)
+        gb = GradBlend(model.named_parameters(), every=every, process_group=dist.group.WORLD, **blender())
+        train(run, model, gb, of_module, every)
+        same_bits("buffers", *(buffer for buffer in model.buffers()))
+
+
+def each_rank() -> None:
+    """`exact=False`: the products of each rank are an observation, in the order of the ranks; the blend is a mean."""
+    for wrap in (lambda model: model, DistributedDataParallel):
+        for every in (1, 2):
+            run = Run()
+            model = wrap(run.model)
+            params = list(run.model.parameters())
+            group = dist.group.WORLD
+            gb = GradBlend(model.named_parameters(), every=every, process_group=group, exact=False, **blender())
+            moments = Moments(DECAY)
+            for call in range(STEPS):
+                training, held_out = run.draw()
+                weights = gb.weights.tolist()
+                v = [[autograd(loss, params) for loss in run.model.losses(batch)] for batch in training]
+                g = [autograd(run.model.losses(batch)[-1], params) for batch in held_out]
+                losses = of_module(model, training[run.rank])
+                observed = gb.backward(losses, held_out=lambda: of_module(model, held_out[run.rank])[-1])
+                if observed:
+                    for of_rank, g_of_rank in zip(v, g):
+                        moments.observe(of_rank, of_rank[-1], g_of_rank)
+                    moments.check(gb.report().mean, gb.blender.second_moments())
+                    assert gb.report().observed == (call // every + 1) * run.count
+                mean = [[means(grads) for grads in zip(*of_ranks)] for of_ranks in zip(*v)]
+                for i, param in enumerate(params):
+                    terms = [w * of_loss[i] for w, of_loss in zip(weights, mean) if w != 0 and of_loss[i] is not None]
+                    if terms:
+                        assert param.grad is not None
+                        close(param.grad, sum(terms, torch.zeros(())))
+                same_state(gb, *(param.grad for param in params if param.grad is not None))
+                step(run.model)
+
+
+def means(grads: tuple[Tensor | None, ...]) -> Tensor | None:
+    present = [grad for grad in grads if grad is not None]
+    return sum(present, torch.zeros(())) / len(grads) if present else None
+
+
+def micro_batches() -> None:
+    """Calls in `no_sync` and one outside: the mean of all, by one exchange of the gradients that are left."""
+    for wrap in (lambda model: model, DistributedDataParallel):
+        for exact in (True, False):
+            for every in (1, 3):
+                run = Run()
+                model = wrap(run.model)
+                options = blender(average="mean", cadence="on_request")  # the weights stay at 1/K
+                group = dist.group.WORLD
+                gb = GradBlend(model.named_parameters(), every=every, process_group=group, exact=exact, **options)
+                reference = GradBlend(run.alone.named_parameters(), every=every, **options)
+                for _ in range(2):
+                    for last in (False, False, True):
+                        training, held_out = run.draw()
+                        with contextlib.nullcontext() if last else gb.no_sync():
+                            losses = of_module(model, training[run.rank])
+                            gb.backward(losses, held_out=lambda: of_module(model, held_out[run.rank])[-1])
+                        all_losses = run.alone.losses(whole(training))
+                        reference.backward(all_losses, held_out=lambda: run.alone.losses(whole(held_out))[-1])
+                    for got, expected in zip(run.model.parameters(), run.alone.parameters()):
+                        assert got.grad is not None and expected.grad is not None
+                        close(got.grad, expected.grad)
+                    same_bits("gradients", *(param.grad for param in run.model.parameters() if param.grad is not None))
+                    if exact:
+                        close(torch.tensor(gb.report().mean), torch.tensor(reference.report().mean))
+                    run.model.zero_grad()
+                    run.alone.zero_grad()
+
+
+def sharded(mesh: Any = None) -> None:
+    """`fully_shard`: each rank has a part of each parameter, and none of some."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    for every in (1, 3):
+        for sizes in (None, [BATCH - 2 * rank for rank in range(dist.get_world_size())]):
+            run = Run(sizes=sizes)
+            for layer in (*run.model.encoders, run.model.heads[0]):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(run.model, mesh=mesh)
+            gb = GradBlend(run.model.named_parameters(), every=every, process_group=dist.group.WORLD, **blender())
+            train(run, run.model, gb, of_module, every, by=sizes)
+
+
+def sharded_and_replicated() -> None:
+    """A mesh of copies of shards: products of copies count once."""
+    count = dist.get_world_size()
+    if count % 2 == 0:
+        sharded(init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("copies", "shards")))
+
+
+def placed() -> None:
+    """DTensors as tensor parallelism has them: a sharded matrix, and a bias of which each rank has a copy."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    matrix, bias, x = torch.randn(7, 5), torch.randn(7), torch.randn(6, 5)
+    losses = lambda m, b, y: [((y @ m.T).tanh() ** 2).mean(), ((y @ m.T + b) ** 2).mean(), (y @ m.T + b).sin().sum()]
+    alone = [matrix.clone().requires_grad_(), bias.clone().requires_grad_()]
+    placed = [
+        distribute_tensor(tensor, mesh, [place]).requires_grad_() for tensor, place in ((matrix, Shard(0)), (bias, Replicate()))
+    ]
+    gb = GradBlend(placed, process_group=dist.group.WORLD, **blender())
+    reference = GradBlend(alone, **blender())
+    for shift in range(3):
+        inputs = distribute_tensor(x + shift, mesh, [Replicate()]), distribute_tensor(x - shift, mesh, [Replicate()])
+        to_loss = lambda losses: [loss.full_tensor() for loss in losses]
+        gb.backward(to_loss(losses(*placed, inputs[0])), held_out=lambda: to_loss(losses(*placed, inputs[1]))[-1])
+        reference.backward(losses(*alone, x + shift), held_out=lambda: losses(*alone, x - shift)[-1])
+        close(torch.tensor(gb.report().mean), torch.tensor(reference.report().mean))
+        close(gb.weights, reference.weights)
+        for got, expected in zip(placed, alone):
+            assert got.grad is not None and expected.grad is not None
+            close(full(got.grad), expected.grad)
+    same_state(gb)
+
+
+def not_finite() -> None:
+    """A NaN of one rank: all ranks skip the observation and name the rank; the next observation counts."""
+    from torch.distributed.fsdp import fully_shard
+
+    bad = dist.get_world_size() - 1
+    for name, options in (("copies", {}), ("each", {"exact": False}), ("shards", {})):
+        run = Run()
+        if name == "shards":
+            fully_shard(run.model, mesh=init_device_mesh("cpu", (run.count,)))
+        gb = GradBlend(run.model.named_parameters(), process_group=dist.group.WORLD, **options, **blender())
+        for call in range(2):
+            training, held_out = run.draw()
+            losses = of_module(run.model, training[run.rank])
+            if run.rank == bad and call == 0:
+                losses[1] = losses[1] * float("nan")
+            gb.backward(losses, held_out=lambda: of_module(run.model, held_out[run.rank])[-1])
+            run.model.zero_grad()
+            assert gb.nonfinite_ranks == ((bad,) if call == 0 else ()), (name, gb.nonfinite_ranks)
+        expected = run.count * 2 - 1 if name == "each" else 1
+        assert gb.report().skipped == 1 and gb.report().observed == expected, gb.report()
+        same_state(gb)
+
+
+def same_error(match: str, function: Callable[[], object]) -> None:
+    """Whether all ranks raise an error with these words."""
+    try:
+        function()
+        said = "no error"
+    except Error as error:
+        said = str(error)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, said)
+    assert all(re.search(match, text) for text in every), every
+    assert len(set(every)) == 1, every
+
+
+def disagreement() -> None:
+    """What differs between ranks is an error of all of them, before anything has changed."""
+    run = Run()
+    training, held_out = run.draw()
+    odd = run.count - 1
+    here = run.rank == odd
+
+    def call(gb: GradBlend, losses: list[Tensor] | None = None, **closures: Any) -> None:
+        closures.setdefault("held_out", lambda: run.model.losses(held_out[run.rank])[-1])
+        gb.backward(losses or run.model.losses(training[run.rank]), **closures)
+
+    def made(params: Any = None, **options: Any) -> GradBlend:
+        params = run.model.named_parameters() if params is None else params
+        return GradBlend(params, process_group=dist.group.WORLD, **blender(**options))
+
+    for options, name in (
+        ({"decay": 0.5}, "set of options"),
+        ({"every": 2}, "set of options"),
+        ({"min_weight": [0.1, 0, 0]}, "set of options"),
+        ({"exact": False}, "set of options"),
+    ):
+        gb = made(**(options if here else {}))
+        same_error(f"rank {odd} has another {name} than rank 0", lambda: call(gb))
+        assert gb.report().observed == 0 and all(param.grad is None for param in run.model.parameters())
+    gb = made(num_losses=2) if here else made()
+    losses = run.model.losses(training[run.rank])
+    same_error(f"rank {odd} has another number of losses than rank 0 .2, not 3", lambda: call(gb, losses[1:] if here else losses))
+    params = list(run.model.named_parameters())
+    gb = made(params[1:] if here else params)
+    same_error(f"rank {odd} has another number of parameters", lambda: call(gb))
+    gb = made()
+    train_loss = {"train": lambda: run.model.losses(held_out[run.rank])[-1]} if here else {}
+    same_error(f"rank {odd} has another number of gradients", lambda: call(gb, **train_loss))
+    if here:
+        gb.set_weights([0.5, 0.25, 0.25])
+    same_error(f"rank {odd} has another state", lambda: call(gb))
+    gb = made()
+    saved = gb.state_dict()
+    gb.load_state_dict({**saved, "calls": 3} if here else saved)
+    same_error(f"rank {odd} has another number of calls than rank 0 .3, not 0", lambda: call(gb))
+
+
+def checkpoints() -> None:
+    """A state of these ranks goes on in one process, and the reverse."""
+    run = Run()
+    gb = GradBlend(run.model.named_parameters(), process_group=dist.group.WORLD, **blender())
+    alone = GradBlend(run.alone.named_parameters(), **blender())
+    for source, target in ((gb, alone), (alone, gb)):
+        training, held_out = run.draw()
+        gb.backward(run.model.losses(training[run.rank]), held_out=lambda: run.model.losses(held_out[run.rank])[-1])
+        alone.backward(run.alone.losses(whole(training)), held_out=lambda: run.alone.losses(whole(held_out))[-1])
+        target.load_state_dict(source.state_dict())
+        assert target.blender.save() == source.blender.save()
+    same_state(gb)
+    noisy = GradBlend(run.model.named_parameters(), process_group=dist.group.WORLD, exact=False, **blender())
+    same_error("observations are of the gradients of each rank's batch", lambda: gb.load_state_dict(noisy.state_dict()))
+    same_error("here they are of the gradients of each rank's batch", lambda: noisy.load_state_dict(gb.state_dict()))
+
+
+def exchanged() -> None:
+    """Bytes of each mode: K + 1 sets of gradients, or one, or the products alone."""
+    run = Run()
+    training, held_out = run.draw()
+    own = training[run.rank]
+    sizes = [
+        [grad.numel() if grad is not None else 0 for grad in autograd(loss, list(run.model.parameters()))]
+        for loss in run.model.losses(own)
+    ]
+    parameters = sum(param.numel() for param in run.model.parameters())
+    small = 7 * 8 + len(sizes[0]) * (K + 1)  # facts, and a byte for each parameter and loss
+    for exact, observing in (
+        (True, 4 * (sum(map(sum, sizes)) + sum(sizes[-1])) + small),
+        (False, 4 * parameters + 8 * (2 * K + 1) + small),
+    ):
+        gb = GradBlend(run.model.named_parameters(), every=2, process_group=dist.group.WORLD, exact=exact, **blender())
+        before = 0
+        for expected in (observing, 4 * parameters):
+            gb.backward(run.model.losses(own), held_out=lambda: run.model.losses(held_out[run.rank])[-1])
+            if all(weight > 0 for weight in gb.weights):
+                assert gb.exchanged - before == expected, (exact, gb.exchanged - before, expected)
+            before = gb.exchanged
+
+
+def no_drift() -> None:
+    """10,000 observations of sharded gradients: the same states, bit for bit."""
+    rank, blend = dist.get_rank(), gradblend.Blender(K, cadence="every_observation", threads=1)
+    generator = torch.Generator().manual_seed(rank)
+    buffers = [torch.empty(5 + rank) for _ in range(K + 2)]
+    plan = blend.plan([gradblend.TensorGrads(buffers[0], buffers[1], buffers[2:])])
+    pending = blend.pending_sums.torch()
+    for _ in range(10_000):
+        for buffer in buffers:
+            buffer.normal_(0.3, generator=generator)
+        blend.dot(plan)
+        dist.all_reduce(pending)
+        blend.observe()
+    assert blend.report().observed == 10_000
+    same_bits("states", torch.frombuffer(bytearray(blend.save()), dtype=torch.uint8))
+
+
+SCENARIOS = [
+    copies,
+    uneven_batches,
+    ddp,
+    each_rank,
+    micro_batches,
+    sharded,
+    sharded_and_replicated,
+    placed,
+    not_finite,
+    disagreement,
+    checkpoints,
+    exchanged,
+    no_drift,
+]
+
+
+def leaves(dies: bool) -> None:
+    """The last rank makes one call less: the others get an error, not a hang, and their `.grad` and state are unchanged."""
+    for exact in (False, True):
+        run = Run()
+        gb = GradBlend(run.model.named_parameters(), process_group=dist.group.WORLD, exact=exact, **blender())
+        training, held_out = run.draw()
+        own = training[run.rank]
+        gb.backward(run.model.losses(own), held_out=lambda: run.model.losses(held_out[run.rank])[-1])
+        if not exact:
+            continue
+        grads, state = [bits(param.grad) for param in run.model.parameters() if param.grad is not None], gb.blender.save()
+        if run.rank == run.count - 1:
+            if dies:
+                os._exit(3)
+            time.sleep(2 * PATIENCE)
+            return
+        try:
+            gb.backward(run.model.losses(own), held_out=lambda: run.model.losses(held_out[run.rank])[-1])
+            raise AssertionError("no error")
+        except ExchangeError as error:
+            assert f"rank {run.rank} of {run.count} could not exchange" in str(error)
+        assert grads == [bits(param.grad) for param in run.model.parameters() if param.grad is not None]
+        assert state == gb.blender.save()
+
+
+def dies() -> None:
+    leaves(dies=True)
+
+
+def is_late() -> None:
+    leaves(dies=False)
+
+
+#: Seconds that ranks wait for each other, where one of them does not come.
+PATIENCE = 4
+
+
+def main() -> None:
+    """Arguments: folder, rank, count; and a scenario after which the group is of no more use."""
+    folder, rank, count, *last = sys.argv[1:]
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=PATIENCE if last else 120)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, rank=int(rank), world_size=int(count), timeout=timeout)
+    outcomes = {}
+    for scenario in SCENARIOS if not last else [{"dies": dies, "is_late": is_late}[last[0]]]:
+        try:
+            scenario()
+            outcomes[scenario.__name__] = ""
+        except Exception:
+            outcomes[scenario.__name__] = traceback.format_exc()
+        pathlib.Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
+        if not last:
+            dist.barrier()
+    # Without the group's destructor, which waits for ranks that are gone.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
