@@ -98,12 +98,12 @@ pub(crate) fn agree(ranks: &mut dyn Ranks, facts: &[(&'static str, u32)]) -> Res
         return group(format!("it has {members} ranks, which count {} on average", counts / members));
     }
     if outside != 0.0 {
-        return group(format!("{outside} ranks have numbers above {}", members - 1.0));
+        return group(format!("a rank has a number above {}", members - 1.0));
     }
     let own: Vec<f64> = [1.0].into_iter().chain(facts.iter().map(|(_, fact)| f64::from(*fact))).collect();
     let all = gather(ranks, &own)?;
     if let Some(rank) = all.chunks_exact(own.len()).position(|of_rank| of_rank[0] != 1.0) {
-        return group(format!("{} ranks have the number {rank}", all[rank * own.len()]));
+        return group(format!("not one rank, but {}, has the number {rank}", all[rank * own.len()]));
     }
     for (i, (what, _)) in facts.iter().enumerate() {
         let mut of_rank = all.iter().skip(i + 1).step_by(own.len());

@@ -93,9 +93,11 @@ pub fn current_context() -> sys::CUcontext {
     get!(cuCtxGetCurrent, null_mut())
 }
 
+/// Numbers in memory of the device.
+///
 /// # Safety
 /// `from` has `len` numbers in memory of the device, which only work on the default stream writes to.
-pub(crate) unsafe fn read<N: Copy>(from: *const N, len: usize) -> Vec<N> {
+pub unsafe fn read<N: Copy>(from: *const N, len: usize) -> Vec<N> {
     let mut numbers: Vec<N> = Vec::with_capacity(len);
     let (to, bytes) = (numbers.as_mut_ptr(), len * size_of::<N>());
     // SAFETY: `numbers` has room for `bytes` bytes, and `from` has as many on the device.
@@ -106,9 +108,11 @@ pub(crate) unsafe fn read<N: Copy>(from: *const N, len: usize) -> Vec<N> {
     numbers
 }
 
+/// Replaces numbers in memory of the device.
+///
 /// # Safety
 /// `to` has room for the numbers in memory of the device, which only work on the default stream uses.
-pub(crate) unsafe fn write<N: Copy>(to: *mut N, numbers: &[N]) {
+pub unsafe fn write<N: Copy>(to: *mut N, numbers: &[N]) {
     let bytes = std::mem::size_of_val(numbers);
     // SAFETY: `numbers` has `bytes` bytes, and `to` has room for as many on the device.
     with_context(|| unsafe {
