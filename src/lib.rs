@@ -66,6 +66,7 @@
 //! # Features
 //!
 //! - `cuda`: the CUDA backend.
+//! - `nccl`: the engine `Nccl` for several CUDA devices; the library is loaded at run time.
 //! - `capi`: the C functions of `include/gradblend.h`, for a crate type `cdylib` or `staticlib`.
 
 mod abi;
@@ -92,6 +93,8 @@ mod tensor;
 pub mod trainer;
 
 pub use abi::MAX_MODALITIES;
+#[cfg(feature = "nccl")]
+pub use backend::cuda::Nccl;
 pub use blender::{Blender, Plan};
 pub use config::{Cadence, Config, Pass};
 pub use device::Device;

@@ -25,6 +25,7 @@ fn every_error_is_named_in_a_test() {
         include_str!("graph.rs"),
         include_str!("losses.rs"),
         include_str!("plan.rs"),
+        include_str!("ranks.rs"),
         include_str!("solve.rs"),
         include_str!("step.rs"),
         include_str!("trainer.rs"),

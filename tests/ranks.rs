@@ -327,7 +327,8 @@ fn ranks_that_differ(face: Face) -> Outcome {
 
 fn groups_that_are_none(face: Face) -> Outcome {
     let device = face.device()?;
-    let claims: [(fn(&mut Thread), &str); 3] = [
+    type Claim = fn(&mut Thread);
+    let claims: [(Claim, &str); 3] = [
         (|rank| rank.count += usize::from(rank.rank == 1), "it has 3 ranks"),
         (|rank| rank.rank += 3 * usize::from(rank.rank == 0), "a rank has a number above 2"),
         (|rank| rank.rank = rank.rank.max(1), "not one rank, but 0, has the number 0"),

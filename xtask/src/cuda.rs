@@ -16,7 +16,7 @@ pub(crate) const ALL: [&str; 5] = [
     "--package=gradblend-testkit",
     "--package=gradblend-lab",
     "--features",
-    "gradblend/cuda,gradblend/capi,gradblend-testkit/cuda,gradblend-lab/cuda",
+    "gradblend/cuda,gradblend/nccl,gradblend/capi,gradblend-testkit/cuda,gradblend-lab/cuda",
 ];
 
 /// What a cargo command built.

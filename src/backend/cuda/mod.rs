@@ -5,6 +5,8 @@ mod context;
 mod driver;
 mod library;
 mod memory;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod queue;
 mod tracked;
 
@@ -20,6 +22,9 @@ use crate::table::{Grouping, Table};
 use crate::tensor::{Scale, StreamRef};
 
 use super::{Backend, PendingSums};
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
+
 use context::{Context, Kernel, reject_capture, synchronize};
 use memory::{Allocation, PlanMemory};
 use queue::{Queue, parameter};
