@@ -6,8 +6,8 @@ use std::rc::Rc;
 
 use gradblend::trainer::{Error, GradBlendConfig, IntoLoss, Loss, Passes, Result, Row, Trainer};
 use gradblend::{
-    Average, Blender, Cadence, Config, DType, Device, Flags, GradScale, Gradient, GradientMut, Negative, Overfitting,
-    Schedule, Stream, StreamRef, TensorGrads,
+    Average, Blender, Cadence, Config, DType, Device, EngineError, Flags, GradScale, Gradient, GradientMut, Negative,
+    Overfitting, Ranks, Schedule, Stream, StreamRef, Sums, TensorGrads,
 };
 
 /// Lengths of the parameters. The last is reached by no loss.
@@ -359,6 +359,52 @@ fn bad_input_is_named_and_changes_nothing() {
     assert!(trainer.set_grad_scale(0.0).is_err() && trainer.set_weights(&[1.0]).is_err());
     assert_eq!(trainer.save().unwrap(), before);
     assert_eq!((trainer.observations(), trainer.observes()), (1, true));
+}
+
+/// A group of one, of which the sum is the rank's own.
+struct Alone {
+    fails: bool,
+}
+
+impl Ranks for Alone {
+    fn count(&self) -> usize {
+        1
+    }
+
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn sum(&mut self, _: Sums<'_>) -> std::result::Result<(), EngineError> {
+        if self.fails { Err("gone".into()) } else { Ok(()) }
+    }
+}
+
+/// On one rank, a call that leaves its products and the call that observes them are the call that does both.
+#[test]
+fn products_that_are_left() {
+    for independent in [false, true] {
+        let (mut one, mut two) = (trainer(config().every(2)), trainer(config().every(2).leave_sums(true)));
+        for step in 0..6 {
+            let call = || Call { step, independent, ..Call::default() };
+            assert_eq!(call().on(&mut one).unwrap(), call().on(&mut two).unwrap());
+            let mut ranks = Alone { fails: false };
+            if !two.observed() {
+                let none = two.reduce(&mut ranks).unwrap_err();
+                assert_eq!(none.to_string(), "no call has left products pending");
+                continue;
+            }
+            for error in [call().on(&mut two).unwrap_err(), two.save().unwrap_err()] {
+                assert!(matches!(error, Error::PendingSums { pending: true }), "{error}");
+            }
+            let gone = two.reduce(&mut Alone { fails: true }).unwrap_err();
+            assert_eq!(gone.to_string(), "the exchange between ranks failed: gone");
+            let reduced = if step == 0 { two.reduce(&mut ranks) } else { two.observe_each(&mut ranks) };
+            assert_eq!(reduced.unwrap(), Vec::<usize>::new());
+            assert_eq!((one.save().unwrap(), one.weights()), (two.save().unwrap(), two.weights()));
+        }
+        assert_eq!(two.observations(), 3);
+    }
 }
 
 /// A function may return a loss, or any result of one.

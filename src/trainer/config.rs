@@ -22,6 +22,7 @@ pub struct GradBlendConfig {
     cadence: Option<Cadence>,
     min_weight: Vec<f64>,
     threads: Option<u32>,
+    pub(super) leave_sums: bool,
 }
 
 impl GradBlendConfig {
@@ -29,7 +30,15 @@ impl GradBlendConfig {
     /// overfitting is uncorrelated; negative weights are clamped; all CPU threads.
     pub fn new(num_losses: u32) -> Self {
         let blender = Config::new(num_losses);
-        GradBlendConfig { blender, every: 1, schedule: None, cadence: None, min_weight: Vec::new(), threads: None }
+        GradBlendConfig {
+            blender,
+            every: 1,
+            schedule: None,
+            cadence: None,
+            min_weight: Vec::new(),
+            threads: None,
+            leave_sums: false,
+        }
     }
 
     /// Observe at the first call, then at each `every`-th. A larger number is cheaper, and weights move more slowly.
@@ -82,6 +91,12 @@ impl GradBlendConfig {
     /// An exponential average with this decay.
     pub fn decay(self, decay: f64) -> Self {
         self.average(Average::Ema { decay })
+    }
+
+    /// On several ranks: observing calls leave the products pending, for [`Trainer::reduce`](super::Trainer::reduce) or
+    /// [`Trainer::observe_each`](super::Trainer::observe_each), which observes them.
+    pub fn leave_sums(self, leave: bool) -> Self {
+        GradBlendConfig { leave_sums: leave, ..self }
     }
 
     /// CPU threads of gradblend, the caller's included; 0 is one per core. By default those of the framework, where it has a

@@ -62,6 +62,15 @@ pub enum Error {
         /// The loss.
         loss: Loss,
     },
+    /// The latest call has left products pending, or none has.
+    #[error("{}", match pending {
+        true => "the products of the latest call are pending: call reduce or observe_each first",
+        false => "no call has left products pending",
+    })]
+    PendingSums {
+        /// Whether products are pending.
+        pending: bool,
+    },
     /// There is no parameter.
     #[error("there is no parameter to train")]
     NoParameter,

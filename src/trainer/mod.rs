@@ -7,6 +7,7 @@
 mod config;
 mod error;
 mod passes;
+mod ranks;
 
 use std::fmt;
 
@@ -39,6 +40,9 @@ pub struct Trainer {
     observations: u64,
     observed: bool,
     on_observation: Option<OnObservation>,
+    /// Whether observing calls leave their products pending, and whether the latest call has.
+    leave_sums: bool,
+    pending: bool,
 }
 
 type OnObservation = Box<dyn FnMut(&Report) + Send>;
@@ -66,6 +70,8 @@ impl Trainer {
             observations: 0,
             observed: false,
             on_observation: None,
+            leave_sums: config.leave_sums,
+            pending: false,
         })
     }
 
@@ -158,8 +164,9 @@ impl Trainer {
     /// The moments, the weights and the position among calls, for [`load`](Self::load): continues bit for bit.
     ///
     /// # Errors
-    /// [`Error::Blend`] for a failure of the driver.
+    /// [`Error::Blend`] for a failure of the driver; [`Error::PendingSums`].
     pub fn save(&mut self) -> Result<Vec<u8>> {
+        self.expect_pending(false)?;
         let mut saved = self.blender.save(Stream::default())?;
         saved.extend(self.calls.to_le_bytes());
         saved.extend(crc32fast::hash(&saved).to_le_bytes());
@@ -179,6 +186,7 @@ impl Trainer {
         }
         self.blender.load(state, Stream::default())?;
         self.calls = u64::from_le_bytes(*calls);
+        self.pending = false;
         self.read_weights().map(drop)
     }
 
@@ -202,8 +210,8 @@ impl Trainer {
     /// them.
     ///
     /// # Errors
-    /// Those of `passes`, [`Error::Unreached`], and [`Error::Blend`]. A call that does not observe checks the reach of the
-    /// weighted sum alone.
+    /// Those of `passes`, [`Error::Unreached`], [`Error::PendingSums`], and [`Error::Blend`]. A call that does not observe
+    /// checks the reach of the weighted sum alone.
     pub fn backward<P: Passes, R: IntoLoss<P::Loss>, T: IntoLoss<P::Loss>>(
         &mut self,
         passes: &mut P,
@@ -213,6 +221,7 @@ impl Trainer {
         if passes.device() != self.device {
             return Err(crate::Error::ForeignPlan.into());
         }
+        self.expect_pending(false)?;
         let observes = self.observes();
         let (output, report) = match observes {
             true => self.observe(passes, held_out, train)?,
@@ -221,10 +230,15 @@ impl Trainer {
         self.calls += 1;
         self.observations += u64::from(observes);
         self.observed = observes;
-        if let (Some(function), Some(report)) = (&mut self.on_observation, &report) {
+        self.tell(report.as_ref());
+        Ok(output)
+    }
+
+    /// Calls the function of observations.
+    fn tell(&mut self, report: Option<&Report>) {
+        if let (Some(function), Some(report)) = (&mut self.on_observation, report) {
             function(report);
         }
-        Ok(output)
     }
 
     /// The losses whose weight is not 0, with their factors: 0 times an infinity is NaN.
@@ -269,12 +283,22 @@ impl Trainer {
                 let _ = self.blender.load(&before, Stream::default());
             })?
         } else {
-            self.blend(passes, rows, Pass::DOT | Pass::BLEND | Pass::OBSERVE)?
+            self.blend(passes, rows, Pass::DOT | Pass::BLEND | self.observation())?
         };
-        // Without either, the weights are the same, and a report would synchronize a CUDA device.
-        let changed = self.blender.config().cadence == Cadence::EveryObservation;
-        let report = (changed || self.on_observation.is_some()).then(|| self.read_weights()).transpose()?;
+        self.pending = self.leave_sums;
+        let report = if self.pending { None } else { self.report_of_observation()? };
         Ok((passes.output(blended)?, report))
+    }
+
+    /// The part of a pass that observes.
+    fn observation(&self) -> Pass {
+        if self.leave_sums { Pass::empty() } else { Pass::OBSERVE }
+    }
+
+    /// A report after an observation. Without a change or a reader, it would synchronize a CUDA device for nothing.
+    fn report_of_observation(&mut self) -> Result<Option<Report>> {
+        let changed = self.blender.config().cadence == Cadence::EveryObservation;
+        (changed || self.on_observation.is_some()).then(|| self.read_weights()).transpose()
     }
 
     fn dot_then_blend<P: Passes>(
@@ -285,7 +309,7 @@ impl Trainer {
         let mut none: Vec<_> = rows.iter().map(|_| None).collect();
         self.run(passes, &rows, &mut none, Pass::DOT)?;
         rows.iter_mut().for_each(|row| (row.train, row.valid) = (None, None));
-        self.blend(passes, rows, Pass::BLEND | Pass::OBSERVE)
+        self.blend(passes, rows, Pass::BLEND | self.observation())
     }
 
     /// Runs a pass that blends, into new memory.
