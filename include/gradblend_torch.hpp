@@ -81,6 +81,7 @@ class GradBlend {
 public:
     using Closure = std::function<Tensor()>;
     using OnObservation = std::function<void(const gradblend_report &)>;
+    using OnSums = std::function<void(Tensor)>;
 
     // `parameters` are leaves of float32, float16 or bfloat16 on one device. Frozen ones are left alone as long as they are frozen.
     GradBlend(const ::torch::OrderedDict<std::string, Tensor> &parameters, const GradBlendConfig &config)
@@ -129,6 +130,10 @@ public:
     Blender &blender() { return host_ = Tensor(), blender_; }
     // Calls `function` with a report after each observation. On CUDA the report synchronizes the stream.
     void on_observation(OnObservation function) { on_observation_ = std::move(function); }
+
+    // On several ranks: calls `function` in each observing call with the 2K products, a float64 tensor in the blender's memory, for
+    // an all-reduce between the ranks. On CUDA it submits work to the current stream. If it throws, nothing is observed.
+    void on_sums(OnSums function) { on_sums_ = std::move(function); }
 
     // w_k in force: a new float32 tensor of shape [K] on the parameters' device. Call it on the stream of the training loop.
     Tensor weights() const { return in_force().clone(); }
@@ -414,12 +419,31 @@ private:
         const Gradients t = train ? closure("train", train, trained) : v.back();
         std::vector<Gradients> bound;
         Gradients blended = bind(v, t, g, bound);
-        blender_.step(plan_, stream());
+        step();
         host_ = Tensor();
         const at::NoGradGuard no_grad;
         for (std::size_t i = 0; i < blended.size(); i++) {
             after[i] = !before[i].defined() ? blended[i] : blended[i].defined() ? Tensor(before[i]).add_(blended[i]) : before[i];
         }
+    }
+
+    // Blends and observes; the products go to on_sums between.
+    void step() {
+        if (!on_sums_) {
+            blender_.step(plan_, stream());
+            return;
+        }
+        blender_.pass(plan_, GRADBLEND_DOT | GRADBLEND_BLEND, stream());
+        const gradblend::PendingSums pending = blender_.pending_sums();
+        const auto options = at::TensorOptions(device_).dtype(at::kDouble);
+        const Tensor tensor = at::from_blob(pending.sums, {static_cast<std::int64_t>(pending.count)}, options);
+        try {
+            on_sums_(tensor);
+        } catch (...) {
+            tensor.zero_();
+            throw;
+        }
+        blender_.observe(stream());
     }
 
     Gradients closure(const std::string &name, const Closure &function, const std::vector<Tensor> &trained) {
@@ -559,6 +583,7 @@ private:
     // Those that can only stay frozen.
     Named frozen_;
     OnObservation on_observation_;
+    OnSums on_sums_;
     bool running_ = false;
     c10::Device device_ = c10::kCPU;
     std::int64_t every_;

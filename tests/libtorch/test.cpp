@@ -199,6 +199,35 @@ void other_calls_add_the_gradient_of_the_weighted_loss() {
     EXPECT(torch::allclose(unscaled.weights(), gb.weights(), 1e-5));
 }
 
+// A function that gets the sums of products: here it adds those of another rank, which has the same gradients.
+void sums_over_ranks() {
+    Toy toy, copy;
+    GradBlend alone(toy.vars, config()), ranks(copy.vars, config());
+    int called = 0;
+    ranks.on_sums([&](Tensor sums) {
+        EXPECT(sums.dtype() == torch::kDouble && sums.numel() == 6);
+        called++;
+        sums.mul_(2);
+    });
+    alone.backward(toy.losses(0), [&] { return toy.fused(100); });
+    ranks.backward(copy.losses(0), [&] { return copy.fused(100); });
+    EXPECT(called == 1 && torch::allclose(alone.weights(), ranks.weights(), 1e-6));
+    const gradblend_report one = alone.report(), two = ranks.report();
+    for (int k = 0; k < 3; k++) {
+        EXPECT(two.mean[k] == 2 * one.mean[k] && two.second_moment[k] == 4 * one.second_moment[k]);
+    }
+    const std::vector<unsigned char> before = ranks.save();
+    const Tensor grad = copy.vars[0].grad().clone();
+    ranks.on_sums([](Tensor) { throw std::runtime_error("a rank is gone"); });
+    try {
+        ranks.backward(copy.losses(1), [&] { return copy.fused(101); });
+        EXPECT(false);
+    } catch (const std::runtime_error &error) {
+        EXPECT(std::string(error.what()) == "a rank is gone");
+    }
+    EXPECT(ranks.save() == before && torch::equal(grad, copy.vars[0].grad()));
+}
+
 void schedules() {
     Toy toy;
     const auto held_out = [&] { return toy.fused(100); };
@@ -371,6 +400,7 @@ int main() {
     }
     a_run_equals_the_raw_operations();
     other_calls_add_the_gradient_of_the_weighted_loss();
+    sums_over_ranks();
     schedules();
     states();
     memory();
