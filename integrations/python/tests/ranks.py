@@ -393,6 +393,27 @@ def exchanged() -> None:
             before = gb.exchanged
 
 
+def documented() -> None:
+    """The programs of docs/distributed.md."""
+    from torch.distributed.fsdp import fully_shard
+
+    page = (pathlib.Path(__file__).resolve().parents[3] / "docs" / "distributed.md").read_text()
+    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(programs) == 2
+    for program in programs:
+        run = Run()
+        batches_of_rank = [next(batches(K, seed)) for seed in range(run.rank * 3, run.rank * 3 + 3)]
+        names: dict[str, Any] = {
+            **{"network": run.model, "losses": of_module, "batches": batches_of_rank, "batch": batches_of_rank[0]},
+            **{"held_out_batches": batches(K, 100 + run.rank), "optimizer": torch.optim.SGD(run.model.parameters(), 0.1)},
+            **{"dist": dist, "GradBlend": GradBlend, "fully_shard": fully_shard},
+            "DistributedDataParallel": DistributedDataParallel,
+        }
+        exec(program, names)
+        same_state(names["gb"])
+        assert names["gb"].observations == 1
+
+
 def no_drift() -> None:
     """10,000 observations of sharded gradients: the same states, bit for bit."""
     rank, blend = dist.get_rank(), gradblend.Blender(K, cadence="every_observation", threads=1)
@@ -423,6 +444,7 @@ SCENARIOS = [
     disagreement,
     checkpoints,
     exchanged,
+    documented,
     no_drift,
 ]
 
