@@ -29,7 +29,7 @@ const SECTIONS: [Section; 20] = [
     ("rules", &[], |_| rules::check()),
     ("format", FORMAT, |_| Ok(())),
     ("clippy", CLIPPY, |_| Ok(())),
-    ("tests", &["cargo test --locked --workspace"], |_| Ok(())),
+    ("tests", TESTS, |_| Ok(())),
     ("docs", &["cargo doc --locked --workspace --no-deps"], package),
     ("minimum-rust", &[], minimum_rust),
     ("cuda", &[], cuda),
@@ -47,10 +47,21 @@ const SECTIONS: [Section; 20] = [
     ("mutants", &[], |_| mutants::run_quarter()),
     ("gpu-bundle", &[], bundle),
 ];
+/// Sections of which a run without names makes one half, by the commit: all others take most of the time that a run may take.
+const HALVES: [&[&str]; 2] = [
+    &["machine-code", "sanitizers", "fuzz", "mutants"],
+    &["install", "optimised", "laboratory", "closed-pipes", "gpu-bundle"],
+];
+/// The commands of the README.
+const TESTS: &[&str] = &[
+    "cargo test --locked --workspace",
+    "cargo run --locked --release --package gradblend-candle --example late_fusion -- --quick",
+];
 const FORMAT: &[&str] = &[
     "cargo fmt --all --check",
     "cargo fmt --check --manifest-path integrations/tch/Cargo.toml",
     "cargo fmt --check --manifest-path integrations/burn/Cargo.toml",
+    "cargo fmt --check --manifest-path integrations/mpi/Cargo.toml",
 ];
 /// Tests switch on the C functions, so the library is also checked without them.
 const CLIPPY: &[&str] = &[
@@ -59,7 +70,6 @@ const CLIPPY: &[&str] = &[
 ];
 const OPTIMISED: &[&str] = &[
     "cargo test --locked --release --package gradblend --lib --tests",
-    "cargo run --locked --release --package gradblend-candle --example late_fusion -- --quick",
     "cargo bench --locked --package gradblend -- --test",
 ];
 const CLOSED_PIPES: &[&str] = &[
@@ -91,9 +101,14 @@ pub(crate) fn sections() -> Vec<&'static str> {
     SECTIONS.iter().map(|section| section.0).collect()
 }
 
-/// Runs the named sections, or all.
-pub(crate) fn run(names: &[String]) -> Result<()> {
+/// Runs the named sections; without names those of a change, or all.
+pub(crate) fn run(names: &[String], all: bool) -> Result<()> {
     let started = Instant::now();
+    let mut left_out: &[&str] = &[];
+    if names.is_empty() && !all {
+        left_out = HALVES[tools::by_commit(2)?];
+        not_checked(format!("{}: another half for each commit, and all with --all", left_out.join(", ")));
+    }
     let sh = tools::shell()?;
     sh.set_var("RUSTDOCFLAGS", "-D warnings");
     if names.is_empty() {
@@ -105,7 +120,7 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
         thread::spawn(integrations::fetch);
     }
     for (name, commands, function) in SECTIONS {
-        if names.is_empty() || names.iter().any(|wanted| wanted == name) {
+        if names.iter().any(|wanted| wanted == name) || (names.is_empty() && !left_out.contains(&name)) {
             println!("\n== {name} ({} min)", started.elapsed().as_secs() / 60);
             for command in commands {
                 let words = command.split(' ').skip(1);
@@ -114,10 +129,10 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
             function(&sh).with_context(|| format!("section {name}"))?;
         }
     }
-    let left_out = NOT_CHECKED.lock().unwrap_or_else(PoisonError::into_inner);
-    let but = if left_out.is_empty() { "" } else { ", except what was NOT CHECKED:" };
+    let reasons = NOT_CHECKED.lock().unwrap_or_else(PoisonError::into_inner);
+    let but = if reasons.is_empty() { "" } else { ", except what was NOT CHECKED:" };
     println!("\n== all passed ({} min){but}", started.elapsed().as_secs() / 60);
-    left_out.iter().for_each(|reason| println!("{reason}"));
+    reasons.iter().for_each(|reason| println!("{reason}"));
     Ok(())
 }
 
@@ -185,7 +200,8 @@ fn on_emulator(_: &Shell) -> Result<()> {
 
 fn sanitizers(_: &Shell) -> Result<()> {
     // Each seed is another order of threads.
-    let seed = ["1", "2"][tools::by_commit(2)?];
+    // By what is left of the commit after the choice of a half.
+    let seed = ["1", "2"][tools::by_commit(4)? / 2];
     on_kernels(Detect::Sanitize, &SANITIZED.map(|name| (name, seed)))?;
     // Whether a barrier orders two accesses does not depend on the order of threads.
     on_kernels(Detect::Races, &RACED.map(|name| (name, "1")))

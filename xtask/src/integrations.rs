@@ -1,9 +1,9 @@
-//! The crates for candle with CUDA, tch and burn, and the header for libtorch: style, tests, examples, packages.
+//! The crates for candle with CUDA, tch, burn and MPI, and the header for libtorch: style, tests, examples, packages.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use rayon::prelude::*;
 use xshell::{Shell, cmd};
 
@@ -11,15 +11,15 @@ use crate::tools;
 
 /// Runs all of them, as many at a time as there are cores: each has long commands that use one.
 pub(crate) fn run(sh: &Shell) -> Result<()> {
-    tools::packages(sh, &["cmake"])?;
+    tools::packages(sh, &["cmake", "libclang-dev", "libopenmpi-dev", "openmpi-bin"])?;
     // The longest first, as halves of this list start together.
-    let parts: [fn() -> Result<()>; 4] = [tch, libtorch, burn, candle_on_cuda];
+    let parts: [fn() -> Result<()>; 5] = [tch, libtorch, burn, candle_on_cuda, mpi];
     parts.par_iter().try_for_each(|part| part())
 }
 
 /// Downloads what the crates depend on that are workspaces of their own.
 pub(crate) fn fetch() -> Result<()> {
-    for name in ["tch", "burn"] {
+    for name in ["tch", "burn", "mpi"] {
         let sh = workspace(name)?;
         cmd!(sh, "cargo fetch --locked --quiet").run()?;
     }
@@ -48,11 +48,37 @@ fn tch() -> Result<()> {
     let sh = workspace("tch")?;
     with_pytorch(&sh)?;
     sh.set_var("LIBTORCH_USE_PYTORCH", "1");
-    checked(&sh, &[])
+    checked(&sh, &[])?;
+    Ok(cmd!(sh, "cargo run --locked --example digits").run()?)
 }
 
 fn burn() -> Result<()> {
-    checked(&workspace("burn")?, &["--features=ndarray"])
+    let (sh, features) = (workspace("burn")?, ["--features=ndarray"]);
+    checked(&sh, &features)?;
+    Ok(cmd!(sh, "cargo run --locked {features...} --example digits").run()?)
+}
+
+/// The crate for MPI, whose tests start mpirun, and the example in C.
+fn mpi() -> Result<()> {
+    let sh = workspace("mpi")?;
+    checked(&sh, &[])?;
+    let (sh, target) = (tools::shell()?, tools::target()?);
+    let out = target.join("mpi");
+    // CI may be root, and have fewer cores than processes.
+    for name in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] {
+        sh.set_var(name, "1");
+    }
+    cmd!(sh, "mpirun --oversubscribe -n 4 {out}/debug/examples/sharded --epochs 2").run()?;
+    cmd!(sh, "cargo rustc --locked --release --features capi --crate-type cdylib").run()?;
+    let strict = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-Iinclude"];
+    let library = [format!("-L{0}/release", target.display()), "-lgradblend".into(), "-lm".into()];
+    cmd!(sh, "mpicc {strict...} examples/c/mpi.c {library...} -o {out}/c_mpi").run()?;
+    sh.set_var("LD_LIBRARY_PATH", target.join("release"));
+    let run = |ranks: &str| cmd!(sh, "mpirun --oversubscribe -n {ranks} {out}/c_mpi").read();
+    let said = run("1")?;
+    println!("{said}");
+    ensure!(run("2")? == said && run("4")? == said, "the weights depend on the number of ranks");
+    Ok(())
 }
 
 /// Checks a crate that is a workspace of its own.
@@ -62,7 +88,6 @@ fn checked(sh: &Shell, features: &[&str]) -> Result<()> {
     sh.set_var("RUSTC_WORKSPACE_WRAPPER", "clippy-driver");
     sh.set_var("CLIPPY_ARGS", "-Dwarnings");
     cmd!(sh, "cargo test --locked {features...}").run()?;
-    cmd!(sh, "cargo run --locked {features...} --example digits").run()?;
     // gradblend as it will be in the registry.
     let patch = "patch.crates-io.gradblend.path='../..'";
     Ok(cmd!(sh, "cargo package --locked --allow-dirty --no-verify --config {patch}").run()?)

@@ -25,8 +25,11 @@ use clap::builder::PossibleValuesParser;
 /// Builds and checks this repository.
 #[derive(Parser)]
 enum Command {
-    /// Run everything that must pass before a change lands, or only the named sections
+    /// Run what must pass before a change lands, or only the named sections
     Ci {
+        /// All sections. Without it, and without names, one half of the slow ones, another half for each commit
+        #[arg(long, conflicts_with = "sections")]
+        all: bool,
         #[arg(value_parser = PossibleValuesParser::new(ci::sections()))]
         sections: Vec<String>,
     },
@@ -83,7 +86,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<()> {
     match command {
-        Command::Ci { sections } => ci::run(&sections)?,
+        Command::Ci { sections, all } => ci::run(&sections, all)?,
         Command::Ffi => ffi::run(&tools::shell()?)?,
         Command::Fuzz { seconds } => ci::fuzz(seconds)?,
         Command::GpuBundle { debug, out } => gpu_bundle::build(debug, out)?,
