@@ -352,6 +352,20 @@ def disagreement() -> None:
     same_error(f"rank {odd} has another number of calls than rank 0 .3, not 0", lambda: call(gb))
 
 
+def frozen() -> None:
+    """Parameters that are frozen get no gradient, and those that are trained again get means."""
+    run = Run()
+    gb = GradBlend(run.model.named_parameters(), every=10, process_group=dist.group.WORLD, **blender(cadence="on_request"))
+    for trained in (True, False, True):
+        for param in run.model.encoders[0].parameters():
+            param.requires_grad_(trained)
+        training, held_out = run.draw()
+        gb.backward(run.model.losses(training[run.rank]), held_out=lambda: run.model.losses(held_out[run.rank])[-1])
+        assert all((param.grad is not None) == trained for param in run.model.encoders[0].parameters())
+        same_state(gb, *(param.grad for param in run.model.parameters() if param.grad is not None))
+        run.model.zero_grad()
+
+
 def checkpoints() -> None:
     """A state of these ranks goes on in one process, and the reverse."""
     run = Run()
@@ -443,6 +457,7 @@ SCENARIOS = [
     placed,
     not_finite,
     disagreement,
+    frozen,
     checkpoints,
     exchanged,
     documented,
@@ -452,27 +467,24 @@ SCENARIOS = [
 
 def leaves(dies: bool) -> None:
     """The last rank makes one call less: the others get an error, not a hang, and their `.grad` and state are unchanged."""
-    for exact in (False, True):
-        run = Run()
-        gb = GradBlend(run.model.named_parameters(), process_group=dist.group.WORLD, exact=exact, **blender())
-        training, held_out = run.draw()
-        own = training[run.rank]
+    run = Run()
+    gb = GradBlend(run.model.named_parameters(), process_group=dist.group.WORLD, exact=dies, **blender())
+    training, held_out = run.draw()
+    own = training[run.rank]
+    gb.backward(run.model.losses(own), held_out=lambda: run.model.losses(held_out[run.rank])[-1])
+    grads, state = [bits(param.grad) for param in run.model.parameters() if param.grad is not None], gb.blender.save()
+    if run.rank == run.count - 1:
+        if dies:
+            os._exit(3)
+        time.sleep(2 * PATIENCE)
+        return
+    try:
         gb.backward(run.model.losses(own), held_out=lambda: run.model.losses(held_out[run.rank])[-1])
-        if not exact:
-            continue
-        grads, state = [bits(param.grad) for param in run.model.parameters() if param.grad is not None], gb.blender.save()
-        if run.rank == run.count - 1:
-            if dies:
-                os._exit(3)
-            time.sleep(2 * PATIENCE)
-            return
-        try:
-            gb.backward(run.model.losses(own), held_out=lambda: run.model.losses(held_out[run.rank])[-1])
-            raise AssertionError("no error")
-        except ExchangeError as error:
-            assert f"rank {run.rank} of {run.count} could not exchange" in str(error)
-        assert grads == [bits(param.grad) for param in run.model.parameters() if param.grad is not None]
-        assert state == gb.blender.save()
+        raise AssertionError("no error")
+    except ExchangeError as error:
+        assert f"rank {run.rank} of {run.count} could not exchange" in str(error)
+    assert grads == [bits(param.grad) for param in run.model.parameters() if param.grad is not None]
+    assert state == gb.blender.save()
 
 
 def dies() -> None:

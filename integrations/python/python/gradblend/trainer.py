@@ -120,8 +120,9 @@ class GradBlend:
         self._ranks: Ranks | None = None
         self._wrapped: Wrapped | None = None
         #: For copies on several ranks: the parameters that each loss reaches on any rank, if that is known, and those with
-        #: gradients of this rank in `.grad`.
+        #: gradients of this rank in `.grad`; and which parameters were trained when that was found.
         self._reached: Masks | None = None
+        self._trainable: list[bool] = []
         self._unaveraged = [False] * len(self._params)
         self._accumulates = False
         #: The losses of an observing call.
@@ -367,10 +368,10 @@ class GradBlend:
                 raise Error("losses reach no parameter: all gradients are None")
         if self._ranks is not None and not self._sharded:
             grads = [param.grad for param in self._params]
-            if self._reached is None:
+            if self._reached is None or self._trainable != [param.requires_grad for param in self._params]:
                 self._ranks.agree(self._facts(0), True)
-                self._reached = self._ranks.masks([grads]) * len(losses)
-            new = _any_of(mask for weight, mask in zip(in_force, self._reached) if weight != 0)
+                self._set_reached(self._ranks.masks([grads]) * len(losses))
+            new = _any_of(mask for weight, mask in zip(in_force, self._reached or []) if weight != 0)
             new = new or [False] * len(grads)
             if averaged is not None:
                 # All that was in `.grad`.
@@ -378,6 +379,9 @@ class GradBlend:
             self._average(grads, new)
             for param, grad in zip(self._params, grads):
                 param.grad = grad
+
+    def _set_reached(self, masks: Masks) -> None:
+        self._reached, self._trainable = masks, [param.requires_grad for param in self._params]
 
     def _averaged_by_module(self) -> list[bool] | None:
         """The parameters whose gradients the forward pass made a DistributedDataParallel average."""
@@ -445,10 +449,9 @@ class GradBlend:
             grads = [self._gradients(loss, f"losses[{k}]", trained, k < last, factor) for k, loss in enumerate(losses)]
             g = self._closure("held_out", held_out, trained)
             t = grads[last] if train is None else self._closure("train", train, trained)
-            blended = self._step(grads, t, g, share, counts)
-            self._host.refresh()
             parts = [None if grad is None else local(grad) for grad in before]
-            after = self._total(parts, blended)
+            after = self._step(grads, t, g, parts, share, counts)
+            self._host.refresh()
             after = [
                 old if old is not None and part is new else None if new is None else like(param, new)
                 for param, old, part, new in zip(self._params, before, parts, after)
@@ -467,8 +470,10 @@ class GradBlend:
             return total
         return [old if new is None else new if old is None else _add(old, new) for old, new in zip(before, blended)]
 
-    def _step(self, grads: list[Gradients], t: Gradients, g: Gradients, share: Tensor | None, counts: bool) -> Gradients:
-        """Observes and blends; on several ranks the products or the gradients of all."""
+    def _step(
+        self, grads: list[Gradients], t: Gradients, g: Gradients, before: Gradients, share: Tensor | None, counts: bool
+    ) -> Gradients:
+        """Observes and blends, on several ranks the products or the gradients of all. Returns what is in `.grad` then."""
         ranks, each_rank = self._ranks, self._observes_each_rank()
         sets = [*grads, g] if t is grads[-1] else [*grads, g, t]
         if ranks is not None:
@@ -476,7 +481,7 @@ class GradBlend:
             ranks.agree(self._facts(len(sets)), finite(sets if averages else [self._values]))
             if not self._sharded:
                 masks = ranks.masks(sets)
-                self._reached = masks[: len(grads)]
+                self._set_reached(masks[: len(grads)])
                 if averages:
                     ranks.average(sets, masks, self._params)
         blended, _bound = self._table.bind(grads, t, g)  # bound until the step is submitted
@@ -485,24 +490,25 @@ class GradBlend:
         try:
             if ranks is None or (self._exact and not self._sharded):
                 self.blender.step(self._table.plan)
-            else:
-                self.blender.run(self._table.plan, Pass.DOT | Pass.BLEND)
-                try:
-                    if each_rank:
-                        ranks.observe_each(self.blender, counts)
-                    else:
-                        ranks.sum_products(self.blender)
-                        self.blender.observe()
-                except Error:
-                    self.blender.pending_sums.torch().zero_()
-                    raise
+                return self._total(before, blended)
+            self.blender.run(self._table.plan, Pass.DOT | Pass.BLEND)
+            try:
+                if not each_rank:
+                    ranks.sum_products(self.blender)
+                    self.blender.observe()
+                    return self._total(before, blended)
+                for grad in blended:
+                    if grad is not None and share is not None:
+                        grad.mul_(share)
+                # Before the observation, so that nothing is observed if this exchange fails.
+                total = self._total(before, blended)
+                ranks.observe_each(self.blender, counts)
+                return total
+            except Error:
+                self.blender.pending_sums.torch().zero_()
+                raise
         finally:
             self.blender.set_grad_scale(None)  # the address was that of this call's tensor
-        if each_rank and share is not None:
-            for grad in blended:
-                if grad is not None:
-                    grad.mul_(share)
-        return blended
 
     def _closure(self, name: str, function: Any, trained: list[Tensor]) -> Gradients:
         try:
