@@ -66,7 +66,7 @@ impl Cpu {
             bytemuck::try_zeroed_box::<State>().map_err(|()| Error::OutOfMemory { what: "the blender", bytes })?;
         *memory = *state;
         let state = NonNull::from(Box::leak(memory));
-        Ok(Cpu { config, scale: Scale::default(), pool, kernel: pass::best(), state, kept: [0.0; _] })
+        Ok(Cpu { config, scale: Scale::default(), pool, kernel: pass::best(), state, kept: [0.0; 2 * MAX_MODALITIES] })
     }
 
     fn state(&self) -> &State {
