@@ -14,7 +14,6 @@ import datetime
 import json
 import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ import gradblend
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from machine import processor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -185,13 +185,6 @@ def wrong(observations: int) -> list[dict[str, Any]]:
     return rows
 
 
-def processor() -> str:
-    """Name of the processor, and its cores."""
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if pathlib.Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small network, few repeats")
@@ -199,7 +192,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {
         "date": datetime.date.today().isoformat(),
-        "machine": processor(),
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "groups": [launch(count, arguments.quick) for count in ((2,) if arguments.quick else (2, 4))],
         "wrong": wrong(20 if arguments.quick else 400),

@@ -17,7 +17,6 @@ import argparse
 import datetime
 import json
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import gradblend
 import torch
 import torchvision
+from machine import processor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -155,11 +155,6 @@ def seconds(bench: Bench, running: Iterator[None], steps: int) -> float:
         next(running)
         bench.optimizer.step()
     return (time.perf_counter() - started) / steps
-
-
-def processor() -> str:
-    text = pathlib.Path("/proc/cpuinfo").read_text()
-    return next((line.split(": ")[1] for line in text.splitlines() if line.startswith("model name")), platform.processor())
 
 
 def commit() -> str:
