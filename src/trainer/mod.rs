@@ -286,19 +286,16 @@ impl Trainer {
             self.blend(passes, rows, Pass::DOT | Pass::BLEND | self.observation())?
         };
         self.pending = self.leave_sums;
-        let report = if self.pending { None } else { self.report_of_observation()? };
+        // Without a change or a reader, a report would synchronize a CUDA device for nothing.
+        let changed = self.blender.config().cadence == Cadence::EveryObservation;
+        let reads = !self.pending && (changed || self.on_observation.is_some());
+        let report = reads.then(|| self.read_weights()).transpose()?;
         Ok((passes.output(blended)?, report))
     }
 
     /// The part of a pass that observes.
     fn observation(&self) -> Pass {
         if self.leave_sums { Pass::empty() } else { Pass::OBSERVE }
-    }
-
-    /// A report after an observation. Without a change or a reader, it would synchronize a CUDA device for nothing.
-    fn report_of_observation(&mut self) -> Result<Option<Report>> {
-        let changed = self.blender.config().cadence == Cadence::EveryObservation;
-        (changed || self.on_observation.is_some()).then(|| self.read_weights()).transpose()
     }
 
     fn dot_then_blend<P: Passes>(

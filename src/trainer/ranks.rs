@@ -8,7 +8,8 @@ use super::{Error, Result, Trainer};
 
 impl Trainer {
     /// Adds the products of the latest call up over ranks that hold parts of each gradient, observes the sums, and finds new
-    /// weights. For trainers with [`GradBlendConfig::leave_sums`](super::GradBlendConfig::leave_sums); all ranks call it after each call that observed.
+    /// weights. For trainers with [`GradBlendConfig::leave_sums`](super::GradBlendConfig::leave_sums); all ranks call it after
+    /// each call that observed.
     ///
     /// On a CUDA device the exchange is in the default stream, which the engine's must be. Returns the ranks whose products
     /// were not finite, where all ranks skip the observation.
@@ -21,9 +22,10 @@ impl Trainer {
         self.blender.reduce(ranks, Stream::default())?;
         self.blender.observe(Stream::default())?;
         self.pending = false;
-        let nonfinite = self.report()?.flags.contains(Flags::NONFINITE);
+        let report = self.read_weights()?;
+        let nonfinite = report.flags.contains(Flags::NONFINITE);
         let found = if nonfinite { self.blender.nonfinite_ranks(ranks, Stream::default())? } else { Vec::new() };
-        self.end_observation()?;
+        self.tell(Some(&report));
         Ok(found)
     }
 
@@ -37,14 +39,9 @@ impl Trainer {
         self.expect_pending(true)?;
         let found = self.blender.observe_each(ranks, Stream::default())?;
         self.pending = false;
-        self.end_observation()?;
+        let report = self.read_weights()?;
+        self.tell(Some(&report));
         Ok(found)
-    }
-
-    fn end_observation(&mut self) -> Result<()> {
-        let report = self.report_of_observation()?;
-        self.tell(report.as_ref());
-        Ok(())
     }
 
     pub(super) fn expect_pending(&self, pending: bool) -> Result<()> {

@@ -474,10 +474,9 @@ class GradBlend:
         self, grads: list[Gradients], t: Gradients, g: Gradients, before: Gradients, share: Tensor | None, counts: bool
     ) -> Gradients:
         """Observes and blends, on several ranks the products or the gradients of all. Returns what is in `.grad` then."""
-        ranks, each_rank = self._ranks, self._observes_each_rank()
+        ranks, averages = self._ranks, self._exact and not self._sharded
         sets = [*grads, g] if t is grads[-1] else [*grads, g, t]
         if ranks is not None:
-            averages = self._exact and not self._sharded
             ranks.agree(self._facts(len(sets)), finite(sets if averages else [self._values]))
             if not self._sharded:
                 masks = ranks.masks(sets)
@@ -488,12 +487,12 @@ class GradBlend:
         if self._scale is not None:
             self.blender.set_grad_scale(self._scale.data_ptr())
         try:
-            if ranks is None or (self._exact and not self._sharded):
+            if ranks is None or averages:
                 self.blender.step(self._table.plan)
                 return self._total(before, blended)
             self.blender.run(self._table.plan, Pass.DOT | Pass.BLEND)
             try:
-                if not each_rank:
+                if self._sharded:
                     ranks.sum_products(self.blender)
                     self.blender.observe()
                     return self._total(before, blended)
