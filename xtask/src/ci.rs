@@ -47,7 +47,7 @@ const SECTIONS: [Section; 20] = [
     ("mutants", &[], |_| mutants::run_quarter()),
     ("gpu-bundle", &[], bundle),
 ];
-/// Sections of which a run without names makes one half, by the commit: all others take most of the time that a run may take.
+/// A run without names leaves one of these halves out, by the commit: with both it takes an hour on two cores.
 const HALVES: [&[&str]; 2] = [
     &["machine-code", "sanitizers", "fuzz", "mutants"],
     &["install", "optimised", "laboratory", "closed-pipes", "gpu-bundle"],
