@@ -342,7 +342,7 @@ def disagreement() -> None:
     same_error(f"rank {odd} has another number of parameters", lambda: call(gb))
     gb = made()
     train_loss = {"train": lambda: run.model.losses(held_out[run.rank])[-1]} if here else {}
-    same_error(f"rank {odd} has another number of gradients", lambda: call(gb, **train_loss))
+    same_error(f"rank {odd} has another set of arguments", lambda: call(gb, **train_loss))
     if here:
         gb.set_weights([0.5, 0.25, 0.25])
     same_error(f"rank {odd} has another state", lambda: call(gb))

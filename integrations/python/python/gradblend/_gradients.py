@@ -23,6 +23,7 @@ __all__ = [
     "local",
     "owns_memory",
     "parameters",
+    "placed_like",
     "short",
 ]
 
@@ -161,6 +162,16 @@ def local(tensor: Tensor) -> Tensor:
         return part
 
 
+def placed_like(param: Tensor, grad: Tensor | None) -> Tensor | None:
+    """A gradient with the placements of its parameter."""
+    placed: Any = grad
+    if grad is None or not is_sharded(grad) or placed.placements == param.placements:  # type: ignore[attr-defined]
+        return grad
+    with torch.no_grad():
+        placed = placed.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+        return placed  # type: ignore[no-any-return]
+
+
 def like(param: Tensor, part: Tensor) -> Tensor:
     """The gradient of a parameter from its part on this rank."""
     if not is_sharded(param):
@@ -189,9 +200,13 @@ def _whole_backward_pass(root: Tensor, trained: list[Tensor], retain: bool) -> N
     own = {id(param) for param in trained}
     leaves = [node.variable for node in _nodes(root, set()) if hasattr(node, "variable")]
     others = [(leaf, leaf.grad) for leaf in leaves if id(leaf) not in own]
-    torch.autograd.backward(root, retain_graph=retain)
-    for leaf, grad in others:
-        leaf.grad = grad
+    try:
+        for leaf, _ in others:
+            leaf.grad = None
+        torch.autograd.backward(root, retain_graph=retain)
+    finally:
+        for leaf, grad in others:
+            leaf.grad = grad
 
 
 def check_loss(what: str, loss: Any) -> Tensor:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import gc
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from ._gradients import Gradients, is_sharded, owns_memory
+from ._gradients import Gradients, owns_memory
 from ._library import Error, ExchangeError
 from .blender import Blender
 
-__all__ = ["Masks", "Ranks", "Wrapped", "counted_here", "fingerprint", "finite", "wrappers"]
+__all__ = ["Masks", "Ranks", "fingerprint", "finite"]
+
+Result = TypeVar("Result")
 
 #: Bytes of one all-reduce of gradients, as DistributedDataParallel has them by default.
 BUCKET = 25 << 20
+
+#: Bytes of the text of an error that other ranks get.
+TEXT = 300
 
 #: Whether each parameter has a gradient, for each set of gradients.
 Masks = list[list[bool]]
@@ -37,7 +40,7 @@ class Ranks:
             group._get_backend(device)
         except RuntimeError as error:
             raise Error(f"process_group has no backend for tensors on {device}: {error}") from error
-        self._group, self._device = group, device
+        self.group, self._device = group, device
         self.rank, self.count = group.rank(), group.size()
         #: Bytes that this rank gave to collective operations.
         self.bytes = 0
@@ -49,7 +52,7 @@ class Ranks:
 
     def _call(self, what: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
-            return function(*arguments, group=self._group, **options)
+            return function(*arguments, group=self.group, **options)
         except RuntimeError as error:  # of the backend: a time-out, or a rank that is gone
             raise ExchangeError(f"rank {self.rank} of {self.count} could not exchange {what}: {error}") from error
 
@@ -65,28 +68,57 @@ class Ranks:
         self._call(what, dist.all_gather, all_ranks, tensor)
         return torch.stack(all_ranks)
 
-    def agree(self, facts: dict[str, int], finite: bool) -> None:
-        """Compares facts between the ranks. All raise the same `Error`, which names the first that differs from rank 0."""
-        own = torch.tensor([*facts.values(), int(finite)], dtype=torch.int64, device=self._device)
+    def on_all(self, function: Callable[[], tuple[Result, int]], facts: dict[str, int]) -> tuple[Result, list[int]]:
+        """Runs a function that returns a result and a number, and returns this rank's result and the numbers of all ranks.
+
+        Facts are the same on all ranks, else all raise the same `Error`, which names the first rank that differs from rank 0.
+        An error that the function raises on one rank is an `Error` on the others.
+        """
+        error: Exception | None = None
+        number = 0
+        try:
+            result, number = function()
+        except ExchangeError:
+            raise
+        except Exception as caught:
+            error = caught
+        own = torch.tensor([int(error is not None), number, *facts.values()], dtype=torch.int64, device=self._device)
         every = self._gather("what they are to agree on", own).tolist()
-        for rank, (*of_rank, _) in enumerate(every):
-            for name, first, got in zip(facts, every[0], of_rank):
-                if first != got:
-                    values = "" if abs(first) >= 1 << 31 or abs(got) >= 1 << 31 else f" ({got}, not {first})"
+        failed = [rank for rank, of_rank in enumerate(every) if of_rank[0] != 0]
+        if failed:
+            raise self._failed(failed[0], error) from error
+        for rank, of_rank in enumerate(every):
+            for (name, expected), got in zip(zip(facts, every[0][2:]), of_rank[2:]):
+                if expected != got:
+                    values = "" if abs(expected) >= 1 << 31 or abs(got) >= 1 << 31 else f" ({got}, not {expected})"
                     raise Error(f"rank {rank} has another {name} than rank 0{values}")
-        flags = [0.0 if of_rank[-1] else 1.0 for of_rank in every]
-        self.nonfinite = torch.tensor(flags, device=self._device)
+        return result, [of_rank[1] for of_rank in every]
 
-    def share(self, samples: int) -> Tensor:
-        """What a rank multiplies its mean loss by, so that the plain mean over ranks is that over all samples."""
-        own = torch.tensor(float(samples), dtype=torch.float64, device=self._device)
-        total = self._sum("the numbers of samples", own.clone())
-        return torch.where(total > 0, own * self.count / total, own).float()
+    def _failed(self, rank: int, error: Exception | None) -> Exception:
+        """The error of this rank, or one that has the text of a rank's."""
+        text = "" if error is None else f"{type(error).__name__}: {error}"
+        own = torch.zeros(TEXT, dtype=torch.uint8)
+        start = text.encode()[:TEXT]
+        own[: len(start)] = torch.tensor(list(start), dtype=torch.uint8)
+        every = self._gather("the text of an error", own.to(self._device)).tolist()
+        if error is not None:
+            return error
+        return Error(f"rank {rank} raised {bytes(every[rank]).rstrip(bytes(1)).decode(errors='replace')}")
 
-    def masks(self, sets: Sequence[Gradients]) -> Masks:
-        """Which gradients any rank has."""
-        words = [[grad is not None for grad in grads] for grads in sets]
-        own = torch.tensor(words, dtype=torch.uint8, device=self._device)
+    def share(self, what: str, samples: list[int]) -> float | None:
+        """What this rank multiplies its mean loss by, so that the plain mean over ranks is that over the samples of all. None
+        if no rank gave a number (-1)."""
+        if len({number < 0 for number in samples}) > 1:
+            without = next(rank for rank, number in enumerate(samples) if number < 0)
+            raise Error(f"rank {without} has no number of samples of {what}, but other ranks have: give it on all ranks")
+        if samples[self.rank] < 0:
+            return None
+        total = sum(samples)
+        return samples[self.rank] * self.count / total if total > 0 else 0.0
+
+    def masks(self, sets: Masks) -> Masks:
+        """Flags that any rank has set."""
+        own = torch.tensor(sets, dtype=torch.uint8, device=self._device)
         self.bytes += own.numel()
         self._call("which gradients there are", dist.all_reduce, own, op=dist.ReduceOp.MAX)
         return [[bool(flag) for flag in row] for row in own.tolist()]
@@ -138,80 +170,6 @@ class Ranks:
             pending.copy_(row[:-1])
             blender.observe()
         pending.zero_()
-
-
-class Wrapped:
-    """The DistributedDataParallel modules that have the parameters. They average gradients in their one backward pass for each
-    forward pass: in calls that do not observe. Before others, their forward pass must not expect a backward pass."""
-
-    def __init__(self, modules: list[DistributedDataParallel], params: list[Tensor], may_average: Any) -> None:
-        inside = {id(param) for module in modules for param in module.parameters()}
-        self.modules = modules
-        #: Whether each parameter is one of these modules.
-        self.has = [id(param) in inside for param in params]
-        #: A weak reference to a method: the modules, which keep this object, do not keep its trainer.
-        self._may_average = may_average
-        #: Whether the latest forward pass with gradients has set the modules up to average.
-        self.averages = False
-        #: Whether that pass was outside of `no_sync`.
-        self.synchronizes = True
-        for module in modules:
-            if module.static_graph:
-                raise Error("DistributedDataParallel with static_graph=True allows one backward pass for each forward pass")
-            module.register_forward_pre_hook(self._before)
-            module.register_forward_hook(self._after, always_call=True)
-
-    def _before(self, module: Any, _: Any) -> None:
-        may_average = self._may_average()
-        if torch.is_grad_enabled() and may_average is not None:
-            self.synchronizes = module.require_backward_grad_sync
-            module.require_backward_grad_sync = self.averages = self.synchronizes and may_average()
-
-    def _after(self, module: Any, _inputs: Any, _outputs: Any) -> None:
-        if torch.is_grad_enabled() and self._may_average() is not None:
-            module.require_backward_grad_sync = self.synchronizes
-            # Of the next forward pass: to broadcast buffers as after any pass that synchronizes.
-            module.require_forward_param_sync = module.require_forward_param_sync or self.synchronizes
-
-
-def wrappers(named: list[tuple[str, Tensor]]) -> list[DistributedDataParallel]:
-    """The DistributedDataParallel modules of parameters, which leave no trace on the parameters themselves.
-
-    `Error` if one, or a module of `fully_shard`, has a parameter that is not among these: backward passes reach it too.
-    """
-    ids = {id(param) for _, param in named}
-    found = []
-    for item in gc.get_objects():
-        kinds = [kind.__name__ for kind in type(item).__mro__]
-        if "DistributedDataParallel" in kinds or "FSDPModule" in kinds:
-            own = list(item.named_parameters())
-            if any(id(param) in ids for _, param in own):
-                missing = [name for name, param in own if param.requires_grad and id(param) not in ids]
-                if missing:
-                    raise Error(f"params lacks {missing[0]} of the {kinds[0]}: give all of its parameters")
-                found += [item] if isinstance(item, DistributedDataParallel) else []
-    return found
-
-
-def counted_here(params: list[Tensor], names: list[str], group: Ranks) -> list[bool] | None:
-    """Whether this rank counts the products of each sharded parameter; None for plain tensors."""
-    sharded = [is_sharded(param) for param in params]
-    if not any(sharded):
-        return None
-    if not all(sharded):
-        plain, other = names[sharded.index(False)], names[sharded.index(True)]
-        raise Error(f"{plain} is a plain tensor, but {other} is a DTensor: shard or replicate all on a mesh")
-    counts = []
-    for name, param in zip(names, params):
-        mesh: Any = param.device_mesh  # type: ignore[attr-defined]
-        ranks = set(dist.get_process_group_ranks(group._group))
-        if not set(mesh.mesh.flatten().tolist()) <= ranks:
-            raise Error(f"{name} is on ranks {sorted(mesh.mesh.flatten().tolist())}, but process_group has {sorted(ranks)}")
-        coordinate = mesh.get_coordinate()
-        # A parameter that several ranks hold counts once: on the first of them.
-        placements = zip(param.placements, coordinate or ())  # type: ignore[attr-defined]
-        counts.append(coordinate is not None and all(place.is_shard() or at == 0 for place, at in placements))
-    return counts
 
 
 def fingerprint(*parts: object) -> int:

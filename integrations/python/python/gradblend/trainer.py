@@ -6,6 +6,7 @@ import importlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
@@ -22,10 +23,12 @@ from ._gradients import (
     like,
     local,
     parameters,
+    placed_like,
     short,
 )
 from ._library import Error, Options, config, ffi, lib, number
-from ._ranks import Masks, Ranks, Wrapped, counted_here, fingerprint, finite, wrappers
+from ._modules import Wrapped, check_sharding, counted_here, wrappers
+from ._ranks import Ranks, fingerprint, finite
 from .blender import Blender, Pass, Report
 from .schedule import Schedule
 
@@ -119,15 +122,19 @@ class GradBlend:
         self._exact = exact
         self._ranks: Ranks | None = None
         self._wrapped: Wrapped | None = None
-        #: For copies on several ranks: the parameters that each loss reaches on any rank, if that is known, and those with
-        #: gradients of this rank in `.grad`; and which parameters were trained when that was found.
-        self._reached: Masks | None = None
-        self._trainable: list[bool] = []
-        self._unaveraged = [False] * len(self._params)
+        #: On several ranks: whether the gradients of a parameter in `.grad` are those of this rank alone.
+        self._left = [False] * len(self._params)
+        #: Whether calls are in `no_sync`.
         self._accumulates = False
+        #: Whether `samples` is given; None before the first call.
+        self._has_samples: bool | None = None
         #: The losses of an observing call.
         self._values: Gradients = []
-        counted = self._join(named, process_group)
+        if process_group is not None:
+            self._ranks = Ranks(process_group, self._device)
+            check_sharding(named)
+        self._find_modules()
+        counted = None if self._ranks is None else counted_here(self._params, self._names, self._ranks.group)
         self._table = Table(self._names, self._params, self.blender, counted)
         _keep_graphs_of_compiled_modules()
 
@@ -165,7 +172,6 @@ class GradBlend:
         """Puts K weights in force as given, until the next reweight: with `Schedule.offline()`, for good."""
         self.blender.set_weights(weights)
         self._host.refresh()
-        self._reached = None
 
     def reweight(self) -> None:
         """Solves for the weights of the moments now; for `cadence="on_request"`, as after a number of observations."""
@@ -214,7 +220,6 @@ class GradBlend:
         self.blender.load(bytes(state["blender"].tolist()))
         self._calls = calls
         self._host.refresh()
-        self._reached = None
 
     def backward(
         self,
@@ -252,9 +257,11 @@ class GradBlend:
         try:
             # As `backward` does, also where gradients are switched off.
             with torch.enable_grad():
-                observes = self._backward(self._roots(losses), held_out, train, samples)
+                observes = self._backward(losses, held_out, train, samples)
         finally:
             self._running = False
+            if self._wrapped is not None:
+                self._wrapped.end_call()
         if observes and self._on_observation is not None:
             self._on_observation(self.report())
         return observes
@@ -274,18 +281,15 @@ class GradBlend:
         finally:
             self._accumulates = before
 
-    def _join(self, named: list[tuple[str, Tensor]], group: Any) -> list[bool] | None:
-        """Becomes one of the ranks of a group, and returns whether this rank counts the products of each sharded parameter."""
-        initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
-        modules = wrappers(named) if initialized else []
-        if group is None:
-            if modules:
-                raise Error("params are those of a DistributedDataParallel, and process_group is missing")
-            return None
-        self._ranks = Ranks(group, self._device)
-        if modules:
+    def _find_modules(self) -> None:
+        """Finds the modules that average the gradients of the parameters."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        modules = wrappers(list(zip(self._names, self._params)))
+        if modules and self._ranks is None:
+            raise Error("params are those of a DistributedDataParallel, and process_group is missing")
+        if modules != ([] if self._wrapped is None else self._wrapped.modules):
             self._wrapped = Wrapped(modules, self._params, weakref.WeakMethod(self._may_average))
-        return counted_here(self._params, self._names, self._ranks)
 
     @property
     def _sharded(self) -> bool:
@@ -304,30 +308,85 @@ class GradBlend:
 
     def _backward(
         self,
-        roots: list[Tensor],
+        losses: Sequence[Tensor] | Tensor,
         held_out: Callable[[], HeldOut] | None,
         train: Callable[[], HeldOut] | None,
         samples: int | None,
     ) -> bool:
-        observes = self._observes()
+        observes, first, ranks = self._observes(), self._has_samples is None, self._ranks
         if self._scaler is not None:
             # The scale by the scaler's public interface, which also makes it initialise itself.
             self._scale = self._scaler.scale(torch.ones((), device=self._device))
-        share = self._share(samples)
-        if observes:
-            self._observe(roots, held_out, train, share, samples != 0)
+        if first:
+            self._find_modules()  # that were made since
+        by_module = [False] * len(self._params)
+        if self._wrapped is not None and self._wrapped.average(self._may_average()):
+            by_module = self._wrapped.has
+        averages = ranks is not None and not self._sharded and self._synchronizes() and not all(by_module)
+        prepare = partial(self._prepare, observes, losses, held_out, train, samples)
+        if observes or first or averages or samples is not None:
+            (roots, trained, before), share = self._shared("the call", prepare, self._facts(train is not None))
         else:
-            self._weighted(roots, share)
+            ((roots, trained, before), _), share = prepare(), None
+        self._has_samples = samples is not None
+        if observes:
+            closures = [(name, function) for name, function in (("held_out", held_out), ("train", train)) if function is not None]
+            self._observe(roots, trained, before, closures, share, samples != 0)
+        else:
+            weighted = partial(self._weighted, roots, trained, share)
+            if averages:
+                self._on_all(weighted, {})
+            else:
+                weighted()
+            if ranks is not None and not self._sharded:
+                self._average_rest(by_module, averages)
         self._calls += 1
         self._observations += observes
         return observes
 
-    def _share(self, samples: int | None) -> Tensor | None:
-        """This rank's share of the samples, times the number of ranks."""
-        if samples is None:
-            return None
-        samples = number("samples", samples, 0, 2**53)
-        return None if self._ranks is None else self._ranks.share(samples)
+    def _on_all(self, function: Callable[[], tuple[Any, int]], facts: dict[str, int]) -> tuple[Any, list[int]]:
+        if self._ranks is not None:
+            return self._ranks.on_all(function, facts)
+        result, number = function()
+        return result, [number]
+
+    def _shared(self, what: str, function: Callable[[], tuple[Any, int]], facts: dict[str, int]) -> tuple[Any, float | None]:
+        """The result of a function that also returns a number of samples, or -1; and this rank's share of the samples, times
+        the number of ranks."""
+        result, samples = self._on_all(function, facts)
+        return result, None if self._ranks is None else self._ranks.share(what, samples)
+
+    def _prepare(
+        self,
+        observes: bool,
+        losses: Sequence[Tensor] | Tensor,
+        held_out: Callable[[], HeldOut] | None,
+        train: Callable[[], HeldOut] | None,
+        samples: int | None,
+    ) -> tuple[tuple[list[Tensor], list[Tensor], Gradients], int]:
+        """What can be checked before the first backward pass. Returns the losses, the parameters that are trained, and what is
+        in their `.grad` if the call observes; and the number of samples, or -1."""
+        roots, trained = self._roots(losses), self._trained()
+        count = -1 if samples is None else number("samples", samples, 0, 2**53)
+        if self._ranks is not None and self._has_samples not in (None, samples is not None):
+            raise Error(f"samples is {samples}: give it in all calls, or in none")
+        if not observes:
+            return (roots, trained, []), count
+        if held_out is None:
+            raise Error(f"this call observes (call {self._calls}, every {self._every}): held_out is missing")
+        for name, function in (("held_out", held_out), ("train", train)):
+            if function is not None and not callable(function):
+                raise Error(f"{name} is {type(function).__name__}, expected a function that returns a loss")
+        before = [placed_like(param, param.grad) for param in self._params]
+        for name, param, grad in zip(self._names, self._params, before):
+            if grad is not None:
+                check_gradient(f"{name}.grad", local(grad), local(param))
+                if grad.is_inference() or any(s == 0 and n > 1 for s, n in zip(grad.stride(), grad.shape)):
+                    raise Error(f"{name}.grad cannot be added to: it is expanded, or an inference tensor")
+        seen: set[Any] = set()
+        for k, loss in enumerate(roots):
+            check_graph(loss, f"losses[{k}]", seen)
+        return (roots, trained, before), count
 
     def _roots(self, losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
         k = self.blender.modalities
@@ -352,62 +411,49 @@ class GradBlend:
             raise Error("no parameter requires a gradient")
         return trained
 
-    def _weighted(self, losses: list[Tensor], share: Tensor | None) -> None:
+    def _weighted(self, losses: list[Tensor], trained: list[Tensor], share: float | None) -> tuple[None, int]:
         """One backward pass on sum_k w_k L_k. Leaves out losses of weight 0: 0 times an infinity is NaN."""
         in_force = self._host.read()
         weights = self._weights
         for factor in (self._scale, share):
             weights = weights if factor is None else weights * factor
         terms = [weights[k] * loss.reshape(()).to(self._device) for k, loss in enumerate(losses) if in_force[k] != 0]
-        trained = self._trained()
-        averaged = self._averaged_by_module()
         if terms:
             # One root: with several, autograd holds on to more gradients.
             backward_pass(torch.stack(terms).sum(), "losses", trained, retain=False)
             if all(param.grad is None for param in trained):
                 raise Error("losses reach no parameter: all gradients are None")
-        if self._ranks is not None and not self._sharded:
-            grads = [param.grad for param in self._params]
-            if self._reached is None or self._trainable != [param.requires_grad for param in self._params]:
-                self._ranks.agree(self._facts(0), True)
-                self._set_reached(self._ranks.masks([grads]) * len(losses))
-            new = _any_of(mask for weight, mask in zip(in_force, self._reached or []) if weight != 0)
-            new = new or [False] * len(grads)
-            if averaged is not None:
-                # All that was in `.grad`.
-                new, self._unaveraged = ([to_do and not has for to_do, has in zip(x, averaged)] for x in (new, self._unaveraged))
-            self._average(grads, new)
-            for param, grad in zip(self._params, grads):
-                param.grad = grad
-
-    def _set_reached(self, masks: Masks) -> None:
-        self._reached, self._trainable = masks, [param.requires_grad for param in self._params]
-
-    def _averaged_by_module(self) -> list[bool] | None:
-        """The parameters whose gradients the forward pass made a DistributedDataParallel average."""
-        return self._wrapped.has if self._wrapped is not None and self._wrapped.averages else None
+        return None, 0
 
     def _synchronizes(self) -> bool:
         return not self._accumulates and (self._wrapped is None or self._wrapped.synchronizes)
 
-    def _average(self, grads: Gradients, new: list[bool]) -> None:
-        """Replaces the new gradients, and those that other calls have left, by their means over the ranks, or notes that this
-        is still to do."""
+    def _average_rest(self, by_module: list[bool], averages: bool) -> None:
+        """Averages what is in `.grad` over the ranks where no module has, or notes that this is still to do."""
         assert self._ranks is not None
-        unaveraged = _any_of([new, self._unaveraged])
-        if self._synchronizes():
-            self._ranks.average([grads], [unaveraged], self._params)
-            unaveraged = [False] * len(grads)
-        self._unaveraged = unaveraged
+        grads = [param.grad for param in self._params]
+        # Autograd does not tell what is new. What was averaged before is the same on all ranks, and so is its mean.
+        self._left = [
+            grad is not None and (left or param.requires_grad) and not done
+            for param, grad, left, done in zip(self._params, grads, self._left, by_module)
+        ]
+        if averages:
+            self._ranks.average([grads], self._ranks.masks([self._left]), self._params)
+            for param, grad in zip(self._params, grads):
+                param.grad = grad
+            self._left = [False] * len(grads)
 
-    def _facts(self, sets: int) -> dict[str, int]:
+    def _facts(self, has_train: bool) -> dict[str, int]:
         """What must be the same on all ranks."""
+        if self._ranks is None:
+            return {}
         scale = None if self._scale is None else float(self._scale)
         return {
             "number of losses": self.blender.modalities,
             "number of parameters": len(self._params),
-            "number of gradients": sets,
-            "set of options": fingerprint(self._options, self._exact, self._sharded),
+            "set of trained parameters": fingerprint([param.requires_grad for param in self._params]),
+            "set of options": fingerprint(self._options, self._exact, self._sharded, self._wrapped is not None),
+            "set of arguments": fingerprint(has_train, self._synchronizes()),
             "number of calls": self._calls,
             # Without its checksum: one of both would be the same for all states.
             "state": fingerprint(self.blender.save()[:-4], scale),
@@ -416,124 +462,126 @@ class GradBlend:
     def _observe(
         self,
         losses: list[Tensor],
-        held_out: Callable[[], HeldOut] | None,
-        train: Callable[[], HeldOut] | None,
-        share: Tensor | None,
+        trained: list[Tensor],
+        before: Gradients,
+        closures: list[tuple[str, Callable[[], HeldOut]]],
+        share: float | None,
         counts: bool,
     ) -> None:
-        if held_out is None:
-            raise Error(f"this call observes (call {self._calls}, every {self._every}): held_out is missing")
-        for name, function in (("held_out", held_out), ("train", train)):
-            if function is not None and not callable(function):
-                raise Error(f"{name} is {type(function).__name__}, expected a function that returns a loss")
-        if self._averaged_by_module():
-            raise Error("the forward pass came before the state was loaded, or before GradBlend was made: run it again")
-        trained = self._trained()
-        before = [param.grad for param in self._params]
-        for name, param, grad in zip(self._names, self._params, before):
-            if grad is not None:
-                check_gradient(f"{name}.grad", local(grad), local(param))
-                if grad.is_inference() or any(s == 0 and n > 1 for s, n in zip(grad.stride(), grad.shape)):
-                    raise Error(f"{name}.grad cannot be added to: it is expanded, or an inference tensor")
-        after: Gradients = before
+        each_rank, last = self._observes_each_rank(), len(losses) - 1
+        after: Gradients = [param.grad for param in self._params]
         self._values = []
         try:
             for param in self._params:
                 param.grad = None
-            last = len(losses) - 1
-            seen: set[Any] = set()
-            for k, loss in enumerate(losses):
-                check_graph(loss, f"losses[{k}]", seen)
             # The products of one rank are those of its own mean loss.
-            factor = None if self._observes_each_rank() else share
-            grads = [self._gradients(loss, f"losses[{k}]", trained, k < last, factor) for k, loss in enumerate(losses)]
-            g = self._closure("held_out", held_out, trained)
-            t = grads[last] if train is None else self._closure("train", train, trained)
+            factor = None if each_rank else share
+            passes = [partial(self._gradients, loss, f"losses[{k}]", trained, k < last, factor) for k, loss in enumerate(losses)]
+            sets: list[Gradients] = []
+            for name, function in closures:
+                loss, of_samples = self._shared(name, partial(self._next_loss, passes, sets, name, function, trained), {})
+                passes = [partial(self._gradients, loss, name, trained, False, None if each_rank else of_samples)]
+            _, finite_flags = self._on_all(partial(self._last_passes, passes, sets), {})
+            if self._ranks is not None:
+                self._ranks.nonfinite = torch.tensor([1.0 - flag for flag in finite_flags], device=self._device)
             parts = [None if grad is None else local(grad) for grad in before]
-            after = self._step(grads, t, g, parts, share, counts)
+            total = self._step(sets, len(losses), parts, share, counts)
             self._host.refresh()
             after = [
                 old if old is not None and part is new else None if new is None else like(param, new)
-                for param, old, part, new in zip(self._params, before, parts, after)
+                for param, old, part, new in zip(self._params, before, parts, total)
             ]
         finally:
             for param, grad in zip(self._params, after):
                 param.grad = grad
 
-    def _total(self, before: Gradients, blended: Gradients) -> Gradients:
-        """What is in `.grad` after an observing call."""
-        if self._ranks is not None and not self._sharded and (self._observes_each_rank() or any(self._unaveraged)):
-            # Added to the blend, so that `.grad` is unchanged if the exchange fails.
-            total = [old if new is None else new if old is None else _add(new, old) for old, new in zip(before, blended)]
-            assert self._reached is not None
-            self._average(total, _any_of(self._reached))
-            return total
-        return [old if new is None else new if old is None else _add(old, new) for old, new in zip(before, blended)]
-
-    def _step(
-        self, grads: list[Gradients], t: Gradients, g: Gradients, before: Gradients, share: Tensor | None, counts: bool
-    ) -> Gradients:
-        """Observes and blends, on several ranks the products or the gradients of all. Returns what is in `.grad` then."""
-        ranks, averages = self._ranks, self._exact and not self._sharded
-        sets = [*grads, g] if t is grads[-1] else [*grads, g, t]
-        if ranks is not None:
-            ranks.agree(self._facts(len(sets)), finite(sets if averages else [self._values]))
-            if not self._sharded:
-                masks = ranks.masks(sets)
-                self._set_reached(masks[: len(grads)])
-                if averages:
-                    ranks.average(sets, masks, self._params)
-        blended, _bound = self._table.bind(grads, t, g)  # bound until the step is submitted
-        if self._scale is not None:
-            self.blender.set_grad_scale(self._scale.data_ptr())
-        try:
-            if ranks is None or averages:
-                self.blender.step(self._table.plan)
-                return self._total(before, blended)
-            self.blender.run(self._table.plan, Pass.DOT | Pass.BLEND)
-            try:
-                if self._sharded:
-                    ranks.sum_products(self.blender)
-                    self.blender.observe()
-                    return self._total(before, blended)
-                for grad in blended:
-                    if grad is not None and share is not None:
-                        grad.mul_(share)
-                # Before the observation, so that nothing is observed if this exchange fails.
-                total = self._total(before, blended)
-                ranks.observe_each(self.blender, counts)
-                return total
-            except Error:
-                self.blender.pending_sums.torch().zero_()
-                raise
-        finally:
-            self.blender.set_grad_scale(None)  # the address was that of this call's tensor
-
-    def _closure(self, name: str, function: Any, trained: list[Tensor]) -> Gradients:
+    def _next_loss(
+        self,
+        passes: Sequence[Callable[[], Gradients]],
+        sets: list[Gradients],
+        name: str,
+        function: Callable[[], HeldOut],
+        trained: list[Tensor],
+    ) -> tuple[Tensor, int]:
+        """Runs backward passes that are due, then computes a loss. Returns it with its number of samples, or -1."""
+        sets += [gradients() for gradients in passes]
         try:
             returned = function()
         except StopIteration as error:
             # It would end a generator or a loop around this call without a word.
             raise Error(f"{name} raised StopIteration: its batches are used up") from error
-        samples = None
+        samples = -1
         if isinstance(returned, tuple) and len(returned) == 2:
             returned, samples = returned
+            samples = number(f"the number of samples that {name} returned", samples, 0, 2**53)
         loss = check_loss(f"the loss that {name} returned", returned)
         check_graph(loss, name, set())
         for param in trained:
             param.grad = None  # that a backward pass inside the function has left
-        share = self._share(samples)
-        return self._gradients(loss, name, trained, False, None if self._observes_each_rank() else share)
+        return loss, samples
 
-    def _gradients(self, loss: Tensor, what: str, trained: list[Tensor], retain: bool, factor: Tensor | None) -> Gradients:
+    def _last_passes(self, passes: Sequence[Callable[[], Gradients]], sets: list[Gradients]) -> tuple[None, int]:
+        """Runs the last backward passes. Returns whether this rank's part of the observation is finite."""
+        sets += [gradients() for gradients in passes]
+        if self._ranks is None or self._observes_each_rank():
+            return None, 1
+        return None, int(finite([self._values] if self._sharded else sets))
+
+    def _step(self, sets: list[Gradients], k: int, before: Gradients, share: float | None, counts: bool) -> Gradients:
+        """Observes and blends, on several ranks the products or the gradients of all. Returns what is in `.grad` then."""
+        ranks, each_rank, left = self._ranks, self._observes_each_rank(), [False] * len(before)
+        if ranks is not None and not self._sharded:
+            left = [to_do and grad is not None for to_do, grad in zip(self._left, before)]
+            *masks, left = ranks.masks([*([grad is not None for grad in grads] for grads in sets), left])
+            if each_rank:
+                left = [any(flags) for flags in zip(left, *masks[:k])]
+            else:
+                ranks.average(sets, masks, self._params)
+        # t is the gradient of the fused loss in `losses` where there is no other.
+        blended, _bound = self._table.bind(sets[:k], sets[-1] if len(sets) > k + 1 else sets[k - 1], sets[k])
+        if self._scale is not None:
+            self.blender.set_grad_scale(self._scale.data_ptr())
+        try:
+            if ranks is None:
+                self.blender.step(self._table.plan)
+                return [old if new is None else new if old is None else _add(old, new) for old, new in zip(before, blended)]
+            self.blender.run(self._table.plan, Pass.DOT | Pass.BLEND)
+            try:
+                if each_rank and share is not None:
+                    for grad in blended:
+                        if grad is not None:
+                            grad.mul_(share)
+                # All exchanges come before the observation, and what they change is not `.grad`: both are as before if one fails.
+                total = [
+                    (old.clone() if to_do and old is not None else old) if new is None else new if old is None else _add(new, old)
+                    for old, new, to_do in zip(before, blended, left)
+                ]
+                if self._synchronizes():
+                    ranks.average([total], [left], self._params)
+                    left = [False] * len(left)
+                if each_rank:
+                    ranks.observe_each(self.blender, counts)
+                else:
+                    if self._sharded:
+                        ranks.sum_products(self.blender)
+                    self.blender.observe()
+            except BaseException:
+                self.blender.pending_sums.torch().zero_()
+                raise
+            self._left = left
+            return total
+        finally:
+            self.blender.set_grad_scale(None)  # the address was that of this call's tensor
+
+    def _gradients(self, loss: Tensor, what: str, trained: list[Tensor], retain: bool, factor: float | None) -> Gradients:
         """The gradient of a loss for each parameter. By way of `.grad`, so autograd gives each a buffer of its own in the
         parameter's layout, and does not copy it."""
         self._values.append(loss.detach().reshape(()).float())
-        root = loss
-        for scale in (self._scale, factor):
-            root = root if scale is None else root * scale.to(loss.device)
+        root = loss if self._scale is None else loss * self._scale.to(loss.device)
+        root = root if factor is None else root * factor
         backward_pass(root, what, trained, retain)
-        grads = [_part(param) for param in self._params]
+        placed = [placed_like(param, param.grad) for param in self._params]
+        grads = [None if grad is None else local(grad) for grad in placed]
         for param in trained:
             param.grad = None
         if all(grad is None for grad in grads):
@@ -563,18 +611,6 @@ class _HostCopy:
         if self._event is not None:
             self._event.synchronize()
         return [float(weight) for weight in self._copy.tolist()]
-
-
-def _part(param: Tensor) -> Tensor | None:
-    """This rank's part of the gradient of a parameter."""
-    grad: Any = param.grad
-    if grad is not None and is_sharded(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
-    return None if grad is None else local(grad)
-
-
-def _any_of(masks: Iterable[list[bool]]) -> list[bool]:
-    return [any(flags) for flags in zip(*masks)]
 
 
 def _is_bytes(value: Any) -> bool:
