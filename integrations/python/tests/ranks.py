@@ -19,7 +19,7 @@ import gradblend
 import torch
 import torch.distributed as dist
 from gradblend import Error, ExchangeError, GradBlend
-from networks import BATCH, Moments, Network, autograd, batches, bits
+from networks import BATCH, Moments, Network, autograd, batches, bits, weighted
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
@@ -272,6 +272,20 @@ def placed() -> None:
             assert got.grad is not None and expected.grad is not None
             close(full(got.grad), expected.grad)
     same_state(gb)
+    # A batch in parts: autograd leaves sums that are still to be made (Partial), which an observing call adds to.
+    weight = nn.Parameter(distribute_tensor(torch.randn(5, 2), mesh, [Replicate()]))
+    plain = nn.Parameter(full(weight))
+    both = lambda y: [(y[:, 0] ** 2).mean(), (y**2).mean()]
+    placed_losses = lambda inputs: [loss.full_tensor() for loss in both(distribute_tensor(inputs, mesh, [Shard(0)]) @ weight)]
+    inputs = torch.randn(4, dist.get_world_size() * 2, 5)
+    uniform: dict[str, Any] = {"num_losses": 2, "every": 2, "cadence": "on_request"}
+    gb = GradBlend([weight], process_group=dist.group.WORLD, **uniform)
+    reference = GradBlend([plain], **uniform)
+    for call in range(3):
+        gb.backward(placed_losses(inputs[call]), held_out=lambda: placed_losses(inputs[3])[-1])
+        reference.backward(both(inputs[call] @ plain), held_out=lambda: both(inputs[3] @ plain)[-1])
+        assert weight.grad is not None and plain.grad is not None
+        close(full(weight.grad), plain.grad)
 
 
 def not_finite() -> None:
@@ -350,6 +364,336 @@ def disagreement() -> None:
     saved = gb.state_dict()
     gb.load_state_dict({**saved, "calls": 3} if here else saved)
     same_error(f"rank {odd} has another number of calls than rank 0 .3, not 0", lambda: call(gb))
+
+
+def errors_of_one_rank() -> None:
+    """An error of one rank is one of all, `.grad` and state are unchanged, and the next call is as if nothing had been."""
+    run = Run()
+    bad = run.count - 1
+    here = run.rank == bad
+    gb = GradBlend(run.model.named_parameters(), every=2, process_group=dist.group.WORLD, **blender(cadence="on_request"))
+    training, held_out = run.draw()
+    params = list(run.model.parameters())
+
+    def losses() -> list[Tensor]:
+        return run.model.losses(training[run.rank])
+
+    def of_held_out() -> Tensor:
+        return run.model.losses(held_out[run.rank])[-1]
+
+    def fails() -> Tensor:
+        raise ZeroDivisionError("of a loader")
+
+    other = torch.ones(1, requires_grad=True)
+    for arguments, match in (
+        (lambda: {"samples": 3}, "rank 0 has no number of samples of the call, but other ranks have"),
+        (lambda: {"losses": losses()[1:]}, f"rank {bad} raised Error: there are 2 losses, expected 3"),
+        (lambda: {"held_out": None}, f"rank {bad} raised Error: this call observes .* held_out is missing"),
+        (lambda: {"held_out": fails}, f"rank {bad} raised ZeroDivisionError: of a loader"),
+        (lambda: {"train": fails}, f"rank {bad} has another set of arguments than rank 0"),
+        (lambda: {"samples": -1}, f"rank {bad} raised Error: samples is -1"),
+        (lambda: {"held_out": lambda: (of_held_out(), 3)}, "rank 0 has no number of samples of held_out"),
+        (lambda: {"losses": [other.sum(), *losses()[1:]]}, f"rank {bad} raised Error: losses.0. reaches no parameter"),
+        (lambda: {"held_out": other.sum}, f"rank {bad} raised Error: held_out reaches no parameter"),
+    ):
+        given = {"losses": losses(), "held_out": of_held_out, **(arguments() if here else {})}
+        state = gb.blender.save()
+        try:
+            gb.backward(**given)
+            raise AssertionError("no error")
+        except (Error, ZeroDivisionError) as error:
+            assert re.search(match.split("raised ")[-1].split(": ")[-1] if here else match, str(error)), (match, error)
+        assert gb.blender.save() == state and all(param.grad is None for param in params)
+    gb.backward(losses(), of_held_out)
+    run.model.zero_grad()
+    try:  # of a call that does not observe
+        gb.backward(losses()[1:] if here else losses())
+        raise AssertionError("no error")
+    except Error as error:
+        assert "there are 2 losses, expected 3" in str(error), error
+    gb.backward(losses())
+    check_mean(run, gb, training)
+    same_error("give it in all calls, or in none", lambda: gb.backward(losses(), of_held_out, samples=3))
+    for param in run.model.encoders[0].parameters():
+        param.requires_grad_(not here)
+    same_error(f"rank {bad} has another set of trained parameters", lambda: gb.backward(losses(), of_held_out))
+
+
+def check_mean(run: Run, gb: GradBlend, *batches_of_ranks: list[Batch], weights: list[float] | None = None) -> None:
+    """Whether `.grad` is the sum over calls of sum_k w_k L_k's gradients on whole batches, and takes them away."""
+    alone = list(run.alone.parameters())
+    with torch.no_grad():
+        for param, copied in zip(alone, run.model.parameters()):
+            param.copy_(copied)
+    expected: list[Tensor | None] = [None] * len(alone)
+    for of_ranks in batches_of_ranks:
+        grads = weighted(run.alone.losses(whole(of_ranks)), gb.weights.tolist() if weights is None else weights, alone)
+        expected = [new if old is None else old if new is None else old + new for old, new in zip(expected, grads)]
+    for param, grad in zip(run.model.parameters(), expected):
+        assert (param.grad is None) == (grad is None)
+        if param.grad is not None and grad is not None:
+            close(param.grad, grad)
+    same_bits("gradients", *(param.grad for param in run.model.parameters() if param.grad is not None))
+    run.model.zero_grad()
+
+
+def weights_of_zero() -> None:
+    """The mean is that of all parameters that are reached now, whatever earlier calls reached."""
+    for wrap in (lambda model: model, DistributedDataParallel):
+        run = Run()
+        model = wrap(run.model)
+        gb = GradBlend(model.named_parameters(), every=100, process_group=dist.group.WORLD, **blender(cadence="on_request"))
+        training, held_out = run.draw()
+        own = training[run.rank]
+        call = lambda: gb.backward(of_module(model, own), held_out=lambda: of_module(model, held_out[run.rank])[-1])
+        call()
+        run.model.zero_grad()
+        for weights in ([1, 0, 0], [0.2, 0.3, 0.5], [0, 0, 1], None):
+            if weights is None:
+                gb.reweight()
+            else:
+                gb.set_weights(weights)
+            call()
+            check_mean(run, gb, training)
+        # Between the forward and the backward pass.
+        gb.set_weights([0.5, 0.25, 0.25])
+        losses = of_module(model, own)
+        gb.set_weights([0.5, 0, 0.5])
+        gb.backward(losses)
+        check_mean(run, gb, training)
+        losses = of_module(model, own)
+        gb.set_weights([0.5, 0.25, 0.25])
+        gb.backward(losses)
+        check_mean(run, gb, training)
+        # What is left in .grad counts while it is there.
+        with gb.no_sync():
+            call()
+        run.model.zero_grad()
+        gb.set_weights([1, 0, 0])
+        call()
+        check_mean(run, gb, training)
+
+
+def a_modality_that_comes_later() -> None:
+    """A loss that reaches its encoder in some batches only, on some ranks only."""
+    run = Run()
+    gb = GradBlend(run.model.named_parameters(), every=100, process_group=dist.group.WORLD, **blender(cadence="on_request"))
+    training, held_out = run.draw()
+    cut = [(x * torch.tensor([1.0, 0.0])[:, None], y) for x, y in training]
+    params = list(run.model.parameters())
+    for with_it in ([], [run.count - 1], list(range(run.count))):
+        losses = run.model.losses(training[run.rank] if run.rank in with_it else cut[run.rank])
+        if run.rank not in with_it:
+            losses[1] = losses[0] * 1.0
+        gb.backward(losses, held_out=lambda: run.model.losses(held_out[run.rank])[-1])
+        expected: list[Tensor] = []
+        for rank in range(run.count):
+            of_rank = run.alone.losses(training[rank] if rank in with_it else cut[rank])
+            if rank not in with_it:
+                of_rank[1] = of_rank[0] * 1.0
+            grads = weighted(of_rank, gb.weights.tolist(), list(run.alone.parameters()))
+            grads = [torch.zeros_like(param) if grad is None else grad for grad, param in zip(grads, params)]
+            expected = grads if not expected else [one + other for one, other in zip(expected, grads)]
+        for param, grad in zip(params, expected):
+            close(torch.zeros_like(grad) if param.grad is None else param.grad, grad / run.count)
+        same_bits("gradients", *(param.grad for param in params if param.grad is not None))
+        run.model.zero_grad()
+
+
+def forward_passes_from_before() -> None:
+    """A DistributedDataParallel forgets the forward passes that came before GradBlend, or before its state was loaded."""
+    for every in (1, 100):
+        run = Run()
+        training, held_out = run.draw()
+        own = training[run.rank]
+        model = DistributedDataParallel(run.model)
+        losses = of_module(model, own)
+        gb = GradBlend(model.named_parameters(), every=every, process_group=dist.group.WORLD, **blender(cadence="on_request"))
+        state = gb.state_dict()
+        held_out_loss = lambda model=model, batch=held_out[run.rank]: of_module(model, batch)[-1]
+        for _ in range(2):
+            gb.backward(losses, held_out_loss)
+            check_mean(run, gb, training)
+            losses = of_module(model, own)
+            gb.load_state_dict(state)
+        gb.backward(losses, held_out_loss)
+        check_mean(run, gb, training)
+        # A forward pass without a backward pass, and one in no_sync.
+        of_module(model, own)
+        losses = of_module(model, own)
+        with gb.no_sync():
+            of_module(model, own)
+        gb.backward(losses, held_out_loss)
+        check_mean(run, gb, training)
+        gb = GradBlend(run.model.named_parameters(), every=every, process_group=dist.group.WORLD, **blender(cadence="on_request"))
+        later = DistributedDataParallel(run.model)
+        gb.backward(of_module(later, own), held_out_loss)
+        check_mean(run, gb, training)
+
+
+def another_trainer() -> None:
+    """The latest GradBlend of a DistributedDataParallel has it, an earlier one says so; without one, it averages by itself."""
+    run = Run()
+    training, held_out = run.draw()
+    own = training[run.rank]
+    model = DistributedDataParallel(run.model)
+    options = {"every": 3, "process_group": dist.group.WORLD, **blender(cadence="on_request")}
+    call = lambda gb: gb.backward(of_module(model, own), held_out=lambda: of_module(model, held_out[run.rank])[-1])
+    first = GradBlend(model.named_parameters(), **options)
+    call(first)
+    check_mean(run, first, training)
+    second = GradBlend(model.named_parameters(), **options)
+    for _ in range(4):
+        call(second)
+        check_mean(run, second, training)
+        same_error("another GradBlend was made for this DistributedDataParallel", lambda old=first: call(old))
+    copied = copy.deepcopy(model)
+    of_module(copied, own)
+    del first, second
+    sum(of_module(model, own), torch.zeros(())).backward()
+    uniform = GradBlend([torch.nn.Parameter(torch.ones(1))], num_losses=K)  # for its weights of 1/K
+    for param in run.model.parameters():
+        assert param.grad is not None
+        param.grad /= K
+    check_mean(run, uniform, training)
+
+
+def other_leaves() -> None:
+    """`fully_shard`: what a loss reaches besides the parameters keeps its `.grad`."""
+    from torch.distributed.fsdp import fully_shard
+
+    run = Run()
+    fully_shard(run.model, mesh=init_device_mesh("cpu", (run.count,)))
+    training, held_out = run.draw()
+    temperature = torch.ones((), requires_grad=True)
+    temperature.grad = torch.tensor(5.0)
+    gb = GradBlend(run.model.named_parameters(), every=2, process_group=dist.group.WORLD, **blender())
+    losses = lambda batch: [loss * temperature for loss in of_module(run.model, batch)]
+    for _ in range(2):
+        gb.backward(losses(training[run.rank]), held_out=lambda: losses(held_out[run.rank])[-1])
+        assert temperature.grad.item() == 5
+
+
+def failed_exchanges() -> None:
+    """Whichever exchange of an observing call fails, `.grad`, state and number of calls are as before."""
+    from torch.distributed.fsdp import fully_shard
+
+    for name, options in (("copies", {}), ("each", {"exact": False}), ("shards", {})):
+        run = Run()
+        if name == "shards":
+            fully_shard(run.model, mesh=init_device_mesh("cpu", (run.count,)))
+        gb = GradBlend(run.model.named_parameters(), every=2, process_group=dist.group.WORLD, **options, **blender())
+        training, held_out = run.draw()
+
+        def call(run: Run = run, gb: GradBlend = gb, of: tuple[list[Batch], list[Batch]] = (training, held_out)) -> None:
+            gb.backward(of_module(run.model, of[0][run.rank]), held_out=lambda: of_module(run.model, of[1][run.rank])[-1])
+
+        call()
+        with contextlib.nullcontext() if name == "shards" else gb.no_sync():
+            call()  # leaves gradients of this rank
+        params = list(run.model.parameters())
+        before, state = [bits(full(param.grad)) for param in params if param.grad is not None], gb.state_dict()
+        exchange, calls = gb._ranks._call, []
+
+        def counted(what: str, *arguments: Any, exchange: Any = exchange, calls: list[str] = calls, **options: Any) -> Any:
+            calls.append(what)
+            return exchange(what, *arguments, **options)
+
+        gb._ranks._call = counted
+        call()
+        after = [bits(full(param.grad)) for param in params if param.grad is not None]
+        assert after != before
+        for failing in range(len(calls)):
+            gb.load_state_dict(state)
+            gb._left = [name != "shards"] * len(params)
+            left = iter(range(failing))
+
+            def fails(what: str, *arguments: Any, exchange: Any = exchange, left: Any = left, **options: Any) -> Any:
+                if next(left, None) is None:
+                    raise ExchangeError(f"no {what}")
+                return exchange(what, *arguments, **options)
+
+            grads = [None if param.grad is None else param.grad.clone() for param in params]
+            gb._ranks._call = fails
+            try:
+                call()
+                raise AssertionError("no error")
+            except ExchangeError as error:
+                assert str(error) == f"no {calls[failing]}"
+            assert gb.blender.save() == state["blender"].numpy().tobytes() and gb.state_dict()["calls"] == state["calls"]
+            assert bool((gb.blender.pending_sums.torch() == 0).all())
+            for param, grad in zip(params, grads):
+                assert param.grad is not None and grad is not None
+                assert bits(full(param.grad)) == bits(full(grad))
+
+
+def scaled() -> None:
+    """A `GradScaler`: gradients and moments as without one; an overflow of one rank skips the step on all of them."""
+    for wrap in (lambda model: model, DistributedDataParallel):
+        run = Run()
+        model, params = wrap(run.model), list(run.model.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        optimizer = torch.optim.SGD(params, 0.1)
+        options = blender(cadence="on_request")
+        gb = GradBlend(model.named_parameters(), every=2, scaler=scaler, process_group=dist.group.WORLD, **options)
+        reference = GradBlend(run.alone.named_parameters(), every=2, **options)
+        for call in range(4):
+            training, held_out = run.draw()
+            losses = of_module(model, training[run.rank])
+            if call == 3 and run.rank == run.count - 1:
+                losses[0] = losses[0] * float("inf")
+            gb.backward(losses, held_out=lambda: of_module(model, held_out[run.rank])[-1])
+            reference.backward(run.alone.losses(whole(training)), held_out=lambda: run.alone.losses(whole(held_out))[-1])
+            close(torch.tensor(gb.report().mean), torch.tensor(reference.report().mean))
+            before = [param.detach().clone() for param in params]
+            scaler.unscale_(optimizer)
+            if call < 3:
+                for param, expected in zip(params, run.alone.parameters()):
+                    assert param.grad is not None and expected.grad is not None
+                    close(param.grad, expected.grad)
+            scaler.step(optimizer)
+            scaler.update()
+            assert all(torch.equal(old, param) == (call == 3) for old, param in zip(before, params))
+            assert scaler.get_scale() == (4.0 if call == 3 else 8.0)
+            step(run.alone)
+            run.model.zero_grad()
+        same_state(gb, *params)
+
+
+def modules_that_cannot_be() -> None:
+    """Modules of FSDP that GradBlend cannot observe, and meshes that are not of the group's ranks, are errors by name."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    group = dist.group.WORLD
+    make = lambda model: GradBlend(model.named_parameters(), process_group=group, **blender())
+    for original in (True, False):
+        wrapped = FullyShardedDataParallel(Run().model, device_id=torch.device("cpu"), use_orig_params=original)
+        same_error("is of FullyShardedDataParallel, .* expected fully_shard", lambda wrapped=wrapped: make(wrapped))
+        del wrapped
+    run = Run()
+    mesh = init_device_mesh("cpu", (run.count, 1), mesh_dim_names=("copies", "shards"))
+    fully_shard(run.model, mesh=mesh["shards"])
+    try:
+        make(run.model)
+        raise AssertionError("no error")
+    except Error as error:
+        assert f"trunk.weight is on a mesh of the ranks [{run.rank}], but process_group has" in str(error), error
+    run = Run()
+    fully_shard(run.model, mesh=init_device_mesh("cpu", (run.count,)))
+    with torch.no_grad():
+        run.model(run.draw()[0][run.rank][0])
+    same_error("trunk.weight is a plain tensor, expected a DTensor: .* needs reshard", lambda: make(run.model))
+    run.model.reshard()
+    make(run.model)
+    placed = nn.Linear(2, 2)
+    mesh = init_device_mesh("cpu", (run.count,))
+    placed.weight = nn.Parameter(distribute_tensor(placed.weight.detach(), mesh, [Replicate()]))
+    placed.bias = nn.Parameter(distribute_tensor(placed.bias.detach(), mesh, [Replicate()]))
+    model = object.__new__(DistributedDataParallel)
+    nn.Module.__init__(model)
+    model.module = placed
+    same_error("weight is a DTensor in DistributedDataParallel", lambda: make(model))
 
 
 def frozen() -> None:
@@ -457,6 +801,15 @@ SCENARIOS = [
     placed,
     not_finite,
     disagreement,
+    errors_of_one_rank,
+    weights_of_zero,
+    a_modality_that_comes_later,
+    forward_passes_from_before,
+    another_trainer,
+    other_leaves,
+    failed_exchanges,
+    scaled,
+    modules_that_cannot_be,
     frozen,
     checkpoints,
     exchanged,
