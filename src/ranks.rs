@@ -90,9 +90,10 @@ pub(crate) fn agree(ranks: &mut dyn Ranks, facts: &[(&'static str, u32)]) -> Res
     let group = |reason| Err(Error::Group { reason });
     // Ranks that differ in the count would exchange as many numbers as they count, so these three come first.
     let (count, outside) = (ranks.count() as f64, ranks.rank() >= ranks.count());
-    let mut counts = [1.0, count, count * count, f64::from(u8::from(outside))];
+    // They are five with a zero, so that an engine that compares lengths tells them from pending sums, of which there are 2K.
+    let mut counts = [1.0, count, count * count, f64::from(u8::from(outside)), 0.0];
     sum(ranks, &mut counts)?;
-    let [members, counts, squares, outside] = counts;
+    let [members, counts, squares, outside, _] = counts;
     // By Cauchy and Schwarz, equal only if all counts are equal.
     if counts != members * members || squares != members * members * members {
         return group(format!("it has {members} ranks, which count {} on average", counts / members));

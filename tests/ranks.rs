@@ -24,6 +24,7 @@ on_devices! {
     nan,
     each_rank_is_an_observation,
     ranks_that_differ,
+    ranks_that_differ_later,
     groups_that_are_none,
     a_missing_rank,
 }
@@ -34,6 +35,8 @@ struct Meeting {
     number: u64,
     arrived: usize,
     sums: Vec<f64>,
+    /// Whether a rank came with another number of numbers.
+    odd: bool,
     /// Those of the meeting before.
     latest: Vec<f64>,
 }
@@ -54,6 +57,7 @@ impl Thread {
         let (meeting, changed) = &*self.meeting;
         let mut guard = meeting.lock().unwrap_or_else(PoisonError::into_inner);
         let meeting = &mut *guard;
+        meeting.odd |= meeting.arrived > 0 && meeting.sums.len() != numbers.len();
         meeting.sums.resize(numbers.len(), 0.0);
         meeting.sums.iter_mut().zip(&*numbers).for_each(|(sum, number)| *sum += number);
         meeting.arrived += 1;
@@ -67,6 +71,9 @@ impl Thread {
         let (meeting, late) = waited.unwrap_or_else(PoisonError::into_inner);
         if late.timed_out() {
             return Err("a rank did not come".into());
+        }
+        if meeting.odd {
+            return Err("ranks came with different numbers of numbers".into());
         }
         numbers.copy_from_slice(&meeting.latest);
         Ok(())
@@ -322,6 +329,65 @@ fn ranks_that_differ(face: Face) -> Outcome {
     for error in errors(face, 3, observed, |_| true)? {
         assert_eq!(error, Some(Error::RankDiffers { rank: 1, what: "state" }));
     }
+    Ok(())
+}
+
+/// What makes states differ after the first exchange is found in the next.
+fn ranks_that_differ_later(face: Face) -> Outcome {
+    type Change = fn(&mut Blender, usize) -> gradblend::Result<()>;
+    let sets_weights: Change = |blender, rank| {
+        let weights = if rank == 1 { [0.25, 0.75] } else { [0.75, 0.25] };
+        blender.set_weights(&weights, Stream::default())
+    };
+    let loads: Change = |blender, rank| {
+        let saved = blender.save(Stream::default())?;
+        if rank == 1 {
+            blender.observe(Stream::default())?;
+        }
+        let saved = if rank == 1 { blender.save(Stream::default())? } else { saved };
+        blender.load(&saved, Stream::default())
+    };
+    for change in [sets_weights, loads] {
+        let found = on_ranks(3, |mut rank| -> Result<_, EngineError> {
+            let mut blender = blender(face, config(2))?;
+            blender.reduce(&mut rank, Stream::default())?;
+            blender.observe(Stream::default())?;
+            change(&mut blender, rank.rank)?;
+            Ok(blender.reduce(&mut rank, Stream::default()).err())
+        });
+        for error in found {
+            let error = error.map_err(|error| error.to_string())?;
+            assert_eq!(error, Some(Error::RankDiffers { rank: 1, what: "state" }));
+        }
+    }
+    // A rank that makes its blender anew compares it, while the others exchange products: also with two modalities, where
+    // both could be four numbers.
+    for k in [2, 3] {
+        let found = on_ranks(2, |mut rank| -> Result<_, EngineError> {
+            let mut first = blender(face, config(k))?;
+            first.reduce(&mut rank, Stream::default())?;
+            let mut again = if rank.rank == 1 { blender(face, config(k))? } else { first };
+            Ok(again.reduce(&mut rank, Stream::default()).err())
+        });
+        for error in found {
+            let error = error.map_err(|error| error.to_string())?;
+            assert_eq!(error, Some(Error::Exchange { reason: "ranks came with different numbers of numbers".into() }));
+        }
+    }
+    // Another group is compared anew.
+    let pairs: [Arc<(Mutex<Meeting>, Condvar)>; 2] = Default::default();
+    let found = on_ranks(4, |mut rank| -> Result<_, EngineError> {
+        let mut blender = blender(face, config(2))?;
+        blender.reduce(&mut rank, Stream::default())?;
+        if rank.rank == 3 {
+            blender.observe(Stream::default())?;
+        }
+        let mut pair = Thread { rank: rank.rank % 2, count: 2, members: 2, meeting: pairs[rank.rank / 2].clone() };
+        Ok(blender.reduce(&mut pair, Stream::default()).err())
+    });
+    let found = found.into_iter().collect::<Result<Vec<_>, _>>().map_err(|error| error.to_string())?;
+    let differs = Some(Error::RankDiffers { rank: 1, what: "state" });
+    assert_eq!(found, [None, None, differs.clone(), differs]);
     Ok(())
 }
 

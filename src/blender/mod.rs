@@ -50,8 +50,9 @@ use plan::with_tracked;
 pub struct Blender {
     id: u64,
     backend: InProcess<AnyBackend>,
-    /// Whether the ranks were found to agree, which the first exchange checks.
-    agreed: bool,
+    /// The number of this rank and of all in the group that was found to agree; None until an exchange, and after a call that
+    /// could make ranks differ.
+    agreed: Option<(usize, usize)>,
 }
 
 impl Blender {
@@ -68,7 +69,7 @@ impl Blender {
         let mut state = State::zeroed();
         state::set_weights(&mut state, &[1.0 / k as f64; MAX_MODALITIES][..k]);
         let backend = InProcess::new("blender was made", AnyBackend::new(device.ordinal(), config, &state)?)?;
-        Ok(Blender { id: NEXT.fetch_add(1, Ordering::Relaxed), backend, agreed: false })
+        Ok(Blender { id: NEXT.fetch_add(1, Ordering::Relaxed), backend, agreed: None })
     }
 
     /// The configuration that the blender was made with.
@@ -195,7 +196,9 @@ impl Blender {
         if let Some(modality) = weights.iter().position(|w| !(*w as f32).is_finite()) {
             return Err(Error::Weight { modality, got: weights[modality] });
         }
-        self.backend.get_mut()?.set_weights(weights, stream)
+        self.backend.get_mut()?.set_weights(weights, stream)?;
+        self.agreed = None;
+        Ok(())
     }
 
     /// Sets the gradient scale of the next observations. The scale is not part of a saved state. A graph keeps the scale,
@@ -273,6 +276,8 @@ impl Blender {
     /// blender then stays as it was.
     pub fn load(&mut self, saved: &[u8], stream: StreamRef<'_>) -> Result<()> {
         let state = checkpoint::read(saved, self.config())?;
-        self.backend.get_mut()?.write(&state, stream)
+        self.backend.get_mut()?.write(&state, stream)?;
+        self.agreed = None;
+        Ok(())
     }
 }

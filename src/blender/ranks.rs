@@ -28,8 +28,9 @@ impl Blender {
     /// Products are sums over elements, so these are the products of the whole gradients.
     ///
     /// All ranks of the group call it, those without a tensor too, and then have the same sums, and with the same state and
-    /// gradient scale the same weights, bit for bit. It moves 2K f64. The first call of a blender also compares K, the
-    /// configuration (`threads` may differ) and the state between the ranks, which reads the state.
+    /// gradient scale the same weights, bit for bit. It moves 2K f64. The first call of a blender, for a group, and after
+    /// `load` or `set_weights` also compares K, the configuration (`threads` may differ) and the state between the ranks, which
+    /// reads the state. All ranks do these things in the same order of calls.
     ///
     /// On a CUDA device the exchange is submitted to `stream`, and synchronizes only if the engine does.
     ///
@@ -91,7 +92,8 @@ impl Blender {
     /// The backend, once the ranks were found to agree.
     fn agreed(&mut self, ranks: &mut dyn Ranks, stream: StreamRef<'_>) -> Result<&mut AnyBackend> {
         let backend = self.backend.get_mut()?;
-        if !self.agreed {
+        let group = Some((ranks.rank(), ranks.count()));
+        if self.agreed != group {
             let (config, state) = (*backend.config(), backend.read(stream)?);
             let facts = [
                 ("number of modalities", config.modalities),
@@ -99,7 +101,7 @@ impl Blender {
                 ("state", fingerprint_of_state(state, &config)),
             ];
             agree(ranks, &facts)?;
-            self.agreed = true;
+            self.agreed = group;
         }
         Ok(backend)
     }
