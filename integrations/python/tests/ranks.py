@@ -737,18 +737,33 @@ def exchanged() -> None:
         for loss in run.model.losses(own)
     ]
     parameters = sum(param.numel() for param in run.model.parameters())
-    small = 7 * 8 + len(sizes[0]) * (K + 1)  # facts, and a byte for each parameter and loss
+    facts, passes = 9 * 8, 2 * 8  # each call that exchanges; each part of it in which a rank can fail
     for exact, observing in (
-        (True, 4 * (sum(map(sum, sizes)) + sum(sizes[-1])) + small),
-        (False, 4 * parameters + 8 * (2 * K + 1) + small),
+        (True, 4 * (sum(map(sum, sizes)) + sum(sizes[-1]))),
+        (False, 4 * parameters + 8 * (2 * K + 1)),
     ):
-        gb = GradBlend(run.model.named_parameters(), every=2, process_group=dist.group.WORLD, exact=exact, **blender())
+        options = blender(cadence="on_request")  # the weights stay at 1/K
+        gb = GradBlend(run.model.named_parameters(), every=2, process_group=dist.group.WORLD, exact=exact, **options)
         before = 0
-        for expected in (observing, 4 * parameters):
+        # And a byte for each parameter and set of gradients, and for what is left in .grad.
+        for expected in (
+            observing + facts + 2 * passes + len(sizes[0]) * (K + 2),
+            4 * parameters + facts + passes + len(sizes[0]),
+        ):
             gb.backward(run.model.losses(own), held_out=lambda: run.model.losses(held_out[run.rank])[-1])
-            if all(weight > 0 for weight in gb.weights):
-                assert gb.exchanged - before == expected, (exact, gb.exchanged - before, expected)
+            assert gb.exchanged - before == expected, (exact, gb.exchanged - before, expected)
             before = gb.exchanged
+        with gb.no_sync():
+            gb.backward(run.model.losses(own), held_out=lambda: run.model.losses(held_out[run.rank])[-1])
+            before = gb.exchanged
+            gb.backward(run.model.losses(own))
+            assert gb.exchanged == before
+    model = DistributedDataParallel(run.model)
+    gb = GradBlend(model.named_parameters(), every=2, process_group=dist.group.WORLD, **options)
+    gb.backward(of_module(model, own), held_out=lambda: of_module(model, held_out[run.rank])[-1])
+    before = gb.exchanged
+    gb.backward(of_module(model, own))
+    assert gb.exchanged == before
 
 
 def documented() -> None:
