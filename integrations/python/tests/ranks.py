@@ -284,6 +284,9 @@ def placed() -> None:
     for call in range(3):
         gb.backward(placed_losses(inputs[call]), held_out=lambda: placed_losses(inputs[3])[-1])
         reference.backward(both(inputs[call] @ plain), held_out=lambda: both(inputs[3] @ plain)[-1])
+        if call == 0:
+            weight.grad = plain.grad = None
+            continue
         assert weight.grad is not None and plain.grad is not None
         close(full(weight.grad), plain.grad)
 
@@ -473,6 +476,15 @@ def weights_of_zero() -> None:
         call()
         check_mean(run, gb, training)
 
+    run.model.extra = nn.Parameter(torch.ones(3))
+    gb = GradBlend(run.model.named_parameters(), every=2, process_group=dist.group.WORLD, **blender())
+    losses = lambda extra=0.0: [loss + extra for loss in run.model.losses(own)]
+    for extra in (0.0, run.model.extra.sum(), 0.0):
+        with gb.no_sync() if isinstance(extra, Tensor) else contextlib.nullcontext():
+            gb.backward(losses(extra), held_out=lambda: losses()[-1])
+        run.model.zero_grad() if isinstance(extra, Tensor) else None
+    assert run.model.extra.grad is None
+
 
 def a_modality_that_comes_later() -> None:
     """A loss that reaches its encoder in some batches only, on some ranks only."""
@@ -582,6 +594,9 @@ def failed_exchanges() -> None:
         run = Run()
         if name == "shards":
             fully_shard(run.model, mesh=init_device_mesh("cpu", (run.count,)))
+        else:
+            run.model.extra = nn.Parameter(torch.ones(3))  # that no loss reaches
+            run.model.extra.grad = torch.full((3,), 1.0 + run.rank)
         gb = GradBlend(run.model.named_parameters(), every=2, process_group=dist.group.WORLD, **options, **blender())
         training, held_out = run.draw()
 
@@ -603,9 +618,13 @@ def failed_exchanges() -> None:
         call()
         after = [bits(full(param.grad)) for param in params if param.grad is not None]
         assert after != before
+        if name != "shards":
+            close(run.model.extra.grad, torch.full((3,), (1 + run.count) / 2))
         for failing in range(len(calls)):
             gb.load_state_dict(state)
             gb._left = [name != "shards"] * len(params)
+            if name != "shards":
+                run.model.extra.grad = torch.full((3,), 1.0 + run.rank)
             left = iter(range(failing))
 
             def fails(what: str, *arguments: Any, exchange: Any = exchange, left: Any = left, **options: Any) -> Any:
