@@ -39,6 +39,8 @@ class Wrapped:
         self._unknown = True
         #: For each forward pass with gradients since the latest call: whether it was outside of `no_sync`.
         self._outside: list[bool] = []
+        #: Whether gradients are to be averaged after the backward pass of the latest call.
+        self.synchronizes = True
         for module in modules:
             if module.static_graph:
                 raise Error("DistributedDataParallel with static_graph=True allows one backward pass for each forward pass")
@@ -48,15 +50,11 @@ class Wrapped:
                 module.register_forward_hook(_after, always_call=True)
             _latest[module] = weakref.ref(self)
 
-    @property
-    def synchronizes(self) -> bool:
-        """Whether gradients are to be averaged after the coming backward pass."""
-        return not self._outside or any(self._outside)
-
     def average(self, may_average: bool) -> bool:
         """Whether the modules average in the coming backward pass. If not, they forget their forward passes."""
         if any(_latest[module]() is not self for module in self.modules):
             raise Error("another GradBlend was made for this DistributedDataParallel since: go on with that one")
+        self.synchronizes = not self._outside or any(self._outside)
         expecting, self._expecting = self._expecting, []
         unknown, self._unknown = self._unknown, False
         if may_average and len(expecting) == len(self.modules):

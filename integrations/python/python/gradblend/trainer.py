@@ -241,15 +241,16 @@ class GradBlend:
                 loss in `losses`: cheaper, but the noise of that batch counts as overfitting of the fused loss, which
                 lowers its weight.
             samples: On several ranks with batches of different sizes: how many samples the losses are means of. Ranks
-                then count by their samples. All ranks give it, or none; `held_out` and `train` return (loss, samples)
-                for the same. A rank that has run out of batches gives any losses and 0.
+                then count by their samples. All ranks give it in all calls, or none does; `held_out` and `train` return
+                (loss, samples) for the same. A rank that has run out of batches gives any finite losses and 0.
 
         Raises:
             ExchangeError: A rank is gone, or did not make this call within the time-out of the process group.
             Error: Wrong number of losses, one that is no scalar or has no graph, `held_out` or `train` that returns no
                 such loss, a loss that reaches no parameter, or a gradient that is sparse or of another dtype. Names the
                 loss or the parameter; `.grad` and the state are unchanged. Calls that do not observe leave gradients to
-                autograd, and check the losses and parameters alone.
+                autograd, and check the losses and parameters alone. On several ranks, where they exchange anything, also
+                an error of another rank, or an option, argument or state that differs from those of rank 0.
         """
         if self._running:
             raise Error("backward was called by held_out or train of another call: return the loss instead")
@@ -529,49 +530,56 @@ class GradBlend:
 
     def _step(self, sets: list[Gradients], k: int, before: Gradients, share: float | None, counts: bool) -> Gradients:
         """Observes and blends, on several ranks the products or the gradients of all. Returns what is in `.grad` then."""
-        ranks, each_rank, left = self._ranks, self._observes_each_rank(), [False] * len(before)
-        if ranks is not None and not self._sharded:
+        left = [False] * len(before)
+        if self._ranks is not None and not self._sharded:
             left = [to_do and grad is not None for to_do, grad in zip(self._left, before)]
-            *masks, left = ranks.masks([*([grad is not None for grad in grads] for grads in sets), left])
-            if each_rank:
-                left = [any(flags) for flags in zip(left, *masks[:k])]
+            *masks, left = self._ranks.masks([*([grad is not None for grad in grads] for grads in sets), left])
+            if self._exact:
+                self._ranks.average(sets, masks, self._params)
             else:
-                ranks.average(sets, masks, self._params)
+                left = [any(flags) for flags in zip(left, *masks[:k])]
         # t is the gradient of the fused loss in `losses` where there is no other.
         blended, _bound = self._table.bind(sets[:k], sets[-1] if len(sets) > k + 1 else sets[k - 1], sets[k])
         if self._scale is not None:
             self.blender.set_grad_scale(self._scale.data_ptr())
         try:
-            if ranks is None:
+            if self._ranks is None:
                 self.blender.step(self._table.plan)
                 return [old if new is None else new if old is None else _add(old, new) for old, new in zip(before, blended)]
             self.blender.run(self._table.plan, Pass.DOT | Pass.BLEND)
-            try:
-                if each_rank and share is not None:
-                    for grad in blended:
-                        if grad is not None:
-                            grad.mul_(share)
-                # All exchanges come before the observation, and what they change is not `.grad`: both are as before if one fails.
-                total = [
-                    (old.clone() if to_do and old is not None else old) if new is None else new if old is None else _add(new, old)
-                    for old, new, to_do in zip(before, blended, left)
-                ]
-                if self._synchronizes():
-                    ranks.average([total], [left], self._params)
-                    left = [False] * len(left)
-                if each_rank:
-                    ranks.observe_each(self.blender, counts)
-                else:
-                    if self._sharded:
-                        ranks.sum_products(self.blender)
-                    self.blender.observe()
-            except BaseException:
-                self.blender.pending_sums.torch().zero_()
-                raise
-            self._left = left
-            return total
+            return self._observe_on_ranks(self._ranks, before, blended, left, share, counts)
         finally:
             self.blender.set_grad_scale(None)  # the address was that of this call's tensor
+
+    def _observe_on_ranks(
+        self, ranks: Ranks, before: Gradients, blended: Gradients, left: list[bool], share: float | None, counts: bool
+    ) -> Gradients:
+        """Observes the pending sums, once it has averaged what is left to average. All exchanges come before the observation,
+        and what they change is not `.grad`: if one fails, both are as before."""
+        each_rank = self._observes_each_rank()
+        try:
+            if each_rank and share is not None:
+                for grad in blended:
+                    if grad is not None:
+                        grad.mul_(share)
+            total = [
+                (old.clone() if to_do and old is not None else old) if new is None else new if old is None else _add(new, old)
+                for old, new, to_do in zip(before, blended, left)
+            ]
+            if self._synchronizes():
+                ranks.average([total], [left], self._params)
+                left = [False] * len(left)
+            if each_rank:
+                ranks.observe_each(self.blender, counts)
+            else:
+                if self._sharded:
+                    ranks.sum_products(self.blender)
+                self.blender.observe()
+        except BaseException:
+            self.blender.pending_sums.torch().zero_()
+            raise
+        self._left = left
+        return total
 
     def _gradients(self, loss: Tensor, what: str, trained: list[Tensor], retain: bool, factor: float | None) -> Gradients:
         """The gradient of a loss for each parameter. By way of `.grad`, so autograd gives each a buffer of its own in the
