@@ -713,6 +713,17 @@ def modules_that_cannot_be() -> None:
     nn.Module.__init__(model)
     model.module = placed
     same_error("weight is a DTensor in DistributedDataParallel", lambda: make(model))
+    params = [nn.Parameter(torch.ones(3))]
+    same_error(
+        "no backend for tensors on cpu", lambda: GradBlend(params, 1, process_group=dist.ProcessGroup(dist.HashStore(), 0, 1))
+    )
+    group = dist.new_group([0])
+    if run.rank > 0:
+        try:
+            GradBlend(params, 1, process_group=group)
+            raise AssertionError("no error")
+        except Error as error:
+            assert "expected a group of torch.distributed that has this rank" in str(error)
 
 
 def frozen() -> None:
