@@ -537,9 +537,10 @@ def forward_passes_from_before() -> None:
             of_module(model, own)
         gb.backward(losses, held_out_loss)
         check_mean(run, gb, training)
+        run = Run()
         gb = GradBlend(run.model.named_parameters(), every=every, process_group=dist.group.WORLD, **blender(cadence="on_request"))
         later = DistributedDataParallel(run.model)
-        gb.backward(of_module(later, own), held_out_loss)
+        gb.backward(of_module(later, own), lambda later=later: held_out_loss(later))
         check_mean(run, gb, training)
 
 
@@ -717,7 +718,18 @@ def modules_that_cannot_be() -> None:
     same_error(
         "no backend for tensors on cpu", lambda: GradBlend(params, 1, process_group=dist.ProcessGroup(dist.HashStore(), 0, 1))
     )
+    model = DistributedDataParallel(Run().model)
+    again = DistributedDataParallel(model.module)
+    same_error("trunk.weight is in two DistributedDataParallel modules", lambda: make(again))
+    model = DistributedDataParallel(Run().model)
+    make(model)
     group = dist.new_group([0])
+    if run.rank == 0:
+        try:
+            GradBlend(model.named_parameters(), process_group=group, **blender())
+            raise AssertionError("no error")
+        except Error as error:
+            assert "trunk.weight is of the ranks [0, 1" in str(error) and "process_group has [0]" in str(error), error
     if run.rank > 0:
         try:
             GradBlend(params, 1, process_group=group)

@@ -99,14 +99,23 @@ def _after(module: Any, _inputs: Any, _outputs: Any) -> None:
         owner.after(module)
 
 
-def wrappers(named: list[tuple[str, Tensor]]) -> list[DistributedDataParallel]:
-    """The DistributedDataParallel modules of parameters. `Error` if a backward pass through one reaches a parameter that is not
-    among these."""
-    found = []
+def wrappers(named: list[tuple[str, Tensor]], group: Any) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel modules of parameters. `Error` for one of another group, and for a parameter of two modules."""
+    found: list[DistributedDataParallel] = []
+    seen: set[int] = set()
     for module, own in _modules(named, "DistributedDataParallel"):
+        twice = [name for name, param in own if id(param) in seen]
+        if twice:
+            raise Error(f"{twice[0]} is in two DistributedDataParallel modules: delete the one that is not used")
+        seen |= {id(param) for _, param in own}
         sharded = [name for name, param in own if is_sharded(param)]
         if sharded:
             raise Error(f"{sharded[0]} is a DTensor in DistributedDataParallel, expected fully_shard on a mesh of all ranks")
+        if group is None:
+            raise Error("params are those of a DistributedDataParallel, and process_group is missing")
+        of_module, ranks = (dist.get_process_group_ranks(of) for of in (module.process_group, group))
+        if of_module != ranks:
+            raise Error(f"the DistributedDataParallel of {own[0][0]} is of the ranks {of_module}, but process_group has {ranks}")
         found.append(module)
     return found
 
@@ -123,8 +132,8 @@ def check_sharding(named: list[tuple[str, Tensor]]) -> None:
 
 
 def _modules(named: list[tuple[str, Tensor]], base: str) -> Iterator[tuple[Any, list[tuple[str, Tensor]]]]:
-    """The modules of a kind that have some of these parameters, which leave no trace on the parameters themselves; with their
-    parameters. `Error` if one is missing."""
+    """The modules of a kind that have some of these parameters, with those. Found among all objects, as parameters do not know
+    them. `Error` if a backward pass through one reaches a parameter that is missing."""
     names = {id(param): name for name, param in named}
     is_kind: dict[type, bool] = {}
     for item in gc.get_objects():

@@ -83,7 +83,9 @@ class Ranks:
         except Exception as caught:
             error = caught
         own = torch.tensor([int(error is not None), number, *facts.values()], dtype=torch.int64, device=self._device)
-        every = self._gather("what they are to agree on", own).tolist()
+        # If that fails, others are in an exchange that the function would have come to: its error says why.
+        why = "" if error is None else f" after {type(error).__name__}: {error}"
+        every = self._gather(f"what they are to agree on{why}", own).tolist()
         failed = [rank for rank, of_rank in enumerate(every) if of_rank[0] != 0]
         if failed:
             raise self._failed(failed[0], error) from error

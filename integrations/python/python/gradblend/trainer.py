@@ -286,10 +286,8 @@ class GradBlend:
         """Finds the modules that average the gradients of the parameters."""
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return
-        modules = wrappers(list(zip(self._names, self._params)))
-        if modules and self._ranks is None:
-            raise Error("params are those of a DistributedDataParallel, and process_group is missing")
-        if modules != ([] if self._wrapped is None else self._wrapped.modules):
+        modules = wrappers(list(zip(self._names, self._params)), None if self._ranks is None else self._ranks.group)
+        if set(modules) != set([] if self._wrapped is None else self._wrapped.modules):
             self._wrapped = Wrapped(modules, self._params, weakref.WeakMethod(self._may_average))
 
     @property
