@@ -27,7 +27,7 @@ use clap::builder::PossibleValuesParser;
 enum Command {
     /// Run what must pass before a change lands, or only the named sections
     Ci {
-        /// All sections. Without it, and without names, one half of the slow ones, another half for each commit
+        /// All sections. Without it, and without names, one third of the slow ones, another third for each commit
         #[arg(long, conflicts_with = "sections")]
         all: bool,
         #[arg(value_parser = PossibleValuesParser::new(ci::sections()))]

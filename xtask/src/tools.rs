@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -25,11 +26,13 @@ pub(crate) fn shell() -> Result<Shell> {
     Ok(sh)
 }
 
-/// A number below `parts`, another one for each commit: for checks of which each run of CI makes a part.
-pub(crate) fn by_commit(parts: usize) -> Result<usize> {
+/// A number below `parts`, another one for each commit: for a check of which each run of CI makes a part. The numbers of two
+/// checks do not depend on each other.
+pub(crate) fn by_commit(check: &str, parts: u64) -> Result<usize> {
     let sh = shell()?;
-    let commit = cmd!(sh, "git rev-parse HEAD").quiet().read()?;
-    Ok(commit.bytes().map(usize::from).sum::<usize>() % parts)
+    let mut hasher = DefaultHasher::new();
+    (check, cmd!(sh, "git rev-parse HEAD").quiet().read()?).hash(&mut hasher);
+    Ok((hasher.finish() % parts) as usize)
 }
 
 /// Cargo's target folder.
