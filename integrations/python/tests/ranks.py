@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import gc
 import json
 import os
 import pathlib
@@ -148,6 +149,45 @@ def uneven_batches() -> None:
         run = Run(sizes=sizes)
         gb = GradBlend(run.model.named_parameters(), every=every, process_group=dist.group.WORLD, **blender())
         train(run, run.model, gb, of_network, every, by=sizes)
+
+
+def empty_batches() -> None:
+    """A rank without samples is left out; if all are, or one does not say how many it has, the call is an error."""
+    last = dist.get_world_size() - 1
+    for exact in (True, False):
+        run = Run()
+        gb = GradBlend(run.model.named_parameters(), process_group=dist.group.WORLD, exact=exact, **blender())
+        training, held_out = run.draw()
+
+        def call(
+            of: Callable[[Tensor], Any], samples: int = BATCH, run: Run = run, gb: GradBlend = gb, own: Any = (training, held_out)
+        ) -> None:
+            losses = run.model.losses(own[0][run.rank])
+            gb.backward(losses, held_out=lambda: of(run.model.losses(own[1][run.rank])[-1]), samples=samples)
+
+        state = gb.blender.save()
+        same_error("no rank has a sample of held_out", lambda call=call: call(lambda loss: (loss, 0)))
+        same_error("no rank has a sample of the call", lambda call=call: call(lambda loss: (loss, BATCH), samples=0))
+        try:
+            call(lambda loss: loss if run.rank == 0 else (loss, BATCH))
+            raise AssertionError("no error")
+        except Error as error:
+            assert "held_out returned no number of samples, but samples is given" in str(error), error
+        assert gb.blender.save() == state and gb.report().observed == 0
+        call(lambda loss: (loss * 1e6, 0) if run.rank == last else (loss, BATCH))
+        expected = Moments(DECAY)
+        params = list(run.model.parameters())
+        v = [[autograd(loss, params) for loss in run.model.losses(batch)] for batch in training]
+        g = [autograd(run.model.losses(batch)[-1], params) for batch in held_out[:last]]
+        if exact:
+            mean = [tuple(means(grads) for grads in zip(*of_ranks)) for of_ranks in zip(*v)]
+            expected.observe(mean, mean[-1], tuple(means(grads) for grads in zip(*g)))
+        else:
+            for of_rank, g_of_rank in zip(v, g):
+                expected.observe(of_rank, of_rank[-1], g_of_rank)
+        expected.check(gb.report().mean, gb.blender.second_moments())
+        assert gb.report().observed == (1 if exact else last)
+        same_state(gb)
 
 
 def ddp() -> None:
@@ -721,6 +761,15 @@ def modules_that_cannot_be() -> None:
     model = DistributedDataParallel(Run().model)
     again = DistributedDataParallel(model.module)
     same_error("trunk.weight is in two DistributedDataParallel modules", lambda: make(again))
+    gc.disable()
+    try:
+        network = Run().model
+        model = DistributedDataParallel(network)
+        model.cycle = [model]
+        del model
+        make(DistributedDataParallel(network))  # though the deleted one is not collected yet
+    finally:
+        gc.enable()
     model = DistributedDataParallel(Run().model)
     make(model)
     group = dist.new_group([0])
@@ -850,6 +899,7 @@ def no_drift() -> None:
 SCENARIOS = [
     copies,
     uneven_batches,
+    empty_batches,
     ddp,
     each_rank,
     micro_batches,
@@ -905,19 +955,51 @@ def is_late() -> None:
     leaves(dies=False)
 
 
+def fails_where_others_exchange() -> None:
+    """With `fully_shard`, the last rank raises before the forward pass in which the others exchange parameters: it has its own
+    error, and they do not hang."""
+    from torch.distributed.fsdp import fully_shard
+
+    run = Run()
+    fully_shard(run.model, mesh=init_device_mesh("cpu", (run.count,)))
+    gb = GradBlend(run.model.named_parameters(), process_group=dist.group.WORLD, **blender())
+    training, held_out = run.draw()
+    state, last = gb.blender.save(), run.rank == run.count - 1
+
+    def of_held_out() -> Tensor:
+        if last:
+            raise ZeroDivisionError("of a loader")
+        return of_module(run.model, held_out[run.rank])[-1]
+
+    start = time.perf_counter()
+    try:
+        gb.backward(of_module(run.model, training[run.rank]), held_out=of_held_out)
+        raise AssertionError("no error")
+    except ZeroDivisionError:
+        assert last and time.perf_counter() - start < PATIENCE
+        time.sleep(2 * PATIENCE)
+    except RuntimeError as error:  # of the module or, in an exchange of GradBlend, `ExchangeError`
+        assert not last, error
+    assert gb.blender.save() == state
+    assert all(param.grad is None for param in run.model.parameters())
+
+
+#: Scenarios after which the group is of no more use.
+MISSING = [dies, is_late, fails_where_others_exchange]
+
 #: Seconds that ranks wait for each other, where one of them does not come.
 PATIENCE = 4
 
 
 def main() -> None:
-    """Arguments: folder, rank, count; and a scenario after which the group is of no more use."""
+    """Arguments: folder, rank, count; and the name of one of `MISSING`."""
     folder, rank, count, *last = sys.argv[1:]
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=PATIENCE if last else 120)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, rank=int(rank), world_size=int(count), timeout=timeout)
     outcomes = {}
-    for scenario in SCENARIOS if not last else [{"dies": dies, "is_late": is_late}[last[0]]]:
+    for scenario in SCENARIOS if not last else [scenario for scenario in MISSING if scenario.__name__ == last[0]]:
         start = time.perf_counter()
         try:
             scenario()

@@ -13,7 +13,7 @@ import tempfile
 import pytest
 import torch
 from gradblend import Error, GradBlend
-from ranks import SCENARIOS
+from ranks import MISSING, SCENARIOS
 
 HERE = pathlib.Path(__file__).parent
 
@@ -45,7 +45,7 @@ def test_ranks(scenario: str, count: int) -> None:
         assert outcome.get(scenario, "not reached") == "", f"rank {rank}: {outcome.get(scenario, 'not reached')}"
 
 
-@pytest.mark.parametrize("scenario", ["dies", "is_late"])
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in MISSING])
 def test_a_rank_that_is_missing(scenario: str) -> None:
     codes, found = launch(3, scenario, seconds=60)
     for rank in range(2):

@@ -132,21 +132,30 @@ def check_sharding(named: list[tuple[str, Tensor]]) -> None:
 
 
 def _modules(named: list[tuple[str, Tensor]], base: str) -> Iterator[tuple[Any, list[tuple[str, Tensor]]]]:
-    """The modules of a kind that have some of these parameters, with those. Found among all objects, as parameters do not know
-    them. `Error` if a backward pass through one reaches a parameter that is missing."""
+    """The modules of a kind that have some of these parameters, with those. `Error` if a backward pass through one reaches a
+    parameter that is missing."""
     names = {id(param): name for name, param in named}
+    if _find(base, names):
+        gc.collect()  # A module is in a cycle of references, which can outlive its last user.
+    for module in _find(base, names):
+        own = list(module.named_parameters())
+        missing = [name for name, param in own if param.requires_grad and id(param) not in names]
+        if missing:
+            raise Error(f"params lacks {missing[0]} of the {base}: give all of its parameters")
+        yield module, [(names[id(param)], param) for _, param in own if id(param) in names]
+
+
+def _find(base: str, names: dict[int, str]) -> list[Any]:
+    """The modules of a kind with one of these parameters: among all objects, as parameters do not know their modules."""
     is_kind: dict[type, bool] = {}
+    found = []
     for item in gc.get_objects():
         kind = type(item)
         if kind not in is_kind:
             is_kind[kind] = any(of.__name__ == base for of in kind.__mro__)
-        if is_kind[kind]:
-            own = list(item.named_parameters())
-            if any(id(param) in names for _, param in own):
-                missing = [name for name, param in own if param.requires_grad and id(param) not in names]
-                if missing:
-                    raise Error(f"params lacks {missing[0]} of the {base}: give all of its parameters")
-                yield item, [(names[id(param)], param) for _, param in own if id(param) in names]
+        if is_kind[kind] and any(id(param) in names for param in item.parameters()):
+            found.append(item)
+    return found
 
 
 def counted_here(params: list[Tensor], names: list[str], group: Any) -> list[bool] | None:

@@ -68,11 +68,14 @@ class Ranks:
         self._call(what, dist.all_gather, all_ranks, tensor)
         return torch.stack(all_ranks)
 
-    def on_all(self, function: Callable[[], tuple[Result, int]], facts: dict[str, int]) -> tuple[Result, list[int]]:
+    def on_all(
+        self, function: Callable[[], tuple[Result, int]], facts: dict[str, int], exchanges: bool = False
+    ) -> tuple[Result, list[int]]:
         """Runs a function that returns a result and a number, and returns this rank's result and the numbers of all ranks.
 
         Facts are the same on all ranks, else all raise the same `Error`, which names the first rank that differs from rank 0.
-        An error that the function raises on one rank is an `Error` on the others.
+        An error that the function raises on one rank is an `Error` on the others; but not if the function itself `exchanges`
+        anything, as an exchange of another kind here could end the process.
         """
         error: Exception | None = None
         number = 0
@@ -81,6 +84,8 @@ class Ranks:
         except ExchangeError:
             raise
         except Exception as caught:
+            if exchanges:
+                raise
             error = caught
         own = torch.tensor([int(error is not None), number, *facts.values()], dtype=torch.int64, device=self._device)
         # If that fails, others are in an exchange that the function would have come to: its error says why.
@@ -115,8 +120,9 @@ class Ranks:
             raise Error(f"rank {without} has no number of samples of {what}, but other ranks have: give it on all ranks")
         if samples[self.rank] < 0:
             return None
-        total = sum(samples)
-        return samples[self.rank] * self.count / total if total > 0 else 0.0
+        if sum(samples) == 0:
+            raise Error(f"no rank has a sample of {what}")
+        return samples[self.rank] * self.count / sum(samples)
 
     def masks(self, sets: Masks) -> Masks:
         """Flags that any rank has set."""

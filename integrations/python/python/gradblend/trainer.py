@@ -241,8 +241,8 @@ class GradBlend:
                 loss in `losses`: cheaper, but the noise of that batch counts as overfitting of the fused loss, which
                 lowers its weight.
             samples: On several ranks with batches of different sizes: how many samples the losses are means of. Ranks
-                then count by their samples. All ranks give it in all calls, or none does; `held_out` and `train` return
-                (loss, samples) for the same. A rank that has run out of batches gives any finite losses and 0.
+                then count by their samples. All ranks give it in all calls, or none does; `held_out` and `train` then
+                return (loss, samples). A rank that has run out of batches gives any finite losses and 0.
 
         Raises:
             ExchangeError: A rank is gone, or did not make this call within the time-out of the process group.
@@ -330,7 +330,7 @@ class GradBlend:
         self._has_samples = samples is not None
         if observes:
             closures = [(name, function) for name, function in (("held_out", held_out), ("train", train)) if function is not None]
-            self._observe(roots, trained, before, closures, share, samples != 0)
+            self._observe(roots, trained, before, closures, share)
         else:
             weighted = partial(self._weighted, roots, trained, share)
             if averages:
@@ -345,7 +345,8 @@ class GradBlend:
 
     def _on_all(self, function: Callable[[], tuple[Any, int]], facts: dict[str, int]) -> tuple[Any, list[int]]:
         if self._ranks is not None:
-            return self._ranks.on_all(function, facts)
+            # Passes of sharded modules exchange; there are none before the facts are compared.
+            return self._ranks.on_all(function, facts, exchanges=self._sharded and not facts)
         result, number = function()
         return result, [number]
 
@@ -465,7 +466,6 @@ class GradBlend:
         before: Gradients,
         closures: list[tuple[str, Callable[[], HeldOut]]],
         share: float | None,
-        counts: bool,
     ) -> None:
         each_rank, last = self._observes_each_rank(), len(losses) - 1
         after: Gradients = [param.grad for param in self._params]
@@ -477,8 +477,10 @@ class GradBlend:
             factor = None if each_rank else share
             passes = [partial(self._gradients, loss, f"losses[{k}]", trained, k < last, factor) for k, loss in enumerate(losses)]
             sets: list[Gradients] = []
+            counts = share != 0
             for name, function in closures:
                 loss, of_samples = self._shared(name, partial(self._next_loss, passes, sets, name, function, trained), {})
+                counts = counts and of_samples != 0
                 passes = [partial(self._gradients, loss, name, trained, False, None if each_rank else of_samples)]
             _, finite_flags = self._on_all(partial(self._last_passes, passes, sets), {})
             if self._ranks is not None:
@@ -513,6 +515,8 @@ class GradBlend:
         if isinstance(returned, tuple) and len(returned) == 2:
             returned, samples = returned
             samples = number(f"the number of samples that {name} returned", samples, 0, 2**53)
+        elif self._ranks is not None and self._has_samples:
+            raise Error(f"{name} returned no number of samples, but samples is given: return (loss, samples)")
         loss = check_loss(f"the loss that {name} returned", returned)
         check_graph(loss, name, set())
         for param in trained:
