@@ -261,15 +261,18 @@ fn nan(face: Face) -> Outcome {
     Ok(())
 }
 
+/// Each rank's sums are an observation, but those of rank 2, which has no batch.
 fn each_rank_is_an_observation(face: Face) -> Outcome {
     let mut alone = blender(face, config(3)).map_err(|error| error.to_string())?;
     let tensors = |rank: usize| vec![Tensor::<f32>::random(&mut Random(rank as u64), 1000, 3, 0, 4)];
-    for rank in 0..4 {
+    for rank in [0, 1, 3] {
         pass(face, &mut alone, &mut tensors(rank), Pass::DOT | Pass::OBSERVE)?;
     }
     let states = on_ranks(4, |mut rank| -> Result<_, EngineError> {
         let mut blender = blender(face, config(3))?;
-        pass(face, &mut blender, &mut tensors(rank.rank), Pass::DOT)?;
+        if rank.rank != 2 {
+            pass(face, &mut blender, &mut tensors(rank.rank), Pass::DOT)?;
+        }
         assert_eq!(blender.observe_each(&mut rank, Stream::default())?, []);
         Ok(blender.save(Stream::default())?)
     });

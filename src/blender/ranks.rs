@@ -54,8 +54,8 @@ impl Blender {
     /// gradients of batches of their own, which nobody has averaged.
     ///
     /// Each observation is then one rank's batch, noisier than one of averaged gradients. (A mean of the ranks' products is
-    /// not the product of mean gradients.) Otherwise as [`reduce`](Self::reduce); it moves 2K f64 of each rank, and
-    /// synchronizes `stream`. Returns the ranks whose observation was skipped because a sum was not finite.
+    /// not the product of mean gradients.) A rank that has no batch calls this without a pass: sums that are all 0 are left out.
+    /// Otherwise as [`reduce`](Self::reduce); it moves 2K f64 of each rank, and synchronizes `stream`. Returns the ranks whose observation was skipped because a sum was not finite.
     ///
     /// # Errors
     /// Those of [`reduce`](Self::reduce). Nothing is observed then.
@@ -65,7 +65,7 @@ impl Blender {
         backend.keep_sums(stream)?;
         let own = backend.kept_sums(stream)?;
         let all = gather(ranks, &own[..2 * k])?;
-        for sums in all.chunks_exact(2 * k) {
+        for sums in all.chunks_exact(2 * k).filter(|sums| sums.iter().any(|sum| *sum != 0.0)) {
             backend.put_sums(sums, stream)?;
             backend.observe(stream)?;
         }

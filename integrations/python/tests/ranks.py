@@ -397,6 +397,13 @@ def disagreement() -> None:
     params = list(run.model.named_parameters())
     gb = made(params[1:] if here else params)
     same_error(f"rank {odd} has another number of parameters", lambda: call(gb))
+    gb = made(params[::-1] if here else params)
+    same_error(f"rank {odd} has another list of parameters", lambda: call(gb))
+    gb = made()
+    moved = params[-1][1].detach()[0]
+    moved += int(here)
+    same_error(f"rank {odd} has another set of parameter values", lambda: call(gb))
+    moved -= int(here)
     gb = made()
     train_loss = {"train": lambda: run.model.losses(held_out[run.rank])[-1]} if here else {}
     same_error(f"rank {odd} has another set of arguments", lambda: call(gb, **train_loss))
@@ -581,6 +588,19 @@ def forward_passes_from_before() -> None:
         gb = GradBlend(run.model.named_parameters(), every=every, process_group=dist.group.WORLD, **blender(cadence="on_request"))
         later = DistributedDataParallel(run.model)
         gb.backward(of_module(later, own), lambda later=later: held_out_loss(later))
+        check_mean(run, gb, training)
+
+
+def ignored_by_the_module() -> None:
+    """A parameter that DistributedDataParallel ignores is averaged by GradBlend, in all calls."""
+    run = Run()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(run.model, ["trunk.weight"])
+    model = DistributedDataParallel(run.model)
+    gb = GradBlend(model.named_parameters(), every=2, process_group=dist.group.WORLD, **blender(cadence="on_request"))
+    for _call in range(3):
+        training, held_out = run.draw()
+        run.model.zero_grad()
+        gb.backward(of_module(model, training[run.rank]), lambda: of_module(model, held_out[run.rank])[-1])
         check_mean(run, gb, training)
 
 
@@ -770,8 +790,12 @@ def modules_that_cannot_be() -> None:
         make(DistributedDataParallel(network))  # though the deleted one is not collected yet
     finally:
         gc.enable()
-    model = DistributedDataParallel(Run().model)
-    make(model)
+    network = Run().model
+    for _ in range(2):
+        model = DistributedDataParallel(network)
+        model.cycle = [model]
+        replaced = make(model)  # the earlier one is still there
+    del replaced
     group = dist.new_group([0])
     if run.rank == 0:
         try:
@@ -828,7 +852,7 @@ def exchanged() -> None:
         for loss in run.model.losses(own)
     ]
     parameters = sum(param.numel() for param in run.model.parameters())
-    facts, passes = 9 * 8, 2 * 8  # each call that exchanges; each part of it in which a rank can fail
+    facts, passes = 11 * 8, 2 * 8  # each call that exchanges; each part of it in which a rank can fail
     for exact, observing in (
         (True, 4 * (sum(map(sum, sizes)) + sum(sizes[-1]))),
         (False, 4 * parameters + 8 * (2 * K + 1)),
@@ -912,6 +936,7 @@ SCENARIOS = [
     weights_of_zero,
     a_modality_that_comes_later,
     forward_passes_from_before,
+    ignored_by_the_module,
     another_trainer,
     other_leaves,
     failed_exchanges,
@@ -972,8 +997,20 @@ def fails_where_others_exchange() -> None:
         return of_module(run.model, held_out[run.rank])[-1]
 
     start = time.perf_counter()
-    try:
+
+    def call(of_held_out: Callable[[], Any]) -> None:
         gb.backward(of_module(run.model, training[run.rank]), held_out=of_held_out)
+
+    # After its forward pass, where the others are in an exchange of GradBlend: an error of all.
+    same = lambda: of_module(run.model, held_out[run.rank])
+    same_kind = (Error, f"rank {run.count - 1} raised Error: the loss that held_out returned is list" if not last else "is list")
+    try:
+        call(same if last else lambda: same()[-1])
+        raise AssertionError("no error")
+    except same_kind[0] as error:
+        assert same_kind[1] in str(error), error
+    try:
+        call(of_held_out)
         raise AssertionError("no error")
     except ZeroDivisionError:
         assert last and time.perf_counter() - start < PATIENCE

@@ -27,14 +27,20 @@ class Wrapped:
     """
 
     def __init__(self, modules: list[DistributedDataParallel], params: list[Tensor], may_average: Any) -> None:
-        inside = {id(param) for module in modules for param in module.parameters()}
-        self.modules = modules
+        inside = {
+            id(param)
+            for module in modules
+            for name, param in module.module.named_parameters()
+            if name not in module.parameters_to_ignore
+        }
+        # Weak references: a trainer that is replaced does not keep the module of a group that is gone.
+        self.modules = weakref.WeakSet(modules)
         #: Whether each parameter is one of these modules.
         self.has = [id(param) in inside for param in params]
         #: A weak reference to a method.
         self._may_average = may_average
         #: The modules with a forward pass that expects a backward pass.
-        self._expecting: list[DistributedDataParallel] = []
+        self._expecting: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
         #: Whether others can have one, from before this object was made.
         self._unknown = True
         #: For each forward pass with gradients since the latest call: whether it was outside of `no_sync`.
@@ -55,7 +61,7 @@ class Wrapped:
         if any(_latest[module]() is not self for module in self.modules):
             raise Error("another GradBlend was made for this DistributedDataParallel since: go on with that one")
         self.synchronizes = not self._outside or any(self._outside)
-        expecting, self._expecting = self._expecting, []
+        expecting, self._expecting = self._expecting, weakref.WeakSet()
         unknown, self._unknown = self._unknown, False
         if may_average and len(expecting) == len(self.modules):
             return True
@@ -72,8 +78,8 @@ class Wrapped:
         self._outside.append(outside)
         may_average = self._may_average()
         module.require_backward_grad_sync = expects = outside and may_average is not None and may_average()
-        if expects and not any(other is module for other in self._expecting):
-            self._expecting.append(module)
+        if expects:
+            self._expecting.add(module)
 
     def after(self, module: DistributedDataParallel) -> None:
         module.require_backward_grad_sync = self._outside[-1]

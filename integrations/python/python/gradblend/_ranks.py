@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +43,8 @@ class Ranks:
             raise Error(f"process_group has no backend for tensors on {device}: {error}") from error
         self.group, self._device = group, device
         self.rank, self.count = group.rank(), group.size()
+        #: Whether an error is one in `exchanging`.
+        self._exchanging = False
         #: Bytes that this rank gave to collective operations.
         self.bytes = 0
         #: For each rank, not 0 if its part of the latest observation was not finite.
@@ -68,14 +71,11 @@ class Ranks:
         self._call(what, dist.all_gather, all_ranks, tensor)
         return torch.stack(all_ranks)
 
-    def on_all(
-        self, function: Callable[[], tuple[Result, int]], facts: dict[str, int], exchanges: bool = False
-    ) -> tuple[Result, list[int]]:
+    def on_all(self, function: Callable[[], tuple[Result, int]], facts: dict[str, int]) -> tuple[Result, list[int]]:
         """Runs a function that returns a result and a number, and returns this rank's result and the numbers of all ranks.
 
         Facts are the same on all ranks, else all raise the same `Error`, which names the first rank that differs from rank 0.
-        An error that the function raises on one rank is an `Error` on the others; but not if the function itself `exchanges`
-        anything, as an exchange of another kind here could end the process.
+        An error that the function raises on one rank is an `Error` on the others; but not one of `exchanging`.
         """
         error: Exception | None = None
         number = 0
@@ -84,9 +84,11 @@ class Ranks:
         except ExchangeError:
             raise
         except Exception as caught:
-            if exchanges:
+            if self._exchanging:
                 raise
             error = caught
+        finally:
+            self._exchanging = False
         own = torch.tensor([int(error is not None), number, *facts.values()], dtype=torch.int64, device=self._device)
         # If that fails, others are in an exchange that the function would have come to: its error says why.
         why = "" if error is None else f" after {type(error).__name__}: {error}"
@@ -100,6 +102,14 @@ class Ranks:
                     values = "" if abs(expected) >= 1 << 31 or abs(got) >= 1 << 31 else f" ({got}, not {expected})"
                     raise Error(f"rank {rank} has another {name} than rank 0{values}")
         return result, [of_rank[1] for of_rank in every]
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """For a part of a function of `on_all` in which other ranks may be in exchanges of its own, as those of `fully_shard`: an
+        error in it is raised on this rank alone, as an exchange of another kind could end the process."""
+        self._exchanging = True  # and stays so after an error
+        yield
+        self._exchanging = False
 
     def _failed(self, rank: int, error: Exception | None) -> Exception:
         """The error of this rank, or one that has the text of a rank's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Union
 
@@ -116,6 +116,7 @@ class GradBlend:
         self._weights: Tensor = self.blender.weights.torch()
         self._host = _HostCopy(self._weights)
         self._scale: Tensor | None = None
+        self._list = fingerprint([(name, short(param.dtype), tuple(param.shape)) for name, param in named])
         record = config(num_losses, **options)
         record.threads = 0  # may differ between ranks
         self._options = bytes(ffi.buffer(record)) + repr((self._every, schedule)).encode()
@@ -345,10 +346,13 @@ class GradBlend:
 
     def _on_all(self, function: Callable[[], tuple[Any, int]], facts: dict[str, int]) -> tuple[Any, list[int]]:
         if self._ranks is not None:
-            # Passes of sharded modules exchange; there are none before the facts are compared.
-            return self._ranks.on_all(function, facts, exchanges=self._sharded and not facts)
+            return self._ranks.on_all(function, facts)
         result, number = function()
         return result, [number]
+
+    def _passes(self) -> AbstractContextManager[None]:
+        """Around passes of the model, in which sharded modules exchange parameters and gradients."""
+        return self._ranks.exchanging() if self._ranks is not None and self._sharded else nullcontext()
 
     def _shared(self, what: str, function: Callable[[], tuple[Any, int]], facts: dict[str, int]) -> tuple[Any, float | None]:
         """The result of a function that also returns a number of samples, or -1; and this rank's share of the samples, times
@@ -451,6 +455,8 @@ class GradBlend:
         return {
             "number of losses": self.blender.modalities,
             "number of parameters": len(self._params),
+            "list of parameters": self._list,
+            "set of parameter values at the first call": self._parameter_bits() if self._has_samples is None else 0,
             "set of trained parameters": fingerprint([param.requires_grad for param in self._params]),
             "set of options": fingerprint(self._options, self._exact, self._sharded, self._wrapped is not None),
             "set of arguments": fingerprint(has_train, self._synchronizes()),
@@ -458,6 +464,14 @@ class GradBlend:
             # Without its checksum: one of both would be the same for all states.
             "state": fingerprint(self.blender.save()[:-4], scale),
         }
+
+    def _parameter_bits(self) -> int:
+        """Equal for equal copies; 0 for shards."""
+        if self._sharded:
+            return 0
+        integers = {2: torch.int16, 4: torch.int32}
+        sums = [param.detach().view(integers[param.element_size()]).sum() for param in self._params]
+        return fingerprint(torch.stack(sums).tolist())
 
     def _observe(
         self,
@@ -507,7 +521,8 @@ class GradBlend:
         """Runs backward passes that are due, then computes a loss. Returns it with its number of samples, or -1."""
         sets += [gradients() for gradients in passes]
         try:
-            returned = function()
+            with self._passes():
+                returned = function()
         except StopIteration as error:
             # It would end a generator or a loop around this call without a word.
             raise Error(f"{name} raised StopIteration: its batches are used up") from error
@@ -589,7 +604,8 @@ class GradBlend:
         self._values.append(loss.detach().reshape(()).float())
         root = loss if self._scale is None else loss * self._scale.to(loss.device)
         root = root if factor is None else root * factor
-        backward_pass(root, what, trained, retain)
+        with self._passes():
+            backward_pass(root, what, trained, retain)
         placed = [placed_like(param, param.grad) for param in self._params]
         grads = [None if grad is None else local(grad) for grad in placed]
         for param in trained:
