@@ -55,7 +55,8 @@ impl Blender {
     ///
     /// Each observation is then one rank's batch, noisier than one of averaged gradients. (A mean of the ranks' products is
     /// not the product of mean gradients.) A rank that has no batch calls this without a pass: sums that are all 0 are left out.
-    /// Otherwise as [`reduce`](Self::reduce); it moves 2K f64 of each rank, and synchronizes `stream`. Returns the ranks whose observation was skipped because a sum was not finite.
+    /// Otherwise as [`reduce`](Self::reduce); it moves 2K f64 of each rank, and synchronizes `stream`. Returns the ranks whose
+    /// observation was skipped because a sum was not finite.
     ///
     /// # Errors
     /// Those of [`reduce`](Self::reduce). Nothing is observed then.

@@ -107,7 +107,7 @@ pub(crate) fn run(names: &[String], all: bool) -> Result<()> {
     let started = Instant::now();
     let mut left_out = Vec::new();
     if names.is_empty() && !all {
-        let third = tools::by_commit("sections", SLOW.len() as u64)?;
+        let third = tools::by_commit("sections", SLOW.len())?;
         left_out = SLOW.iter().enumerate().filter(|(i, _)| *i != third).flat_map(|(_, names)| names.to_vec()).collect();
         not_checked(format!("{}: another third for each commit, and all with --all", left_out.join(", ")));
     }

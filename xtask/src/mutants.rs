@@ -61,9 +61,9 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
 
 /// Runs a quarter of the mutants, another one for each commit: all take minutes.
 pub(crate) fn run_quarter() -> Result<()> {
-    const PARTS: u64 = 4;
+    const PARTS: usize = 4;
     let part = tools::by_commit("mutants", PARTS)?;
-    let quarter = list()?.into_iter().skip(part).step_by(PARTS as usize).collect::<Vec<_>>();
+    let quarter = list()?.into_iter().skip(part).step_by(PARTS).collect::<Vec<_>>();
     println!("part {} of {PARTS}: {} mutants", part + 1, quarter.len());
     try_all(&quarter)
 }

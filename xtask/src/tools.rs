@@ -28,11 +28,11 @@ pub(crate) fn shell() -> Result<Shell> {
 
 /// A number below `parts`, another one for each commit: for a check of which each run of CI makes a part. The numbers of two
 /// checks do not depend on each other.
-pub(crate) fn by_commit(check: &str, parts: u64) -> Result<usize> {
+pub(crate) fn by_commit(check: &str, parts: usize) -> Result<usize> {
     let sh = shell()?;
     let mut hasher = DefaultHasher::new();
     (check, cmd!(sh, "git rev-parse HEAD").quiet().read()?).hash(&mut hasher);
-    Ok((hasher.finish() % parts) as usize)
+    Ok((hasher.finish() % parts as u64) as usize)
 }
 
 /// Cargo's target folder.

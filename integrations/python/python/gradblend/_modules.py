@@ -141,8 +141,9 @@ def _modules(named: list[tuple[str, Tensor]], base: str) -> Iterator[tuple[Any, 
     """The modules of a kind that have some of these parameters, with those. `Error` if a backward pass through one reaches a
     parameter that is missing."""
     names = {id(param): name for name, param in named}
-    if _find(base, names):
-        gc.collect()  # A module is in a cycle of references, which can outlive its last user.
+    if not _find(base, names):
+        return
+    gc.collect()  # A module is in a cycle of references, which can outlive its last user.
     for module in _find(base, names):
         own = list(module.named_parameters())
         missing = [name for name, param in own if param.requires_grad and id(param) not in names]
