@@ -1,69 +1,67 @@
 //! The samples: the inputs of a digit, and which digits are for training, held out, and for testing.
 //!
-//! Without files, the 1,797 handwritten digits of `examples/data` (8 x 8 pixels from 0 to 16). Gaussian noise is added to
-//! every pixel once, and the noisy image has two views:
+//! Without `--audio`, the 2,000 handwritten digits of `examples/data/mfeat` in six views (see `views.rs`), with Gaussian
+//! noise on each feature.
 //!
-//! - `top`: the 32 pixels of rows 0 to 3. Rich, and easy to memorise.
-//! - `bottom`: the 8 column sums and 4 row sums of rows 4 to 7. Poor, but a sum averages the noise, so there is less to
-//!   memorise.
-//!
-//! With files, `audio` (160 log-mel energies of a spoken digit) and `image` (64 noisy pixels), paired by label. No speaker
+//! With it, `audio` (160 log-mel energies of a spoken digit) and `image` (64 noisy pixels), paired by label. No speaker
 //! and no image is in both training and test samples. Held-out samples have the speakers of the training samples.
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::{Device, Tensor};
-use clap::builder::RangedU64ValueParser;
+use rand::Rng;
 use rand::seq::SliceRandom;
-use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::audio::Recording;
+use crate::common::arguments::{count, number};
+use crate::common::random::{normal, random};
+use crate::images::Image;
+use crate::views::Views;
 
 pub(crate) const CLASSES: usize = 10;
-/// Pixels of an image, 8 rows of 8.
-const PIXELS: usize = 64;
 /// Features of the noise input.
 const NOISE_WIDTH: usize = 32;
 
 const MOST_SAMPLES: u64 = 1_000_000;
 
-/// Parses a count from 1 to `most`.
-pub(crate) fn count(most: u64) -> RangedU64ValueParser<usize> {
-    RangedU64ValueParser::new().range(1..=most)
-}
-
-/// Parses a number that `is_right`.
-pub(crate) fn number(
-    is_right: fn(f64) -> bool,
-    expected: &'static str,
-) -> impl Fn(&str) -> Result<f64, String> + Clone + Send + Sync {
-    move |text| text.parse().ok().filter(|value| is_right(*value)).ok_or_else(|| format!("expected {expected}"))
+fn is_noise(value: f64) -> bool {
+    (0.0..=1000.0).contains(&value)
 }
 
 /// How samples are drawn.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Training samples, without the held-out ones
-    #[arg(long, default_value = "500", value_parser = count(MOST_SAMPLES))]
-    pub(crate) train: usize,
-    /// Held-out samples: 100 are a sixth of 600 (the paper holds out 8 % to 13 % of far larger sets)
-    #[arg(long, default_value = "100", value_parser = count(MOST_SAMPLES))]
-    pub(crate) held_out: usize,
+    /// Training samples, without the held-out ones: 300, or 500 with --audio
+    #[arg(long, value_parser = count(MOST_SAMPLES))]
+    pub(crate) train: Option<usize>,
+    /// Held-out samples: 50, or 100 with --audio (the paper holds out 8 % to 13 % of far larger sets)
+    #[arg(long, value_parser = count(MOST_SAMPLES))]
+    pub(crate) held_out: Option<usize>,
     /// Test samples
     #[arg(long, default_value = "500", value_parser = count(MOST_SAMPLES))]
     pub(crate) test: usize,
-    /// Standard deviation of the noise on each pixel, drawn once per sample, so that it can be memorised. Without noise
-    /// most methods come close to an accuracy of 1
-    #[arg(long, default_value = "6", value_parser = number(|noise| (0.0..=1000.0).contains(&noise), "0 to 1000"))]
+    /// Standard deviation of the noise on each feature of a view over that of the feature. Drawn once per sample, so that it
+    /// can be memorised. Without noise most methods come close to an accuracy of 1
+    #[arg(long, default_value = "1.5", value_parser = number(is_noise, "0 to 1000"))]
+    pub(crate) noise: f64,
+    /// With --audio: standard deviation of the noise on each pixel from 0 to 16
+    #[arg(long, default_value = "6", value_parser = number(is_noise, "0 to 1000"))]
     pub(crate) pixel_noise: f64,
-    /// Adds an input whose loss should get no weight; turns on --correlated
-    #[arg(long)]
-    pub(crate) nuisance: Option<Nuisance>,
+}
+
+/// How many samples of each kind.
+#[derive(Clone, Copy)]
+pub(crate) struct Sizes {
+    pub(crate) train: usize,
+    pub(crate) held_out: usize,
+    pub(crate) test: usize,
 }
 
 /// An input whose loss should get no weight.
-#[derive(Clone, Copy, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
 pub(crate) enum Nuisance {
+    /// No such input
+    None,
     /// 32 Gaussian numbers that are independent of the digit
     Noise,
     /// The digit itself on training samples, a random digit on held-out and test samples (10 numbers)
@@ -71,101 +69,30 @@ pub(crate) enum Nuisance {
 }
 
 impl Nuisance {
-    fn features(self, label: usize, training: bool, rng: &mut ChaCha8Rng) -> Vec<f32> {
+    /// The name of the input.
+    pub(crate) fn input(self) -> Option<&'static str> {
         match self {
-            Nuisance::Noise => (0..NOISE_WIDTH).map(|_| normal(rng)).collect(),
+            Nuisance::None => None,
+            Nuisance::Noise => Some("noise"),
+            Nuisance::Shortcut => Some("shortcut"),
+        }
+    }
+
+    fn features(self, label: usize, training: bool, rng: &mut ChaCha8Rng) -> Option<Vec<f32>> {
+        match self {
+            Nuisance::None => None,
+            Nuisance::Noise => Some((0..NOISE_WIDTH).map(|_| normal(rng)).collect()),
             Nuisance::Shortcut => {
                 let shown = if training { label } else { rng.random_range(0..CLASSES) };
-                (0..CLASSES).map(|class| f32::from(u8::from(class == shown)) + 0.1 * normal(rng)).collect()
+                Some((0..CLASSES).map(|class| f32::from(u8::from(class == shown)) + 0.1 * normal(rng)).collect())
             }
         }
     }
 }
 
-/// A handwritten digit.
-pub(crate) struct Image {
-    pub(crate) pixels: Vec<f32>,
-    pub(crate) label: usize,
-}
-
-impl Image {
-    fn noisy(&self, noise: f32, rng: &mut ChaCha8Rng) -> Vec<f32> {
-        self.pixels.iter().map(|pixel| pixel + noise * normal(rng)).collect()
-    }
-}
-
-/// Parses one image per line: 64 pixels from 0 to 16, row by row, and the label. As table programs write it: numbers may be
-/// quoted or have decimals, a separator may end the line, and the first line may be a heading.
-pub(crate) fn parse_images(bytes: &[u8]) -> Result<Vec<Image>> {
-    let text = std::str::from_utf8(bytes).map_err(|error| {
-        let line = bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count() + 1;
-        anyhow!("line {line}: expected UTF-8")
-    })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let mut images = Vec::new();
-    let mut first = true;
-    for (number, line) in (1..).zip(text.lines()) {
-        let context = || format!("line {number}");
-        let mut fields = fields(line).with_context(context)?;
-        if fields.iter().all(|field| field.is_empty()) {
-            continue;
-        }
-        if fields.len() == PIXELS + 2 && fields[PIXELS + 1].is_empty() {
-            fields.pop();
-        }
-        let len = fields.len();
-        ensure!(len == PIXELS + 1, "line {number}: expected {} fields (64 pixels and a label), got {len}", PIXELS + 1);
-        if !first || !is_heading(&fields) {
-            images.push(parse_image(&fields).with_context(context)?);
-        }
-        first = false;
-    }
-    ensure!(!images.is_empty(), "there is no image");
-    Ok(images)
-}
-
-/// The fields of a line. One in quotes may have commas.
-fn fields(line: &str) -> Result<Vec<&str>> {
-    let (mut fields, mut rest) = (Vec::new(), line);
-    loop {
-        let next;
-        if let Some(quoted) = rest.trim_start().strip_prefix('"') {
-            let (field, after) = quoted.split_once('"').context("a quote has no end")?;
-            fields.push(field.trim());
-            let after = after.trim();
-            next = after.strip_prefix(',');
-            ensure!(next.is_some() || after.is_empty(), "expected a comma after a quote, got {after:?}");
-        } else {
-            let (field, after) = rest.split_once(',').map_or((rest, None), |(field, after)| (field, Some(after)));
-            fields.push(field.trim());
-            next = after;
-        }
-        let Some(after) = next else { return Ok(fields) };
-        rest = after;
-    }
-}
-
-/// Whether no pixel is a number, or pixels have the numbers of their columns, as tables without names do.
-fn is_heading(fields: &[&str]) -> bool {
-    let pixels = || fields[..PIXELS].iter().enumerate();
-    let counts = |from: usize| pixels().all(|(i, field)| field.parse() == Ok(i + from));
-    pixels().all(|(_, field)| !field.is_empty() && field.parse::<f64>().is_err()) || counts(0) || counts(1)
-}
-
-fn parse_image(fields: &[&str]) -> Result<Image> {
-    let number = |i: usize, is_right: fn(&f64) -> bool, expected: &str| {
-        let value = fields[i].parse().ok().filter(is_right);
-        value.with_context(|| format!("field {} is {:?}, expected {expected}", i + 1, fields[i]))
-    };
-    let pixel = |i| Ok(number(i, |value| (0.0..=16.0).contains(value), "0 to 16")? as f32);
-    let is_digit = |value: &f64| value.fract() == 0.0 && (0.0..CLASSES as f64).contains(value);
-    let pixels = (0..PIXELS).map(pixel).collect::<Result<_>>()?;
-    Ok(Image { pixels, label: number(PIXELS, is_digit, "a digit from 0 to 9")? as usize })
-}
-
 /// Where samples are drawn from.
 pub(crate) enum Source {
-    Views { images: Vec<Image> },
+    Views(Views),
     Pairs { recordings: Vec<Recording>, images: Vec<Image>, test_speakers: Vec<String> },
 }
 
@@ -176,11 +103,6 @@ struct Sample {
 }
 
 impl Source {
-    /// The digits of `examples/data`.
-    pub(crate) fn bundled() -> Result<Self> {
-        Ok(Source::Views { images: parse_images(include_bytes!("../data/digits.csv"))? })
-    }
-
     /// Recordings and images. The last `test_speakers` in order of name are for testing.
     pub(crate) fn pairs(recordings: Vec<Recording>, images: Vec<Image>, test_speakers: usize) -> Result<Self> {
         let mut speakers: Vec<String> = recordings.iter().map(|recording| recording.speaker.clone()).collect();
@@ -196,59 +118,58 @@ impl Source {
     }
 
     /// Names of the inputs.
-    pub(crate) fn inputs(&self, options: &Options) -> Vec<String> {
-        let mut names = match self {
-            Source::Views { .. } => vec!["top", "bottom"],
+    pub(crate) fn inputs(&self) -> Vec<&'static str> {
+        match self {
+            Source::Views(views) => views.views.iter().map(|view| view.name).collect(),
             Source::Pairs { .. } => vec!["audio", "image"],
-        };
-        names.extend(options.nuisance.map(|nuisance| match nuisance {
-            Nuisance::Noise => "noise",
-            Nuisance::Shortcut => "shortcut",
-        }));
-        names.into_iter().map(str::to_owned).collect()
+        }
     }
 
     /// Description of the inputs.
     pub(crate) fn describe(&self, options: &Options) -> String {
-        let pixels = format!("8 x 8 pixels 0..16 plus noise of deviation {}", options.pixel_noise);
-        let text = match self {
-            Source::Views { images } => format!(
-                "{} handwritten digits (UCI), {pixels}; top: pixels of rows 0-3; bottom: column and row sums of rows 4-7",
-                images.len()
-            ),
+        match self {
+            Source::Views(Views { views, labels }) => {
+                let views =
+                    views.iter().map(|view| format!("{} ({} {})", view.name, view.deviations.len(), view.about));
+                let (digits, noise, views) = (labels.len(), options.noise, views.collect::<Vec<_>>().join(", "));
+                format!("{digits} handwritten digits (UCI Multiple Features): {views}; noise of {noise} deviations")
+            }
             Source::Pairs { recordings, images, test_speakers } => format!(
                 "{} spoken and {} handwritten digits, paired by label; audio: 160 log-mel energies, test speakers {} \
-                 unseen; image: {pixels}, test images unseen",
+                 unseen; image: 8 x 8 pixels 0..16 plus noise of deviation {}, test images unseen",
                 recordings.len(),
                 images.len(),
-                test_speakers.join(", ")
+                test_speakers.join(", "),
+                options.pixel_noise
             ),
-        };
-        text + match options.nuisance {
-            None => "",
-            Some(Nuisance::Noise) => "; noise: 32 Gaussian numbers",
-            Some(Nuisance::Shortcut) => "; shortcut: the digit on training samples, a random one on all others",
         }
     }
 
-    /// Draws the training, held-out and test samples of a seed. They are disjoint.
-    pub(crate) fn draw(&self, options: &Options, seed: u64) -> Result<Data> {
+    pub(crate) fn sizes(&self, options: &Options) -> Sizes {
+        let (train, held_out) = match self {
+            Source::Views(_) => (300, 50),
+            Source::Pairs { .. } => (500, 100),
+        };
+        Sizes {
+            train: options.train.unwrap_or(train),
+            held_out: options.held_out.unwrap_or(held_out),
+            test: options.test,
+        }
+    }
+
+    /// Draws the training, held-out and test samples of a seed. They are disjoint, and the same whatever the nuisance.
+    pub(crate) fn draw(&self, options: &Options, nuisance: Nuisance, seed: u64) -> Result<Data> {
+        let Sizes { train: train_len, held_out, test: test_len } = self.sizes(options);
         let rng = &mut random(seed, "samples");
-        let (noise, train_wanted) = (options.pixel_noise as f32, options.train + options.held_out);
+        let wanted = train_len + held_out;
         let (mut train, mut test) = match self {
-            Source::Views { images } => {
-                let mut images: Vec<&Image> = images.iter().collect();
-                images.shuffle(rng);
-                let views = |image: &Image| {
-                    let pixels = image.noisy(noise, rng);
-                    let (top, bottom) = pixels.split_at(PIXELS / 2);
-                    let columns = (0..8).map(|column| bottom.iter().skip(column).step_by(8).sum());
-                    let rows = bottom.chunks(8).map(|row| row.iter().sum());
-                    Sample { features: vec![top.to_vec(), columns.chain(rows).collect()], label: image.label }
-                };
-                let mut train: Vec<Sample> = images.into_iter().map(views).collect();
-                let test = train.split_off(train_wanted.min(train.len()));
-                (train, test)
+            Source::Views(views) => {
+                let mut digits: Vec<usize> = (0..views.labels.len()).collect();
+                digits.shuffle(rng);
+                let test = digits.split_off(wanted.min(digits.len()));
+                let mut sample = |digit: &usize| views.sample(*digit, options.noise as f32, rng);
+                let train: Vec<Sample> = digits.iter().map(&mut sample).collect();
+                (train, test.iter().map(sample).collect())
             }
             Source::Pairs { recordings, images, test_speakers } => {
                 let mut images: Vec<&Image> = images.iter().collect();
@@ -258,25 +179,24 @@ impl Source {
                     recordings.iter().partition(|recording| test_speakers.contains(&recording.speaker));
                 train.shuffle(rng);
                 test.shuffle(rng);
+                let noise = options.pixel_noise as f32;
                 (pair(&train, train_images, noise, rng), pair(&test, test_images, noise, rng))
             }
         };
-        let (train_len, test_len) = (train.len(), test.len());
+        let (have_train, have_test) = (train.len(), test.len());
         ensure!(
-            train_len >= train_wanted && test_len >= options.test,
-            "--train and --held-out want {train_wanted} samples, of which there are {train_len}, and --test wants {}, of \
-             which there are then {test_len}",
-            options.test
+            have_train >= wanted && have_test >= test_len,
+            "--train and --held-out want {wanted} samples, of which there are {have_train}, and --test wants {test_len}, of \
+             which there are then {have_test}"
         );
-        train.truncate(train_wanted);
-        test.truncate(options.test);
-        let held_out = train.split_off(options.train);
+        train.truncate(wanted);
+        test.truncate(test_len);
+        let held_out = train.split_off(train_len);
         let mut sets = [train, held_out, test];
-        if let Some(nuisance) = options.nuisance {
-            for (set, samples) in sets.iter_mut().enumerate() {
-                for sample in samples {
-                    sample.features.push(nuisance.features(sample.label, set == 0, rng));
-                }
+        let rng = &mut random(seed, "nuisance");
+        for (set, samples) in sets.iter_mut().enumerate() {
+            for sample in samples {
+                sample.features.extend(nuisance.features(sample.label, set == 0, rng));
             }
         }
         let widths: Vec<usize> = sets[0][0].features.iter().map(Vec::len).collect();
@@ -284,12 +204,17 @@ impl Source {
             (0..*width).for_each(|i| standardise(&mut sets, k, i));
         }
         let [train, held_out, test] = sets;
-        Ok(Data {
-            train: Samples::new(&train)?,
-            held_out: Samples::new(&held_out)?,
-            test: Samples::new(&test)?,
-            widths,
-        })
+        Ok(Data { train: Samples::new(&train)?, held_out: Samples::new(&held_out)?, test: Samples::new(&test)? })
+    }
+}
+
+impl Views {
+    /// All views of a digit, with noise.
+    fn sample(&self, digit: usize, noise: f32, rng: &mut ChaCha8Rng) -> Sample {
+        let mut noisy = |(value, deviation): (&f32, &f32)| value + noise * deviation * normal(rng);
+        let features =
+            self.views.iter().map(|view| view.rows[digit].iter().zip(&view.deviations).map(&mut noisy).collect());
+        Sample { features: features.collect(), label: self.labels[digit] }
     }
 }
 
@@ -313,12 +238,13 @@ fn standardise(sets: &mut [Vec<Sample>; 3], k: usize, i: usize) {
     let deviation = (values().map(|value| (value - mean).powi(2)).sum::<f64>() / len).sqrt();
     for sample in sets.iter_mut().flatten() {
         let value = &mut sample.features[k][i];
-        // A pixel that is the same in all training samples has no information.
+        // A feature that is the same in all training samples has no information.
         *value = if deviation > 1e-6 { ((f64::from(*value) - mean) / deviation) as f32 } else { 0.0 };
     }
 }
 
 /// A set or a batch of samples.
+#[derive(Clone)]
 pub(crate) struct Samples {
     /// One tensor per input.
     pub(crate) inputs: Vec<Tensor>,
@@ -340,60 +266,49 @@ impl Samples {
     pub(crate) fn len(&self) -> usize {
         self.labels.elem_count()
     }
+
+    /// The samples with these indices.
+    pub(crate) fn at(&self, indices: &[u32]) -> Result<Self> {
+        let indices = Tensor::new(indices, &Device::Cpu)?;
+        let inputs = self.inputs.iter().map(|input| Ok(input.index_select(&indices, 0)?)).collect::<Result<_>>()?;
+        Ok(Samples { inputs, labels: self.labels.index_select(&indices, 0)? })
+    }
+
+    /// The same samples with these inputs only.
+    fn with(&self, inputs: &[usize]) -> Self {
+        let inputs = inputs.iter().map(|k| self.inputs[*k].clone()).collect();
+        Samples { inputs, labels: self.labels.clone() }
+    }
 }
 
 /// The samples of one seed.
 pub(crate) struct Data {
-    /// Number of features per input.
-    pub(crate) widths: Vec<usize>,
     pub(crate) train: Samples,
     pub(crate) held_out: Samples,
     pub(crate) test: Samples,
 }
 
-/// Batches of a set in random order, epoch after epoch. A clone continues as the original does.
-#[derive(Clone)]
-pub(crate) struct Batches {
-    rng: ChaCha8Rng,
-    order: Vec<u32>,
-    at: usize,
-    size: usize,
+impl Data {
+    /// The same samples with these inputs only.
+    pub(crate) fn with(&self, inputs: &[usize]) -> Self {
+        let [train, held_out, test] = [&self.train, &self.held_out, &self.test].map(|samples| samples.with(inputs));
+        Data { train, held_out, test }
+    }
+
+    /// The number of features of each input.
+    pub(crate) fn widths(&self) -> Result<Vec<usize>> {
+        self.train.inputs.iter().map(|input| Ok(input.dim(1)?)).collect()
+    }
 }
 
-impl Batches {
-    pub(crate) fn new(samples: &Samples, size: usize, rng: ChaCha8Rng) -> Self {
-        let len = samples.len();
-        Batches { rng, order: (0..len as u32).collect(), at: len, size: size.min(len) }
-    }
-
-    pub(crate) fn per_epoch(&self) -> usize {
-        self.order.len().div_ceil(self.size)
-    }
-
-    /// The next batch of `samples`, the set that these batches were made for.
-    pub(crate) fn next(&mut self, samples: &Samples) -> Result<Samples> {
-        if self.at >= self.order.len() {
-            self.order.shuffle(&mut self.rng);
-            self.at = 0;
+/// The positions of `wanted` modalities among `known` ones, in the order of the latter; all without a wish.
+pub(crate) fn choose(wanted: &[String], known: &[&str]) -> Result<Vec<usize>> {
+    for (i, name) in wanted.iter().enumerate() {
+        if !known.contains(&&name[..]) {
+            bail!("--modalities {name}: expected some of {}", known.join(","));
         }
-        let end = (self.at + self.size).min(self.order.len());
-        let indices = Tensor::new(&self.order[self.at..end], &Device::Cpu)?;
-        self.at = end;
-        let inputs = samples.inputs.iter().map(|input| Ok(input.index_select(&indices, 0)?)).collect::<Result<_>>()?;
-        Ok(Samples { inputs, labels: samples.labels.index_select(&indices, 0)? })
+        ensure!(!wanted[..i].contains(name), "--modalities {name}: given twice");
     }
-}
-
-/// Random numbers of a seed for one purpose. All methods get the same samples, initial weights and batches, so that they
-/// can be compared seed by seed.
-pub(crate) fn random(seed: u64, purpose: &str) -> ChaCha8Rng {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(purpose.bytes().fold(0, |stream, byte| stream << 8 | u64::from(byte)));
-    rng
-}
-
-/// A Gaussian number of mean 0 and variance 1 (Box and Muller).
-fn normal(rng: &mut ChaCha8Rng) -> f32 {
-    let (radius, angle) = (1.0 - rng.random::<f32>(), std::f32::consts::TAU * rng.random::<f32>());
-    (-2.0 * radius.ln()).sqrt() * angle.cos()
+    let all = 0..known.len();
+    Ok(all.filter(|k| wanted.is_empty() || wanted.iter().any(|name| name == known[*k])).collect())
 }

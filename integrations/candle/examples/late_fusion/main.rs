@@ -7,40 +7,50 @@
 //! | `alone:<input>` | that input's loss only, tested by its own head |
 //! | `naive` | the fused loss only |
 //! | `uniform` | 1 / K for each of the K = M + 1 losses |
+//! | `gradnorm`, `mmpareto` | two later methods, implemented anew from their papers: see `../common/peers.rs` |
 //! | `offline-loss`, `online-loss` | estimated from losses: once, or at the start of each super-epoch |
 //! | `online-gradient-epoch` | estimated from gradients at the end of each super-epoch |
 //! | `online-gradient-step` | estimated from gradients at each step |
 //! | `online-gradient-cheap` | the same at every r-th step, plain steps on the weighted loss between |
-//! | `...:correlated`, `...:min-fused` | with `--correlated` and `--min-fused`: another policy of the solver |
+//! | `...:correlated` | the overfitting of modalities is not taken as uncorrelated |
+//! | `...:min-fused` | with `--min-fused`: a least weight of the fused loss |
 //!
-//! `train.rs` has the training loop.
+//! `../common/train.rs` has the training loop.
 
 mod audio;
+#[path = "../common/mod.rs"]
+mod common;
 mod data;
+mod images;
+mod methods;
 mod network;
 mod plots;
 mod report;
 #[cfg(test)]
 mod tests;
-mod train;
+mod views;
 mod wav;
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::data::{Data, Source};
-use crate::report::{Outcome, Row, Summary};
-use crate::train::{Method, Run, SUPER_EPOCH, Settings, WARM_UP};
+use crate::common::arguments::count;
+use crate::common::outputs::Outputs;
+use crate::common::runs::{Log, catch_interrupts, interrupted, run_all};
+use crate::common::train::{SUPER_EPOCH, WARM_UP};
+use crate::data::{Nuisance, Source};
+use crate::methods::{Case, Method, Training};
+use crate::report::{Outcome, Record, Row, Summary};
+
+/// The data that are part of this example.
+const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data");
 
 /// Trains a late-fusion network on real data and compares methods to weight its losses.
 ///
@@ -48,52 +58,71 @@ use crate::train::{Method, Run, SUPER_EPOCH, Settings, WARM_UP};
 /// M + 1 losses are cross-entropies. All methods have the same samples, initial weights and batches, seed by seed. None
 /// trains on the held-out samples. Accuracy is that of the fused head (of alone:<input>, its own) after the last epoch.
 ///
-/// Without --audio the data are 1,797 handwritten digits (UCI, 8 x 8 pixels from 0 to 16) that are part of this example.
-/// Every pixel gets Gaussian noise once (--pixel-noise). A digit has two views: "top", the 32 pixels of rows 0 to 3, and
-/// "bottom", the 8 column sums and 4 row sums of rows 4 to 7. The samples are drawn anew for each seed.
+/// Without --audio the data are 2,000 handwritten digits in six views (UCI Multiple Features), which are part of this
+/// example: fac, fou, kar, mor, pix, zer. Every feature gets Gaussian noise once (--noise). The samples are drawn anew for
+/// each seed. All methods run on the clean data, with a further input of noise, and with one that shows the digit in training
+/// samples only.
 ///
-/// With --audio and --images they are spoken and handwritten digits, paired by label: "audio", 20 log-mel energies in each
-/// of 8 parts of a recording, and "image", the 64 pixels with noise. The test speakers and test images are not trained on;
-/// held-out samples have the training speakers.
+/// With --audio they are spoken and handwritten digits, paired by label: "audio", 20 log-mel energies in each of 8 parts of a
+/// recording, and "image", 64 pixels with noise. The test speakers and test images are not trained on; held-out samples have
+/// the training speakers.
 ///
-/// "estimating s" is spent in steps that observe (the backward passes of all losses and of the held-out one, and the library)
-/// and in estimates from losses, "training s" in all of training. Both
-/// are of one run, mean over seeds, while other runs use the other threads. "held" counts the solves that had no loss to
-/// prefer and held the weights. "OGR" is the overfitting-to-generalisation ratio of the weights in force at the end, and of
-/// uniform ones, median over seeds: compare the two in a row, not rows with each other. It is a magnitude and does not
-/// distinguish a loss that helps from one that harms; the weights do. "m / its error" is the mean generalisation product of
-/// each loss over its standard error, in the order of the weights, median over seeds: between -2 and 2, whether the loss gets
-/// a weight is chance. A fused loss without weight leaves the fused head, and thus the accuracy, unchanged.
+/// Differences between methods are paired by seed, and stand with their standard error.
+///
+/// In the tables of --details, "estimating s" is spent in steps that observe (the backward passes of all losses and of the
+/// held-out one, and the library) and in estimates from losses, "training s" in all of training. Both are of one run, mean
+/// over seeds, while other runs use the other threads. "held" counts the solves that had no loss to prefer and held the
+/// weights. "OGR" is the overfitting-to-generalisation ratio of the weights in force at the end, and of uniform ones, median
+/// over seeds: compare the two in a row, not rows with each other. It is a magnitude and does not distinguish a loss that
+/// helps from one that harms; the weights do. "m / its error" is the mean generalisation product of each loss over its
+/// standard error, in the order of the weights, median over seeds: between -2 and 2, whether the loss gets a weight is
+/// chance. A fused loss without weight leaves the fused head, and thus the accuracy, unchanged.
 #[derive(Parser)]
 #[command(name = "late_fusion")]
 struct Args {
     /// Seeds to run: 16, or 3 with --quick
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1000))]
     seeds: Option<u64>,
+    /// The first seed; the others follow it
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(..1 << 32))]
+    first_seed: u64,
     /// Three seeds only
     #[arg(long)]
     quick: bool,
+    /// Inputs to train on, such as pix,zer: all by default
+    #[arg(long, value_delimiter = ',', value_name = "INPUTS")]
+    modalities: Vec<String>,
+    /// Compares every mixture of the inputs: naive, uniform and online-gradient-step with the best single input
+    #[arg(long, conflicts_with_all = ["nuisance", "details"])]
+    mixtures: bool,
+    /// Adds an input whose loss should get no weight: one case for each. All three by default, with --audio none
+    #[arg(long, value_delimiter = ',')]
+    nuisance: Vec<Nuisance>,
+    /// Folder of the six views, as mfeat-fac.csv.gz and so on
+    #[arg(long, value_name = "DIR", conflicts_with = "audio")]
+    data: Option<PathBuf>,
     /// Folder of {digit}_{speaker}_{index}.wav, 8 kHz mono 16-bit, or the folder that has it as `recordings`
-    #[arg(long, value_name = "DIR", requires = "images")]
+    #[arg(long, value_name = "DIR")]
     audio: Option<PathBuf>,
-    /// Handwritten digits: 64 pixels from 0 to 16 and a label per line, separated by commas
+    /// With --audio: handwritten digits, 64 pixels from 0 to 16 and a label per line, separated by commas. By default those
+    /// of this example
     #[arg(long, value_name = "CSV", requires = "audio")]
     images: Option<PathBuf>,
     /// With --audio: how many speakers, the last by name, are for testing only; with 4 of 6, audio overfits to the other
     /// two
     #[arg(long, default_value_t = 4, requires = "audio")]
     test_speakers: usize,
-    /// Also runs online-gradient-epoch and -step without taking the overfitting of modalities as uncorrelated
-    #[arg(long)]
-    correlated: bool,
     #[command(flatten)]
     options: data::Options,
     #[command(flatten)]
-    settings: train::Settings,
+    training: Training,
+    /// Also prints what each method did: its weights, OGR, and time
+    #[arg(long)]
+    details: bool,
     /// Runs at a time; by default one per processor. Results do not depend on it
-    #[arg(long, value_parser = data::count(1024))]
+    #[arg(long, value_parser = count(1024))]
     threads: Option<usize>,
-    /// Folder for accuracy.svg, weights.svg and ogr.svg
+    /// Folder for the plots, the tables (results.md), and the result of each run (runs.jsonl), written as it ends
     #[arg(long, value_name = "DIR", default_value = "target/late_fusion")]
     out: PathBuf,
     /// Also writes the results as JSON
@@ -103,7 +132,9 @@ struct Args {
 
 fn main() -> ExitCode {
     sigpipe::reset(); // the end of `late_fusion | head` is no panic
-    match compare(&Args::parse()) {
+    let compared = catch_interrupts().and_then(|()| compare(&Args::parse()));
+    match compared {
+        Ok(_) if interrupted() => ExitCode::from(130),
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -113,131 +144,149 @@ fn main() -> ExitCode {
 }
 
 fn compare(args: &Args) -> Result<Summary> {
-    let Args { options, settings, .. } = args;
+    let Args { options, training, .. } = args;
     let start = Instant::now();
-    let source = match (&args.audio, &args.images) {
-        (Some(audio), Some(images)) => {
-            let recordings = audio::read_recordings(audio)?;
-            let context = || format!("cannot read the images {}", images.display());
-            let images = data::parse_images(&fs::read(images).with_context(context)?).with_context(context)?;
-            Source::pairs(recordings, images, args.test_speakers)?
-        }
-        _ => Source::bundled()?,
-    };
-    let seeds = args.seeds.unwrap_or(if args.quick { 3 } else { 16 });
+    let (source, inputs) = read(args)?;
+    let seeds: Vec<u64> =
+        (args.first_seed..).take(args.seeds.unwrap_or(if args.quick { 3 } else { 16 }) as usize).collect();
     let threads = args.threads.or(thread::available_parallelism().ok().map(NonZero::get)).unwrap_or(1);
-    let mut modalities = source.inputs(options);
-    let methods = Method::all(&modalities, args.correlated || options.nuisance.is_some(), settings)?;
-    let samples = (0..seeds).map(|seed| source.draw(options, seed).with_context(|| format!("seed {seed}")));
-    let samples = samples.collect::<Result<Vec<Data>>>()?;
-    let json = open_outputs(args)?;
+    let cases = if args.mixtures {
+        ensure!(inputs.len() > 1, "--mixtures needs at least two inputs");
+        Case::of_mixtures(&source, &inputs, options, training, &seeds)?
+    } else {
+        let all = [Nuisance::None, Nuisance::Noise, Nuisance::Shortcut];
+        let nuisances = match (&args.nuisance[..], &args.audio) {
+            ([], None) => &all[..],
+            ([], Some(_)) => &all[..1],
+            (given, _) => given,
+        };
+        for (i, nuisance) in nuisances.iter().enumerate() {
+            ensure!(!nuisances[..i].contains(nuisance), "--nuisance: one is given twice");
+        }
+        Case::of_nuisances(&source, &inputs, nuisances, options, training, &seeds)?
+    };
+    let plots = plots::names(args.mixtures);
+    let names = [plots, &[RUNS, TABLES]].concat();
+    let mut outputs = Outputs::open(&args.out, &names, args.json.as_deref(), &files(args))?;
     let data = source.describe(options);
     println!("data: {data}");
-    let (train, held_out) = (options.train, options.held_out);
+    let sizes = source.sizes(options);
+    let (train, held_out) = (sizes.train, sizes.held_out);
     let share = 100.0 * held_out as f64 / (train + held_out) as f64;
-    println!("per seed: {train} training samples, {held_out} held out ({share:.0} %), {} for testing", options.test);
+    println!("per seed: {train} training samples, {held_out} held out ({share:.0} %), {} for testing", sizes.test);
     println!(
-        "{} methods, {seeds} seeds, {} epochs of Adam at {}, batches of {}; super-epochs of {WARM_UP} epochs, then \
-         {SUPER_EPOCH}",
-        methods.len(),
-        settings.epochs,
-        settings.learning_rate,
-        settings.batch
+        "{} seeds, {} epochs of Adam at {}, batches of {}; super-epochs of {WARM_UP} epochs, then {SUPER_EPOCH}",
+        seeds.len(),
+        training.epochs,
+        training.learning_rate,
+        training.batch
     );
 
-    let outcomes = run_all(settings, &samples, &methods, threads)?;
-    modalities.push("fused".to_owned());
-    let plots = plots::draw(&outcomes, &modalities, &args.out);
+    let log = Log::create(&outputs.path(RUNS), threads)?;
+    let jobs: Vec<Job<'_>> = seeds.iter().enumerate().flat_map(|(nth, seed)| jobs(&cases, nth, *seed)).collect();
+    let work = |job: &Job<'_>, on_epoch: &dyn Fn() -> Result<()>| {
+        let Job { case, method, nth, seed } = *job;
+        let (run, accuracy) = case.run(method, nth, seed, training, on_epoch)?;
+        Ok(Record { data: case.name.clone(), method: method.name.clone(), seed, accuracy, run })
+    };
+    let name = |job: &Job<'_>| format!("seed {}, {}, {}", job.seed, job.case.name, job.method.name);
+    let records = run_all(&jobs, training.epochs, threads, &log, name, work)?;
+    // Of an interrupted program, the seeds of which all runs are there: methods are compared seed by seed.
+    let of_seed = jobs.len() / seeds.len();
+    let complete: Vec<&[Option<Record>]> =
+        records.chunks(of_seed).filter(|of| of.iter().all(Option::is_some)).collect();
+    ensure!(
+        !complete.is_empty(),
+        "interrupted before all runs of a seed were done; those that were are in {}",
+        outputs.path(RUNS).display()
+    );
+    let outcomes = jobs[..of_seed].iter().enumerate().map(|(i, &Job { case, method, .. })| {
+        let runs = complete.iter().filter_map(|of| of[i].as_ref()).collect();
+        Outcome { case, method, runs }
+    });
+    let outcomes: Vec<Outcome<'_>> = outcomes.collect();
     let summary = Summary {
         data,
-        modalities,
-        seeds: (0..seeds).collect(),
-        train_batch: settings.train_batch,
-        methods: outcomes.iter().map(|outcome| Row::new(outcome, settings.train_batch)).collect(),
+        seeds: complete.iter().flat_map(|of| of[0].as_ref()).map(|record| record.seed).collect(),
+        train_batch: training.train_batch,
+        methods: outcomes.iter().map(|outcome| Row::new(outcome, training.train_batch)).collect(),
     };
     // Before the table, whose reader may have gone; and the table even where a file cannot be written.
-    let json = json.map(|(path, file)| write_json(path, file, &summary)).transpose();
-    println!("{}", summary.table()?);
-    println!("`late_fusion --help` explains the columns");
-    for path in plots.with_context(|| format!("cannot draw plots in {}", args.out.display()))? {
-        println!("plot: {}", path.display());
+    let drawn = if args.mixtures {
+        plots::mixtures(&summary, &outputs.folder)
+    } else {
+        plots::draw(&cases, &outcomes, &summary, &outputs.folder)
+    };
+    let tables = if args.mixtures { summary.mixtures_table().to_string() } else { summary.comparison()?.to_string() };
+    let mut details = String::new();
+    if !args.mixtures {
+        for (case, table) in summary.details()? {
+            details += &format!("\n{case}\n\n{table}\n");
+        }
     }
+    let written = fs::write(outputs.path(TABLES), format!("{tables}\n{details}"));
+    let json = outputs.write_json(&summary).map(|path| path.map(PathBuf::from));
+    println!("\n{tables}");
+    if args.details {
+        println!("{details}");
+    }
+    if interrupted() {
+        println!("interrupted: {} of {} seeds", summary.seeds.len(), seeds.len());
+    }
+    drawn.with_context(|| format!("cannot draw plots in {}", args.out.display()))?;
+    written.with_context(|| format!("cannot write {}", outputs.path(TABLES).display()))?;
+    println!("in {}: {}", args.out.display(), names.join(", "));
     if let Some(path) = json? {
         println!("json: {}", path.display());
     }
-    println!("{:.0} s in all on {threads} threads", start.elapsed().as_secs_f64());
+    println!(
+        "{:.0} s in all on {threads} threads; `late_fusion --help` explains the columns",
+        start.elapsed().as_secs_f64()
+    );
     Ok(summary)
 }
 
-/// Opens what will be written, without changing it, so that a mistake is told before the work. Returns the file of --json.
-fn open_outputs(args: &Args) -> Result<Option<(&Path, File)>> {
-    let open = |path: &Path| -> Result<File> {
-        let file = File::options().write(true).create(true).truncate(false).open(path);
-        file.with_context(|| format!("cannot write {}", path.display()))
-    };
-    fs::create_dir_all(&args.out).with_context(|| format!("cannot write the folder {}", args.out.display()))?;
-    let plots = plots::paths(&args.out);
-    plots.iter().try_for_each(|path| open(path).map(drop))?;
-    let Some(path) = &args.json else { return Ok(None) };
-    let file = open(path)?;
-    let same =
-        |other: &&PathBuf| other.canonicalize().ok().is_some_and(|other| path.canonicalize().ok() == Some(other));
-    if let Some(other) = plots.iter().chain(&args.images).find(same) {
-        bail!("--json {} would replace {}", path.display(), other.display());
-    }
-    Ok(Some((path, file)))
+/// The result of each run, and the tables.
+const RUNS: &str = "runs.jsonl";
+const TABLES: &str = "results.md";
+
+/// A run of a method on a case.
+struct Job<'a> {
+    case: &'a Case,
+    method: &'a Method,
+    /// The position of the seed among all.
+    nth: usize,
+    seed: u64,
 }
 
-fn write_json<'a>(path: &'a Path, mut file: File, summary: &Summary) -> Result<&'a Path> {
-    let json = serde_json::to_string_pretty(summary)? + "\n";
-    // What is no file, such as a pipe, has no length.
-    let cleared = if file.metadata().is_ok_and(|metadata| metadata.is_file()) { file.set_len(0) } else { Ok(()) };
-    cleared
-        .and_then(|()| file.write_all(json.as_bytes()))
-        .with_context(|| format!("cannot write {}", path.display()))?;
-    Ok(path)
+fn jobs(cases: &[Case], nth: usize, seed: u64) -> impl Iterator<Item = Job<'_>> {
+    cases.iter().flat_map(move |case| case.methods.iter().map(move |method| Job { case, method, nth, seed }))
 }
 
-/// Runs each method on the samples of each seed, `threads` runs at a time. Which thread does a run, and when, has no effect
-/// on results.
-fn run_all<'a>(
-    settings: &Settings,
-    samples: &[Data],
-    methods: &'a [Method],
-    threads: usize,
-) -> Result<Vec<Outcome<'a>>> {
-    let of_seed = |(seed, data)| methods.iter().map(move |method| (seed, data, method));
-    let jobs: Vec<(usize, &Data, &Method)> = samples.iter().enumerate().flat_map(of_seed).collect();
-    let bar = ProgressBar::new(jobs.len() as u64 * settings.epochs);
-    bar.set_style(ProgressStyle::with_template("{msg:40!} {wide_bar} {percent:>3} %  {elapsed} elapsed, {eta} left")?);
-    let next = AtomicUsize::new(0);
-    let work = || -> Result<Vec<(usize, Run)>> {
-        let mut done = Vec::new();
-        loop {
-            let job = next.fetch_add(1, Ordering::Relaxed);
-            let Some(&(seed, data, method)) = jobs.get(job) else { return Ok(done) };
-            bar.set_message(format!("seed {seed}, {}", method.name));
-            let run = train::train(method, data, settings, seed as u64, || bar.inc(1));
-            if run.is_err() {
-                // No other run has to start.
-                next.store(jobs.len(), Ordering::Relaxed);
-            }
-            done.push((job, run.with_context(|| format!("seed {seed}, {}", method.name))?));
-        }
+/// Reads the data, and returns which inputs are wanted.
+fn read(args: &Args) -> Result<(Source, Vec<usize>)> {
+    let Some(audio) = &args.audio else {
+        let inputs = data::choose(&args.modalities, &views::VIEWS.map(|(name, _)| name))?;
+        let wanted: Vec<_> = inputs.iter().map(|k| views::VIEWS[*k]).collect();
+        let folder = args.data.clone().unwrap_or_else(|| Path::new(DATA).join("mfeat"));
+        return Ok((Source::Views(views::read_views(&folder, &wanted)?), (0..wanted.len()).collect()));
     };
-    let done: Result<Vec<_>> = thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads.min(jobs.len())).map(|_| scope.spawn(work)).collect();
-        workers
-            .into_iter()
-            .map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect()
-    });
-    bar.finish_and_clear();
-    let mut done: Vec<(usize, Run)> = done?.into_iter().flatten().collect();
-    done.sort_by_key(|(job, _)| *job);
-    let mut outcomes: Vec<_> = methods.iter().map(|method| Outcome { method, runs: Vec::new() }).collect();
-    for (job, run) in done {
-        outcomes[job % methods.len()].runs.push(run);
-    }
-    Ok(outcomes)
+    let inputs = data::choose(&args.modalities, &["audio", "image"])?;
+    let recordings = audio::read_recordings(audio)?;
+    let images = images_path(args);
+    let context = || format!("cannot read the images {}", images.display());
+    let images = images::parse_images(&fs::read(&images).with_context(context)?).with_context(context)?;
+    Ok((Source::pairs(recordings, images, args.test_speakers)?, inputs))
+}
+
+fn images_path(args: &Args) -> PathBuf {
+    args.images.clone().unwrap_or_else(|| Path::new(DATA).join("digits.csv"))
+}
+
+/// The files that are read, but for recordings: no output has such a name.
+fn files(args: &Args) -> Vec<PathBuf> {
+    let folder = args.data.clone().unwrap_or_else(|| Path::new(DATA).join("mfeat"));
+    let mut files: Vec<PathBuf> = views::VIEWS.iter().map(|(name, _)| views::path(&folder, name)).collect();
+    files.push(images_path(args));
+    files
 }

@@ -1,166 +1,257 @@
-//! Three plots as SVG: accuracy of each method, weights over training, OGR over training.
+//! Plots as SVG: accuracy, and the figures of the paper's story for these data, by their numbers.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Result;
-use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use crate::report::{Outcome, deviation, mean};
-use crate::train::Weights;
+use crate::common::drawing::{Area, COLOURS, FONT, GREY, HEADER, header};
+use crate::common::statistics::{deviation, mean};
+use crate::common::train::{SUPER_EPOCH, WARM_UP, Weights};
+use crate::methods::{Case, OF_MIXTURES};
+use crate::report::{Outcome, Summary};
 
-/// Colours that colour-blind readers can distinguish (Okabe and Ito). The first is the fused loss.
-const COLOURS: [RGBColor; 5] = [
-    RGBColor(86, 180, 233),
-    RGBColor(230, 159, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(240, 228, 66),
-];
-const GREY: RGBColor = RGBColor(130, 130, 130);
-const WIDTH: u32 = 1000;
-const PANEL_HEIGHT: u32 = 280;
-const HEADER: i32 = 56;
-/// The viewer's font: plotters needs none to write text as SVG.
-const FONT: &str = "sans-serif";
+const PANEL: (u32, u32) = (400, 230);
 
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-
-/// The files that `draw` writes.
-pub(crate) fn paths(folder: &Path) -> [PathBuf; 3] {
-    ["accuracy.svg", "weights.svg", "ogr.svg"].map(|name| folder.join(name))
+/// The files that are drawn.
+pub(crate) fn names(mixtures: bool) -> &'static [&'static str] {
+    if mixtures { &["mixtures.svg"] } else { &["accuracy.svg", "best_single.svg", "ogr.svg", "weights.svg"] }
 }
 
-/// Writes the plots and returns their paths.
-pub(crate) fn draw(outcomes: &[Outcome<'_>], losses: &[String], folder: &Path) -> Result<[PathBuf; 3]> {
-    let paths = paths(folder);
-    accuracy(outcomes, &paths[0])?;
-    // The fused loss has the first colour whatever the number of inputs.
-    let last = losses.len() - 1;
-    let colour = |k: usize| if k == last { COLOURS[0] } else { COLOURS[1 + k % (COLOURS.len() - 1)] };
-    let mut legend: Vec<(&str, RGBColor)> = losses.iter().enumerate().map(|(k, name)| (&name[..], colour(k))).collect();
-    panels(outcomes, &paths[1], "Weights in force, mean over seeds, stacked", &legend, weights)?;
-    legend.extend([("blend", BLACK), ("uniform weights", GREY)]);
-    let title = "Overfitting-to-generalisation ratio, median over seeds (less is better)";
-    panels(outcomes, &paths[2], title, &legend, ogr)?;
-    Ok(paths)
+/// Draws all plots but that of mixtures.
+pub(crate) fn draw(cases: &[Case], outcomes: &[Outcome<'_>], summary: &Summary, folder: &Path) -> Result<()> {
+    let [all, single, ratios, over_time] = names(false) else { return Ok(()) };
+    accuracy(cases, outcomes, &folder.join(all))?;
+    best_single(cases, summary, &folder.join(single))?;
+    let figure = "Figure 1.3: overfitting-to-generalisation ratio of each loss, median over seeds (less is better)";
+    panels(cases, outcomes, &folder.join(ratios), figure, &[("blend", BLACK), ("uniform weights", GREY)], ogr)?;
+    let figure = "Figure 1.6: weights over super-epochs, mean over seeds, stacked";
+    panels(cases, outcomes, &folder.join(over_time), figure, &[], weights)
 }
 
-fn accuracy(outcomes: &[Outcome<'_>], path: &Path) -> Result<()> {
-    let rows = outcomes.len() as i32;
-    let root = SVGBackend::new(path, (WIDTH, 34 * outcomes.len() as u32 + 130)).into_drawing_area();
-    root.fill(&WHITE)?;
-    let all: Vec<f64> = outcomes.iter().flat_map(Outcome::accuracy).collect();
-    let (low, high) = all.iter().fold((1.0, 0.0), |(low, high), a| (f64::min(low, *a), f64::max(high, *a)));
-    let caption = "Test accuracy: seeds (dots), mean (bar), one standard deviation (line)";
-    let mut chart = ChartBuilder::on(&root)
-        .caption(caption, (FONT, 20))
-        .margin(12)
-        .x_label_area_size(44)
-        .y_label_area_size(220)
-        .build_cartesian_2d((low - 0.02).max(0.0)..(high + 0.02).min(1.0), (0..rows - 1).into_segmented())?;
-    // Rows count from the bottom; the first method is at the top.
+/// The colour of a loss: the fused one has the first.
+fn colour(name: &str, losses: &[&str]) -> RGBColor {
+    let k = losses.iter().position(|other| *other == name).unwrap_or_default();
+    if name == "fused" { COLOURS[0] } else { COLOURS[1 + k % (COLOURS.len() - 1)] }
+}
+
+/// The names of all losses, the fused one last.
+fn losses(cases: &[Case]) -> Vec<&str> {
+    let mut names: Vec<&str> = Vec::new();
+    for name in cases.iter().flat_map(|case| &case.modalities).filter(|name| *name != "fused") {
+        if !names.contains(&&name[..]) {
+            names.push(name);
+        }
+    }
+    names.push("fused");
+    names
+}
+
+/// Values of several rows: dots, their mean as a bar, one standard deviation as a line.
+fn dots(area: &Area<'_>, title: &str, rows: &[(String, Vec<f64>)], range: (f64, f64), labels: u32) -> Result<()> {
+    let count = rows.len() as i32;
+    let mut chart = ChartBuilder::on(area)
+        .caption(title, (FONT, 16))
+        .margin(8)
+        .x_label_area_size(40)
+        .y_label_area_size(labels)
+        .build_cartesian_2d((range.0 - 0.02).max(0.0)..(range.1 + 0.02).min(1.0), (0..count - 1).into_segmented())?;
+    // Rows count from the bottom; the first one is at the top.
     let name = |row: &SegmentValue<i32>| match row {
         SegmentValue::CenterOf(row) | SegmentValue::Exact(row) => {
-            outcomes.get((rows - 1 - row) as usize).map_or(String::new(), |outcome| outcome.method.name.clone())
+            rows.get((count - 1 - row) as usize).map_or(String::new(), |(name, _)| name.clone())
         }
         SegmentValue::Last => String::new(),
     };
     chart
         .configure_mesh()
         .disable_y_mesh()
-        .y_labels(outcomes.len())
+        .x_labels(5)
+        .y_labels(rows.len())
         .y_label_formatter(&name)
         .x_label_formatter(&|accuracy| format!("{accuracy:.2}"))
         .x_desc("test accuracy")
-        .label_style((FONT, 15))
+        .label_style((FONT, 13))
         .draw()?;
-    for (row, outcome) in (0..rows).rev().zip(outcomes) {
+    for (row, (_, values)) in (0..count).rev().zip(rows) {
         let row = SegmentValue::CenterOf(row);
-        let values = outcome.accuracy();
-        let (mean, deviation) = (mean(&values), deviation(&values));
+        let (mean, deviation) = (mean(values), deviation(values));
         if deviation.is_finite() {
             let ends = [(mean - deviation, row.clone()), (mean + deviation, row.clone())];
             chart.draw_series([PathElement::new(ends, GREY.stroke_width(2))])?;
         }
-        chart.draw_series(values.iter().map(|a| Circle::new((*a, row.clone()), 4, COLOURS[0].mix(0.7).filled())))?;
-        chart.draw_series([EmptyElement::at((mean, row)) + Rectangle::new([(-2, -9), (2, 9)], BLACK.filled())])?;
+        chart.draw_series(values.iter().map(|a| Circle::new((*a, row.clone()), 3, COLOURS[0].mix(0.6).filled())))?;
+        chart.draw_series([EmptyElement::at((mean, row)) + Rectangle::new([(-2, -8), (2, 8)], BLACK.filled())])?;
+    }
+    Ok(())
+}
+
+/// The least and the greatest value.
+fn range<'a>(values: impl Iterator<Item = &'a f64>) -> (f64, f64) {
+    values.fold((1.0, 0.0), |(low, high), a| (f64::min(low, *a), f64::max(high, *a)))
+}
+
+fn accuracy(cases: &[Case], outcomes: &[Outcome<'_>], path: &Path) -> Result<()> {
+    let rows = cases.iter().map(|case| case.methods.len()).max().unwrap_or_default() as u32;
+    let size = (520 * cases.len() as u32, HEADER + 26 * rows + 90);
+    let root = SVGBackend::new(path, size).into_drawing_area();
+    let title = "Test accuracy: seeds (dots), mean (bar), one standard deviation (line)";
+    let body = header(&root, title, &[])?;
+    for (area, case) in body.split_evenly((1, cases.len())).iter().zip(cases) {
+        let of_case = outcomes.iter().filter(|outcome| std::ptr::eq(outcome.case, case));
+        let rows: Vec<_> = of_case.map(|outcome| (outcome.method.name.clone(), outcome.accuracy())).collect();
+        dots(area, &case.name, &rows, range(rows.iter().flat_map(|(_, values)| values)), 220)?;
     }
     Ok(root.present()?)
 }
 
-/// A plot with a title, a legend, and one panel per method that estimates weights, two in a row.
+/// The best single modality against the network on all of them.
+fn best_single(cases: &[Case], summary: &Summary, path: &Path) -> Result<()> {
+    let root = SVGBackend::new(path, (520 * cases.len() as u32, HEADER + 240)).into_drawing_area();
+    let body = header(&root, "Figure 1.2: the fused loss alone (naive) against the best single modality", &[])?;
+    for (area, case) in body.split_evenly((1, cases.len())).iter().zip(cases) {
+        let alone = summary.methods.iter().filter(|row| row.data == case.name && row.name.starts_with("alone:"));
+        let best = alone.max_by(|a, b| mean(&a.accuracy).total_cmp(&mean(&b.accuracy)));
+        let others = OF_MIXTURES.iter().filter_map(|method| summary.row(&case.name, method));
+        let rows: Vec<_> = best.into_iter().chain(others).map(|row| (row.name.clone(), row.accuracy.clone())).collect();
+        dots(area, &case.name, &rows, range(rows.iter().flat_map(|(_, values)| values)), 160)?;
+    }
+    Ok(root.present()?)
+}
+
+/// Draws every mixture.
+pub(crate) fn mixtures(summary: &Summary, folder: &Path) -> Result<()> {
+    let mixtures = summary.mixtures();
+    let size = (1000, HEADER + 20 * mixtures.len() as u32 + 80);
+    let path = folder.join(names(true)[0]);
+    let root = SVGBackend::new(&path, size).into_drawing_area();
+    let series = ["best single modality", OF_MIXTURES[0], OF_MIXTURES[1], OF_MIXTURES[2]];
+    let colours = [GREY, COLOURS[1], COLOURS[0], COLOURS[2]];
+    let legend: Vec<(&str, RGBColor)> = series.into_iter().zip(colours).collect();
+    let body = header(&root, "Figure 1.7: every mixture of modalities, mean test accuracy over seeds", &legend)?;
+    let values: Vec<[f64; 4]> = mixtures
+        .iter()
+        .map(|mixture| [mixture.best, mixture.naive, mixture.uniform, mixture.blend].map(|row| mean(&row.accuracy)))
+        .collect();
+    let (low, high) = range(values.iter().flatten());
+    let count = mixtures.len() as i32;
+    let mut chart = ChartBuilder::on(&body)
+        .margin(12)
+        .x_label_area_size(40)
+        .y_label_area_size(210)
+        .build_cartesian_2d((low - 0.01).max(0.0)..(high + 0.01).min(1.0), (0..count - 1).into_segmented())?;
+    let name = |row: &SegmentValue<i32>| match row {
+        SegmentValue::CenterOf(row) | SegmentValue::Exact(row) => {
+            mixtures.get((count - 1 - row) as usize).map_or(String::new(), |mixture| mixture.name.to_owned())
+        }
+        SegmentValue::Last => String::new(),
+    };
+    chart
+        .configure_mesh()
+        .y_labels(mixtures.len())
+        .y_label_formatter(&name)
+        .x_label_formatter(&|accuracy| format!("{accuracy:.2}"))
+        .x_desc("test accuracy")
+        .label_style((FONT, 13))
+        .draw()?;
+    for (row, values) in (0..count).rev().zip(&values) {
+        for (value, colour) in values.iter().zip(colours) {
+            chart.draw_series([Circle::new((*value, SegmentValue::CenterOf(row)), 5, colour.filled())])?;
+        }
+    }
+    Ok(root.present()?)
+}
+
+/// A title, a legend, and one panel per method whose weights change and per case.
 fn panels(
+    cases: &[Case],
     outcomes: &[Outcome<'_>],
     path: &Path,
     title: &str,
-    legend: &[(&str, RGBColor)],
-    panel: impl Fn(&Area<'_>, &Outcome<'_>, &[(&str, RGBColor)]) -> Result<()>,
+    further: &[(&str, RGBColor)],
+    panel: fn(&Area<'_>, &Outcome<'_>, &[&str]) -> Result<()>,
 ) -> Result<()> {
-    let outcomes: Vec<&Outcome<'_>> = outcomes
-        .iter()
-        .filter(|outcome| !matches!(outcome.method.weights, Weights::Only(_) | Weights::Uniform))
-        .collect();
-    let rows = outcomes.len().div_ceil(2);
-    let root = SVGBackend::new(path, (WIDTH, HEADER as u32 + PANEL_HEIGHT * rows as u32)).into_drawing_area();
-    root.fill(&WHITE)?;
-    let (header, body) = root.split_vertically(HEADER);
-    header.draw(&Text::new(title.to_owned(), (14, 8), (FONT, 20)))?;
-    let mut x = 14;
-    for (name, colour) in legend {
-        header.draw(&Rectangle::new([(x, 36), (x + 14, 50)], colour.filled()))?;
-        header.draw(&Text::new((*name).to_owned(), (x + 20, 35), (FONT, 15)))?;
-        x += 50 + 9 * name.len() as i32;
-    }
-    for (area, outcome) in body.split_evenly((rows, 2)).iter().zip(outcomes) {
-        panel(area, outcome, legend)?;
+    let losses = losses(cases);
+    let mut legend: Vec<(&str, RGBColor)> = losses.iter().map(|name| (*name, colour(name, &losses))).collect();
+    legend.extend(further);
+    let changes = |outcome: &&Outcome<'_>| match outcome.method.weights {
+        Weights::Fixed(_) | Weights::MmPareto => false,
+        // It has no ratios.
+        Weights::GradNorm => further.is_empty(),
+        _ => true,
+    };
+    // Of each case the same number.
+    let outcomes: Vec<&Outcome<'_>> = outcomes.iter().filter(changes).collect();
+    let rows = outcomes.len() / cases.len();
+    let size = (PANEL.0 * cases.len().max(2) as u32, HEADER + PANEL.1 * rows as u32);
+    let root = SVGBackend::new(path, size).into_drawing_area();
+    let body = header(&root, title, &legend)?;
+    for (area, i) in body.split_evenly((rows, cases.len())).iter().zip(0..) {
+        panel(area, outcomes[i % cases.len() * rows + i / cases.len()], &losses)?;
     }
     Ok(root.present()?)
 }
 
-fn weights(area: &Area<'_>, outcome: &Outcome<'_>, legend: &[(&str, RGBColor)]) -> Result<()> {
-    let over: Vec<Vec<f64>> = (0..outcome.epochs()).map(|epoch| outcome.weights(epoch)).collect();
+/// The name of a method and its case.
+fn caption(outcome: &Outcome<'_>) -> String {
+    format!("{}, {}", outcome.method.name, outcome.case.name)
+}
+
+/// The ends of super-epochs.
+fn super_epochs(epochs: usize) -> impl Iterator<Item = f64> {
+    (WARM_UP..epochs as u64).step_by(SUPER_EPOCH as usize).map(|epoch| epoch as f64 + 0.5)
+}
+
+fn weights(area: &Area<'_>, outcome: &Outcome<'_>, losses: &[&str]) -> Result<()> {
+    let epochs = outcome.epochs();
+    let over: Vec<Vec<f64>> = (0..epochs).map(|epoch| outcome.weights(epoch)).collect();
     let mut chart = ChartBuilder::on(area)
-        .caption(&outcome.method.name, (FONT, 16))
-        .margin(10)
+        .caption(caption(outcome), (FONT, 14))
+        .margin(8)
         .x_label_area_size(34)
-        .y_label_area_size(48)
-        .build_cartesian_2d(1.0..over.len().max(2) as f64, 0.0..1.0)?;
-    // The sum of all weights first; each smaller sum is drawn over it.
-    for (k, (_, colour)) in legend.iter().enumerate().rev() {
-        let sum = |(epoch, weights): (usize, &Vec<f64>)| (epoch as f64 + 1.0, weights[..=k].iter().sum());
-        let points: Vec<(f64, f64)> = over.iter().enumerate().map(sum).collect();
-        chart.draw_series(AreaSeries::new(points, 0.0, colour.filled()).border_style(WHITE))?;
+        .y_label_area_size(40)
+        .build_cartesian_2d(0.5..epochs as f64 + 0.5, 0.0..1.0)?;
+    // The sum of all weights first; each smaller sum is drawn over it. Weights change between epochs.
+    for (k, name) in outcome.case.modalities.iter().enumerate().rev() {
+        let sum = |(epoch, weights): (usize, &Vec<f64>)| {
+            let sum = weights[..=k].iter().sum::<f64>();
+            [(epoch as f64 + 0.5, sum), (epoch as f64 + 1.5, sum)]
+        };
+        let points: Vec<(f64, f64)> = over.iter().enumerate().flat_map(sum).collect();
+        chart.draw_series(AreaSeries::new(points, 0.0, colour(name, losses).filled()))?;
     }
+    let line = |at| PathElement::new([(at, 0.0), (at, 1.0)], WHITE.mix(0.6));
+    chart.draw_series(super_epochs(epochs).map(line))?;
     chart
         .configure_mesh()
         .disable_mesh()
-        .x_desc("epoch")
+        .x_desc("epoch; super-epochs end at the lines")
         .x_label_formatter(&|epoch| format!("{epoch:.0}"))
         .y_label_formatter(&|weight| format!("{weight:.1}"))
-        .label_style((FONT, 13))
+        .label_style((FONT, 12))
         .draw()?;
     Ok(())
 }
 
-fn ogr(area: &Area<'_>, outcome: &Outcome<'_>, legend: &[(&str, RGBColor)]) -> Result<()> {
-    let mut lines = vec![Vec::new(); legend.len()];
+fn ogr(area: &Area<'_>, outcome: &Outcome<'_>, losses: &[&str]) -> Result<()> {
+    let of_case = outcome.case.modalities.iter().map(|name| colour(name, losses)).chain([BLACK, GREY]);
+    let mut lines: Vec<(RGBColor, Vec<(f64, f64)>)> = of_case.map(|colour| (colour, Vec::new())).collect();
     for epoch in 0..outcome.epochs() {
         let Some(ratios) = outcome.ogr(epoch) else { continue };
         let values = ratios.losses.into_iter().chain([ratios.blend, ratios.uniform]);
         // A logarithmic axis has no place for other values.
-        for (line, value) in lines.iter_mut().zip(values).filter(|(_, value)| value.is_finite() && *value > 0.0) {
+        for ((_, line), value) in lines.iter_mut().zip(values).filter(|(_, value)| value.is_finite() && *value > 0.0) {
             line.push((epoch as f64 + 1.0, value));
         }
     }
-    let values = || lines.iter().flatten().map(|(_, value)| *value);
+    let values = || lines.iter().flat_map(|(_, line)| line).map(|(_, value)| *value);
     let low = values().fold(f64::INFINITY, f64::min).min(1.0);
     let high = values().fold(0.0, f64::max).max(low * 10.0);
     let mut chart = ChartBuilder::on(area)
-        .caption(&outcome.method.name, (FONT, 16))
-        .margin(10)
+        .caption(caption(outcome), (FONT, 14))
+        .margin(8)
         .x_label_area_size(34)
-        .y_label_area_size(56)
+        .y_label_area_size(50)
         .build_cartesian_2d(1.0..outcome.epochs().max(2) as f64, (low / 1.3..high * 1.3).log_scale())?;
     chart
         .configure_mesh()
@@ -169,9 +260,9 @@ fn ogr(area: &Area<'_>, outcome: &Outcome<'_>, legend: &[(&str, RGBColor)]) -> R
         .x_desc("epoch")
         .x_label_formatter(&|epoch| format!("{epoch:.0}"))
         .y_label_formatter(&|ratio| format!("{ratio}"))
-        .label_style((FONT, 13))
+        .label_style((FONT, 12))
         .draw()?;
-    for (line, (_, colour)) in lines.into_iter().zip(legend) {
+    for (colour, line) in lines {
         chart.draw_series(LineSeries::new(line, colour.stroke_width(2)))?;
     }
     Ok(())

@@ -2,14 +2,29 @@
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use comfy_table::{Cell, CellAlignment, Table, presets};
+use comfy_table::{Table, presets};
 
-use crate::train::{Method, Ratios, Run, TrainBatch, Weights};
+use crate::common::statistics::{deviation, mean, median, paired, spread};
+use crate::common::train::{Ratios, Run, TrainBatch, Weights};
+use crate::methods::{Case, Method, OF_MIXTURES};
 
-/// All runs of one method, one per seed.
+/// The result of one method on the samples of one seed.
+#[derive(serde::Serialize)]
+pub(crate) struct Record {
+    /// The name of the case.
+    pub(crate) data: String,
+    pub(crate) method: String,
+    pub(crate) seed: u64,
+    pub(crate) accuracy: f64,
+    #[serde(flatten)]
+    pub(crate) run: Run,
+}
+
+/// All runs of one method on one case, one per seed.
 pub(crate) struct Outcome<'a> {
+    pub(crate) case: &'a Case,
     pub(crate) method: &'a Method,
-    pub(crate) runs: Vec<Run>,
+    pub(crate) runs: Vec<&'a Record>,
 }
 
 impl Outcome<'_> {
@@ -19,13 +34,12 @@ impl Outcome<'_> {
 
     /// The weights in force at the end of an epoch, mean over seeds.
     pub(crate) fn weights(&self, epoch: usize) -> Vec<f64> {
-        let losses = self.runs.first().map_or(0, |run| run.epochs[epoch].weights.len());
-        (0..losses).map(|k| self.mean(|run| run.epochs[epoch].weights[k])).collect()
+        (0..self.case.modalities.len()).map(|k| self.mean(|run| run.epochs[epoch].weights[k])).collect()
     }
 
     /// The ratios at the end of an epoch, median over seeds: they are quotients, so outliers would determine a mean.
     pub(crate) fn ogr(&self, epoch: usize) -> Option<Ratios> {
-        let of: Vec<&Ratios> = self.runs.iter().filter_map(|run| run.epochs[epoch].ogr.as_ref()).collect();
+        let of: Vec<&Ratios> = self.runs.iter().filter_map(|run| run.run.epochs[epoch].ogr.as_ref()).collect();
         let over_seeds = |value: &dyn Fn(&Ratios) -> f64| median(of.iter().map(|ratios| value(ratios)).collect());
         let losses = of.first()?.losses.len();
         Some(Ratios {
@@ -40,37 +54,11 @@ impl Outcome<'_> {
     }
 
     pub(crate) fn epochs(&self) -> usize {
-        self.runs.first().map_or(0, |run| run.epochs.len())
+        self.runs.first().map_or(0, |run| run.run.epochs.len())
     }
 
     fn mean(&self, value: impl Fn(&Run) -> f64) -> f64 {
-        mean(&self.runs.iter().map(value).collect::<Vec<_>>())
-    }
-}
-
-pub(crate) fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
-}
-
-/// Standard deviation of a sample; NaN for fewer than two values.
-pub(crate) fn deviation(values: &[f64]) -> f64 {
-    let mean = mean(values);
-    (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (values.len() as f64 - 1.0)).sqrt()
-}
-
-/// Empty for one seed, which has no spread.
-fn plus_minus(error: f64) -> String {
-    if error.is_nan() { String::new() } else { format!(" ± {error:.3}") }
-}
-
-/// Median of the values that are not NaN.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.retain(|value| !value.is_nan());
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        len if len % 2 == 1 => values[len / 2],
-        len => (values[len / 2 - 1] + values[len / 2]) / 2.0,
+        mean(&self.runs.iter().map(|run| value(&run.run)).collect::<Vec<_>>())
     }
 }
 
@@ -78,17 +66,19 @@ fn median(mut values: Vec<f64>) -> f64 {
 #[derive(serde::Serialize)]
 pub(crate) struct Summary {
     pub(crate) data: String,
-    /// Names of the losses, the fused one last.
-    pub(crate) modalities: Vec<String>,
     pub(crate) seeds: Vec<u64>,
     pub(crate) train_batch: TrainBatch,
     pub(crate) methods: Vec<Row>,
 }
 
-/// The results of one method at the end of training. Seconds are those of one run, mean over seeds.
+/// The results of one method on one case at the end of training. Seconds are those of one run, mean over seeds.
 #[derive(serde::Serialize)]
 pub(crate) struct Row {
+    /// The name of the case.
+    pub(crate) data: String,
     pub(crate) name: String,
+    /// Names of the losses, the fused one last.
+    pub(crate) modalities: Vec<String>,
     pub(crate) accuracy: Vec<f64>,
     mean: f64,
     spread: f64,
@@ -96,7 +86,7 @@ pub(crate) struct Row {
     pub(crate) ogr: Option<Ratios>,
     pub(crate) held: u64,
     pub(crate) solved: u64,
-    train_batch: Option<TrainBatch>,
+    pub(crate) train_batch: Option<TrainBatch>,
     pub(crate) blend_seconds: f64,
     pub(crate) train_seconds: f64,
 }
@@ -105,80 +95,160 @@ impl Row {
     pub(crate) fn new(outcome: &Outcome<'_>, train_batch: TrainBatch) -> Self {
         let (accuracy, last) = (outcome.accuracy(), outcome.epochs().saturating_sub(1));
         Row {
+            data: outcome.case.name.clone(),
             name: outcome.method.name.clone(),
+            modalities: outcome.case.modalities.clone(),
             mean: mean(&accuracy),
             spread: deviation(&accuracy),
             accuracy,
             weights: outcome.weights(last),
             ogr: outcome.ogr(last),
-            held: outcome.runs.iter().map(|run| run.held).sum(),
-            solved: outcome.runs.iter().map(|run| run.solved).sum(),
+            held: outcome.runs.iter().map(|run| run.run.held).sum(),
+            solved: outcome.runs.iter().map(|run| run.run.solved).sum(),
             train_batch: matches!(outcome.method.weights, Weights::FromGradients(_)).then_some(train_batch),
-            blend_seconds: outcome.mean(|run| run.estimating.as_secs_f64()),
-            train_seconds: outcome.mean(|run| run.training.as_secs_f64()),
+            blend_seconds: outcome.mean(|run| run.blend_seconds),
+            train_seconds: outcome.mean(|run| run.train_seconds),
         }
-    }
-
-    /// Difference of the accuracy to another method, by seed: all methods of a seed share its samples, whose spread so
-    /// cancels.
-    fn minus(&self, other: &Row) -> String {
-        if self.accuracy == other.accuracy {
-            return String::new();
-        }
-        let differences: Vec<f64> = self.accuracy.iter().zip(&other.accuracy).map(|(a, b)| a - b).collect();
-        let error = deviation(&differences) / (differences.len() as f64).sqrt();
-        format!("{:+.3}{}", mean(&differences), plus_minus(error))
     }
 }
 
 impl Summary {
-    /// One row per method.
-    pub(crate) fn table(&self) -> Result<Table> {
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_FULL_CONDENSED);
-        let weights = format!("final weights\n{}", self.modalities.join(" / "));
-        table.set_header([
-            "method",
-            "test accuracy\nmean ± sd",
-            "minus naive\nmean ± se",
-            "minus uniform\nmean ± se",
-            &weights,
-            "OGR: blend\n(uniform)",
-            "m / its error",
-            "held /\nsolved",
-            "t from\nbatch",
-            "estimating\ns",
-            "training\ns",
-        ]);
-        let find = |name| self.methods.iter().find(|row| row.name == name).context("a baseline is missing");
-        let (naive, uniform) = (find("naive")?, find("uniform")?);
+    /// The names of all cases and of all methods, in order.
+    fn names(&self, of: impl Fn(&Row) -> &str) -> Vec<&str> {
+        let mut names: Vec<&str> = Vec::new();
         for row in &self.methods {
-            let weights: Vec<String> = row.weights.iter().map(|weight| format!("{weight:.2}")).collect();
-            let (mut solved, mut estimating) = (String::new(), String::new());
-            if row.solved > 0 {
-                solved = format!("{} / {}", row.held, row.solved);
-                estimating = format!("{:.2}", row.blend_seconds);
+            if !names.contains(&of(row)) {
+                names.push(of(row));
             }
-            let signal = row.ogr.iter().filter_map(|ogr| ogr.signal.as_ref()).flatten();
-            let signal: Vec<String> = signal.map(|signal| format!("{signal:.1}")).collect();
-            let batch = row.train_batch.and_then(|batch| batch.to_possible_value());
-            let cells = [
-                row.name.clone(),
-                format!("{:.3}{}", row.mean, plus_minus(row.spread)),
-                row.minus(naive),
-                row.minus(uniform),
-                weights.join(" / "),
-                row.ogr.as_ref().map_or(String::new(), |ogr| format!("{:.2} ({:.2})", ogr.blend, ogr.uniform)),
-                signal.join(" / "),
-                solved,
-                batch.map_or(String::new(), |batch| batch.get_name().to_owned()),
-                estimating,
-                format!("{:.2}", row.train_seconds),
-            ];
-            table.add_row(cells.into_iter().enumerate().map(|(i, text)| {
-                Cell::new(text).set_alignment(if i == 0 { CellAlignment::Left } else { CellAlignment::Right })
-            }));
         }
-        Ok(table)
+        names
     }
+
+    pub(crate) fn row(&self, data: &str, method: &str) -> Option<&Row> {
+        self.methods.iter().find(|row| row.data == data && row.name == method)
+    }
+
+    /// One row per method, with the accuracy on each case.
+    pub(crate) fn comparison(&self) -> Result<Table> {
+        let cases = self.names(|row| &row.data);
+        let mut header = vec!["method".to_owned()];
+        header.extend(cases.iter().flat_map(|case| [format!("{case}: accuracy"), "minus uniform".to_owned()]));
+        let mut rows = Vec::new();
+        for method in self.names(|row| &row.name) {
+            let mut cells = vec![method.to_owned()];
+            for case in &cases {
+                let uniform = self.row(case, "uniform").context("a baseline is missing")?;
+                let cell = self.row(case, method);
+                cells.push(cell.map_or(String::new(), |row| spread(&row.accuracy)));
+                cells.push(cell.map_or(String::new(), |row| paired(&row.accuracy, &uniform.accuracy)));
+            }
+            rows.push(cells);
+        }
+        Ok(table(header, rows))
+    }
+
+    /// What each method did on one case.
+    pub(crate) fn details(&self) -> Result<Vec<(&str, Table)>> {
+        let header = [
+            "method",
+            "minus naive",
+            "final weights",
+            "OGR: blend (uniform)",
+            "m / its error",
+            "held / solved",
+            "t from",
+            "estimating s",
+            "training s",
+        ];
+        let of_case = |case| {
+            let naive = self.row(case, "naive").context("a baseline is missing")?;
+            let rows = self.methods.iter().filter(|row| row.data == case).map(|row| row.details(naive)).collect();
+            Ok((case, table(header.map(str::to_owned).to_vec(), rows)))
+        };
+        self.names(|row| &row.data).into_iter().map(of_case).collect()
+    }
+
+    /// The mixtures of more than one input.
+    pub(crate) fn mixtures(&self) -> Vec<Mixture<'_>> {
+        let mut mixtures = Vec::new();
+        for case in self.names(|row| &row.data) {
+            let [Some(naive), Some(uniform), Some(blend)] = OF_MIXTURES.map(|method| self.row(case, method)) else {
+                continue;
+            };
+            let inputs = &naive.modalities[..naive.modalities.len() - 1];
+            let alone = inputs.iter().filter_map(|input| self.row(input, &format!("alone:{input}")));
+            let Some(best) = alone.max_by(|a, b| a.mean.total_cmp(&b.mean)) else { continue };
+            mixtures.push(Mixture { name: case, best, naive, uniform, blend });
+        }
+        mixtures
+    }
+
+    /// One row per mixture.
+    pub(crate) fn mixtures_table(&self) -> Table {
+        let header = [
+            "mixture",
+            "best single",
+            "naive",
+            "uniform",
+            "online-gradient-step",
+            "naive minus best",
+            "step minus naive",
+        ];
+        let row = |mixture: Mixture<'_>| {
+            let Mixture { name, best, naive, uniform, blend } = mixture;
+            let single = format!("{} {}", best.data, spread(&best.accuracy));
+            vec![
+                name.to_owned(),
+                single,
+                spread(&naive.accuracy),
+                spread(&uniform.accuracy),
+                spread(&blend.accuracy),
+                paired(&naive.accuracy, &best.accuracy),
+                paired(&blend.accuracy, &naive.accuracy),
+            ]
+        };
+        table(header.map(str::to_owned).to_vec(), self.mixtures().into_iter().map(row).collect())
+    }
+}
+
+/// A mixture of inputs, and the methods on it.
+pub(crate) struct Mixture<'a> {
+    pub(crate) name: &'a str,
+    /// The input that is best alone.
+    pub(crate) best: &'a Row,
+    pub(crate) naive: &'a Row,
+    pub(crate) uniform: &'a Row,
+    pub(crate) blend: &'a Row,
+}
+
+impl Row {
+    fn details(&self, naive: &Row) -> Vec<String> {
+        let weights: Vec<String> = self.weights.iter().map(|weight| format!("{weight:.2}")).collect();
+        let (mut solved, mut estimating) = (String::new(), String::new());
+        if self.solved > 0 {
+            solved = format!("{} / {}", self.held, self.solved);
+            estimating = format!("{:.2}", self.blend_seconds);
+        }
+        let signal = self.ogr.iter().filter_map(|ogr| ogr.signal.as_ref()).flatten();
+        let signal: Vec<String> = signal.map(|signal| format!("{signal:.1}")).collect();
+        let batch = self.train_batch.and_then(|batch| batch.to_possible_value());
+        vec![
+            self.name.clone(),
+            paired(&self.accuracy, &naive.accuracy),
+            weights.join(" "),
+            self.ogr.as_ref().map_or(String::new(), |ogr| format!("{:.2} ({:.2})", ogr.blend, ogr.uniform)),
+            signal.join(" "),
+            solved,
+            batch.map_or(String::new(), |batch| batch.get_name().to_owned()),
+            estimating,
+            format!("{:.2}", self.train_seconds),
+        ]
+    }
+}
+
+/// A table that is Markdown too.
+fn table(header: Vec<String>, rows: Vec<Vec<String>>) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN).set_header(header).add_rows(rows);
+    table
 }

@@ -1,0 +1,66 @@
+//! Random numbers of a seed: all methods get the same samples, initial weights and batches, so that they can be compared
+//! seed by seed.
+
+use anyhow::Result;
+use candle_core::{Device, Var};
+use candle_nn::Linear;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Random numbers of a seed for one purpose.
+pub(crate) fn random(seed: u64, purpose: &str) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(purpose.bytes().fold(0, |stream, byte| stream << 8 | u64::from(byte)));
+    rng
+}
+
+/// A Gaussian number of mean 0 and variance 1 (Box and Muller).
+pub(crate) fn normal(rng: &mut ChaCha8Rng) -> f32 {
+    let (radius, angle) = (1.0 - rng.random::<f32>(), std::f32::consts::TAU * rng.random::<f32>());
+    (-2.0 * radius.ln()).sqrt() * angle.cos()
+}
+
+/// A linear layer whose weights and biases are uniform within 1 / sqrt(inputs), the usual initialisation, and its two
+/// parameters. candle's own random numbers cannot be seeded on the CPU.
+pub(crate) fn linear(inputs: usize, outputs: usize, rng: &mut ChaCha8Rng) -> Result<(Linear, [Var; 2])> {
+    let bound = 1.0 / (inputs as f32).sqrt();
+    let mut draw = |len: usize| (0..len).map(|_| rng.random_range(-bound..bound)).collect::<Vec<f32>>();
+    let weight = Var::from_vec(draw(inputs * outputs), (outputs, inputs), &Device::Cpu)?;
+    let bias = Var::from_vec(draw(outputs), outputs, &Device::Cpu)?;
+    let layer = Linear::new(weight.as_tensor().clone(), Some(bias.as_tensor().clone()));
+    Ok((layer, [weight, bias]))
+}
+
+/// Batches of indices of a set in random order, epoch after epoch. A clone continues as the original does.
+#[derive(Clone)]
+pub(crate) struct Batches {
+    /// Also for what a task draws per batch.
+    pub(crate) rng: ChaCha8Rng,
+    order: Vec<u32>,
+    at: usize,
+    size: usize,
+}
+
+impl Batches {
+    /// Batches of `size` of the indices below `len`; the last of an epoch may be smaller.
+    pub(crate) fn new(len: usize, size: usize, rng: ChaCha8Rng) -> Self {
+        Batches { rng, order: (0..len as u32).collect(), at: len, size: size.min(len) }
+    }
+
+    pub(crate) fn per_epoch(&self) -> usize {
+        self.order.len().div_ceil(self.size)
+    }
+
+    /// The indices of the next batch.
+    pub(crate) fn next(&mut self) -> Vec<u32> {
+        if self.at >= self.order.len() {
+            self.order.shuffle(&mut self.rng);
+            self.at = 0;
+        }
+        let end = (self.at + self.size).min(self.order.len());
+        let batch = self.order[self.at..end].to_vec();
+        self.at = end;
+        batch
+    }
+}
