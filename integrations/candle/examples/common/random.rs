@@ -11,7 +11,9 @@ use rand_chacha::ChaCha8Rng;
 /// Random numbers of a seed for one purpose.
 pub(crate) fn random(seed: u64, purpose: &str) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(purpose.bytes().fold(0, |stream, byte| stream << 8 | u64::from(byte)));
+    // FNV-1a, so that all of the name counts.
+    let hash = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    rng.set_stream(purpose.bytes().fold(0xcbf2_9ce4_8422_2325, hash));
     rng
 }
 

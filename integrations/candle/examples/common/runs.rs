@@ -16,6 +16,16 @@ use serde::Serialize;
 /// Whether Ctrl-C was pressed.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
+/// Makes candle multiply matrices on the thread of the run: more threads for one product take three times as long as the
+/// same runs side by side. To be called before the program has another thread.
+pub(crate) fn multiply_on_one_thread() {
+    const THREADS: &str = "RAYON_NUM_THREADS";
+    if std::env::var_os(THREADS).is_none() {
+        // SAFETY: the program has one thread, so no other reads or writes the environment.
+        unsafe { std::env::set_var(THREADS, "1") };
+    }
+}
+
 /// Lets Ctrl-C end the runs, but not the program, which then shows the results that it has.
 pub(crate) fn catch_interrupts() -> Result<()> {
     let handler = || {

@@ -42,7 +42,7 @@ pub(crate) struct Options {
     pub(crate) test: usize,
     /// Standard deviation of the noise on each feature of a view over that of the feature. Drawn once per sample, so that it
     /// can be memorised. Without noise most methods come close to an accuracy of 1
-    #[arg(long, default_value = "1.5", value_parser = number(is_noise, "0 to 1000"))]
+    #[arg(long, default_value = "3", value_parser = number(is_noise, "0 to 1000"))]
     pub(crate) noise: f64,
     /// With --audio: standard deviation of the noise on each pixel from 0 to 16
     #[arg(long, default_value = "6", value_parser = number(is_noise, "0 to 1000"))]

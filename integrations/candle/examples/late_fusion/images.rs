@@ -25,15 +25,19 @@ impl Image {
 /// Parses one image per line: 64 pixels from 0 to 16, row by row, and the label. As table programs write it: numbers may be
 /// quoted or have decimals, a separator may end the line, and the first line may be a heading.
 pub(crate) fn parse_images(bytes: &[u8]) -> Result<Vec<Image>> {
-    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
-    let mut reader = ReaderBuilder::new().has_headers(false).flexible(true).trim(Trim::All).from_reader(bytes);
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        let line = bytes[..error.valid_up_to()].iter().filter(|byte| **byte == b'\n').count() + 1;
+        anyhow!("line {line}: expected UTF-8")
+    })?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let mut format = ReaderBuilder::new();
+    format.has_headers(false).trim(Trim::All);
     let (mut images, mut first) = (Vec::new(), true);
-    for record in reader.records() {
-        let record = record.map_err(|error| match error.position() {
-            Some(position) => anyhow!("line {}: expected UTF-8", position.line()),
-            None => error.into(),
-        })?;
-        let line = record.position().map_or(0, csv::Position::line);
+    for (line, text) in (1..).zip(text.lines()) {
+        // By line, as a reader of all does not count lines that are empty.
+        let mut reader = format.from_reader(text.as_bytes());
+        let Some(record) = reader.records().next() else { continue };
+        let record = record.with_context(|| format!("line {line}"))?;
         let mut fields: Vec<&str> = record.iter().collect();
         if fields.iter().all(|field| field.is_empty()) {
             continue;

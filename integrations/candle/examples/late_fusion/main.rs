@@ -13,7 +13,7 @@
 //! | `online-gradient-step` | estimated from gradients at each step |
 //! | `online-gradient-cheap` | the same at every r-th step, plain steps on the weighted loss between |
 //! | `...:correlated` | the overfitting of modalities is not taken as uncorrelated |
-//! | `...:min-fused` | with `--min-fused`: a least weight of the fused loss |
+//! | `...:min-fused` | the fused loss has a least weight |
 //!
 //! `../common/train.rs` has the training loop.
 
@@ -43,9 +43,9 @@ use clap::Parser;
 
 use crate::common::arguments::count;
 use crate::common::outputs::Outputs;
-use crate::common::runs::{Log, catch_interrupts, interrupted, run_all};
+use crate::common::runs::{Log, catch_interrupts, interrupted, multiply_on_one_thread, run_all};
 use crate::common::train::{SUPER_EPOCH, WARM_UP};
-use crate::data::{Nuisance, Source};
+use crate::data::{Nuisance, Sizes, Source};
 use crate::methods::{Case, Method, Training};
 use crate::report::{Outcome, Record, Row, Summary};
 
@@ -131,6 +131,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
+    multiply_on_one_thread();
     sigpipe::reset(); // the end of `late_fusion | head` is no panic
     let compared = catch_interrupts().and_then(|()| compare(&Args::parse()));
     match compared {
@@ -144,36 +145,20 @@ fn main() -> ExitCode {
 }
 
 fn compare(args: &Args) -> Result<Summary> {
-    let Args { options, training, .. } = args;
+    let training = &args.training;
     let start = Instant::now();
     let (source, inputs) = read(args)?;
-    let seeds: Vec<u64> =
-        (args.first_seed..).take(args.seeds.unwrap_or(if args.quick { 3 } else { 16 }) as usize).collect();
+    let seeds = args.seeds.unwrap_or(if args.quick { 3 } else { 16 });
+    let seeds: Vec<u64> = (args.first_seed..args.first_seed + seeds).collect();
     let threads = args.threads.or(thread::available_parallelism().ok().map(NonZero::get)).unwrap_or(1);
-    let cases = if args.mixtures {
-        ensure!(inputs.len() > 1, "--mixtures needs at least two inputs");
-        Case::of_mixtures(&source, &inputs, options, training, &seeds)?
-    } else {
-        let all = [Nuisance::None, Nuisance::Noise, Nuisance::Shortcut];
-        let nuisances = match (&args.nuisance[..], &args.audio) {
-            ([], None) => &all[..],
-            ([], Some(_)) => &all[..1],
-            (given, _) => given,
-        };
-        for (i, nuisance) in nuisances.iter().enumerate() {
-            ensure!(!nuisances[..i].contains(nuisance), "--nuisance: one is given twice");
-        }
-        Case::of_nuisances(&source, &inputs, nuisances, options, training, &seeds)?
-    };
-    let plots = plots::names(args.mixtures);
-    let names = [plots, &[RUNS, TABLES]].concat();
-    let mut outputs = Outputs::open(&args.out, &names, args.json.as_deref(), &files(args))?;
-    let data = source.describe(options);
+    let cases = cases(args, &source, &inputs, &seeds)?;
+    let names = [plots::names(args.mixtures), &[RUNS, TABLES]].concat();
+    let outputs = Outputs::open(&args.out, &names, args.json.as_deref(), &files(args))?;
+    let data = source.describe(&args.options);
     println!("data: {data}");
-    let sizes = source.sizes(options);
-    let (train, held_out) = (sizes.train, sizes.held_out);
+    let Sizes { train, held_out, test } = source.sizes(&args.options);
     let share = 100.0 * held_out as f64 / (train + held_out) as f64;
-    println!("per seed: {train} training samples, {held_out} held out ({share:.0} %), {} for testing", sizes.test);
+    println!("per seed: {train} training samples, {held_out} held out ({share:.0} %), {test} for testing");
     println!(
         "{} seeds, {} epochs of Adam at {}, batches of {}; super-epochs of {WARM_UP} epochs, then {SUPER_EPOCH}",
         seeds.len(),
@@ -211,39 +196,55 @@ fn compare(args: &Args) -> Result<Summary> {
         train_batch: training.train_batch,
         methods: outcomes.iter().map(|outcome| Row::new(outcome, training.train_batch)).collect(),
     };
-    // Before the table, whose reader may have gone; and the table even where a file cannot be written.
-    let drawn = if args.mixtures {
-        plots::mixtures(&summary, &outputs.folder)
-    } else {
-        plots::draw(&cases, &outcomes, &summary, &outputs.folder)
-    };
-    let tables = if args.mixtures { summary.mixtures_table().to_string() } else { summary.comparison()?.to_string() };
-    let mut details = String::new();
-    if !args.mixtures {
-        for (case, table) in summary.details()? {
-            details += &format!("\n{case}\n\n{table}\n");
-        }
-    }
-    let written = fs::write(outputs.path(TABLES), format!("{tables}\n{details}"));
-    let json = outputs.write_json(&summary).map(|path| path.map(PathBuf::from));
-    println!("\n{tables}");
-    if args.details {
-        println!("{details}");
-    }
+    show(args, &cases, &outcomes, &summary, outputs)?;
     if interrupted() {
         println!("interrupted: {} of {} seeds", summary.seeds.len(), seeds.len());
     }
-    drawn.with_context(|| format!("cannot draw plots in {}", args.out.display()))?;
-    written.with_context(|| format!("cannot write {}", outputs.path(TABLES).display()))?;
     println!("in {}: {}", args.out.display(), names.join(", "));
+    let seconds = start.elapsed().as_secs_f64();
+    println!("{seconds:.0} s in all on {threads} threads; `late_fusion --help` explains the columns");
+    Ok(summary)
+}
+
+/// What is trained on, and by which methods.
+fn cases(args: &Args, source: &Source, inputs: &[usize], seeds: &[u64]) -> Result<Vec<Case>> {
+    if args.mixtures {
+        ensure!(inputs.len() > 1, "--mixtures needs at least two inputs");
+        return Case::of_mixtures(source, inputs, &args.options, &args.training, seeds);
+    }
+    let all = [Nuisance::None, Nuisance::Noise, Nuisance::Shortcut];
+    let nuisances = match (&args.nuisance[..], &args.audio) {
+        ([], None) => &all[..],
+        ([], Some(_)) => &all[..1],
+        (given, _) => given,
+    };
+    for (i, nuisance) in nuisances.iter().enumerate() {
+        ensure!(!nuisances[..i].contains(nuisance), "--nuisance: one is given twice");
+    }
+    Case::of_nuisances(source, inputs, nuisances, &args.options, &args.training, seeds)
+}
+
+/// Writes and prints all results.
+fn show(args: &Args, cases: &[Case], outcomes: &[Outcome<'_>], summary: &Summary, mut outputs: Outputs) -> Result<()> {
+    let (drawn, table, mut details) = if args.mixtures {
+        (plots::mixtures(summary, &outputs.folder), summary.mixtures_table(), String::new())
+    } else {
+        (plots::draw(cases, outcomes, summary, &outputs.folder), summary.comparison()?, summary.details()?)
+    };
+    // Before the tables are printed, whose reader may have gone; and the tables even where a file cannot be written.
+    let page = format!("{}\n\n{table}\n{details}", summary.data);
+    let written = fs::write(outputs.path(TABLES), page);
+    let json = outputs.write_json(summary);
+    if !args.details {
+        details.clear();
+    }
+    println!("\n{table}\n{details}");
+    drawn.with_context(|| format!("cannot draw plots in {}", args.out.display()))?;
+    written.with_context(|| format!("cannot write {}", args.out.join(TABLES).display()))?;
     if let Some(path) = json? {
         println!("json: {}", path.display());
     }
-    println!(
-        "{:.0} s in all on {threads} threads; `late_fusion --help` explains the columns",
-        start.elapsed().as_secs_f64()
-    );
-    Ok(summary)
+    Ok(())
 }
 
 /// The result of each run, and the tables.

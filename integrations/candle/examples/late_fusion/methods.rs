@@ -4,7 +4,6 @@ use anyhow::{Context, Result};
 use gradblend::Overfitting;
 
 use crate::common::arguments::{count, is_part, number};
-use crate::common::random::random;
 use crate::common::train::{Run, Settings, TrainBatch, Weights, train};
 use crate::data::{Data, Nuisance, Options, Source};
 use crate::network::Network;
@@ -30,9 +29,9 @@ pub(crate) struct Training {
     /// online-gradient-cheap observes at every so many steps
     #[arg(long, value_name = "STEPS", default_value = "10", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub(crate) every: u64,
-    /// Also runs online-gradient-step with this least weight of the fused loss
-    #[arg(long, value_name = "WEIGHT", value_parser = number(is_part, "at least 0, less than 1"))]
-    pub(crate) min_fused: Option<f64>,
+    /// The least weight of the fused loss in online-gradient-step:min-fused
+    #[arg(long, value_name = "WEIGHT", default_value = "0.2", value_parser = number(is_part, "at least 0, less than 1"))]
+    pub(crate) min_fused: f64,
     /// Where the train gradient t of the fused loss comes from
     #[arg(long, default_value = "same")]
     pub(crate) train_batch: TrainBatch,
@@ -72,11 +71,9 @@ impl Method {
         add("online-gradient-cheap", per_step().every(training.every).into());
         add("online-gradient-epoch:correlated", Weights::per_super_epoch(k)?.overfitting(correlated).into());
         add("online-gradient-step:correlated", per_step().overfitting(correlated).into());
-        if let Some(least) = training.min_fused {
-            let mut min_weight = vec![0.0; k];
-            min_weight[fused] = least;
-            add("online-gradient-step:min-fused", per_step().min_weight(&min_weight).into());
-        }
+        let mut min_weight = vec![0.0; k];
+        min_weight[fused] = training.min_fused;
+        add("online-gradient-step:min-fused", per_step().min_weight(&min_weight).into());
         Ok(methods)
     }
 }
@@ -157,7 +154,7 @@ impl Case {
     ) -> Result<(Run, f64)> {
         let Training { epochs, batch, learning_rate, train_batch, .. } = *training;
         let settings = Settings { epochs, batch, learning_rate, train_batch };
-        let network = Network::new(&self.samples[nth], training.hidden, &mut random(seed, "weights"))?;
+        let network = Network::new(&self.samples[nth], &self.modalities, training.hidden, seed)?;
         let run = train(&network, &method.weights, &settings, seed, on_epoch)?;
         Ok((run, network.accuracy(method.head)?))
     }

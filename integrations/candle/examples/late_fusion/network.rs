@@ -12,7 +12,7 @@ use candle_core::{Module, Tensor, Var};
 use candle_nn::{Linear, loss};
 use rand_chacha::ChaCha8Rng;
 
-use crate::common::random::linear;
+use crate::common::random::{linear, random};
 use crate::common::train::{Set, Task};
 use crate::data::{CLASSES, Data, Samples};
 
@@ -27,16 +27,22 @@ pub(crate) struct Network<'a> {
 }
 
 impl<'a> Network<'a> {
-    pub(crate) fn new(data: &'a Data, hidden: usize, rng: &mut ChaCha8Rng) -> Result<Self> {
+    /// A network with the initial weights of a seed. `modalities` are the inputs and the fused one. What an input's encoder
+    /// and head start from depends on its name only, so it is the same whatever the other inputs.
+    pub(crate) fn new(data: &'a Data, modalities: &[String], hidden: usize, seed: u64) -> Result<Self> {
         let (widths, mut parameters) = (data.widths()?, Vec::new());
-        let mut layer = |inputs: usize, outputs: usize| -> Result<Linear> {
-            let (layer, both) = linear(inputs, outputs, rng)?;
+        let inputs = &modalities[..widths.len()];
+        let mut layer = |purpose: &str, inputs: usize, outputs: usize| -> Result<Linear> {
+            let (layer, both) = linear(inputs, outputs, &mut random(seed, purpose))?;
             parameters.extend(both);
             Ok(layer)
         };
-        let encoders: Vec<Linear> = widths.iter().map(|width| layer(*width, hidden)).collect::<Result<_>>()?;
-        let heads = widths.iter().map(|_| layer(hidden, CLASSES)).collect::<Result<_>>()?;
-        let fused = [layer(hidden * widths.len(), hidden)?, layer(hidden, CLASSES)?];
+        let encoders = inputs.iter().zip(&widths);
+        let encoders = encoders.map(|(name, width)| layer(&format!("encoder of {name}"), *width, hidden));
+        let encoders = encoders.collect::<Result<_>>()?;
+        let heads = inputs.iter().map(|name| layer(&format!("head of {name}"), hidden, CLASSES));
+        let heads = heads.collect::<Result<_>>()?;
+        let fused = [layer("fused", hidden * widths.len(), hidden)?, layer("fused head", hidden, CLASSES)?];
         let of_encoders = parameters.chunks(2).take(widths.len()).map(<[Var]>::to_vec).collect();
         Ok(Network { data, encoders, heads, fused, parameters, of_encoders })
     }

@@ -147,8 +147,8 @@ impl Summary {
         Ok(table(header, rows))
     }
 
-    /// What each method did on one case.
-    pub(crate) fn details(&self) -> Result<Vec<(&str, Table)>> {
+    /// What each method did: a table per case, under its name.
+    pub(crate) fn details(&self) -> Result<String> {
         let header = [
             "method",
             "minus naive",
@@ -160,12 +160,14 @@ impl Summary {
             "estimating s",
             "training s",
         ];
-        let of_case = |case| {
+        let mut text = String::new();
+        for case in self.names(|row| &row.data) {
             let naive = self.row(case, "naive").context("a baseline is missing")?;
             let rows = self.methods.iter().filter(|row| row.data == case).map(|row| row.details(naive)).collect();
-            Ok((case, table(header.map(str::to_owned).to_vec(), rows)))
-        };
-        self.names(|row| &row.data).into_iter().map(of_case).collect()
+            let losses = naive.modalities.join(" ");
+            text += &format!("\n{case}: {losses}\n\n{}\n", table(header.map(str::to_owned).to_vec(), rows));
+        }
+        Ok(text)
     }
 
     /// The mixtures of more than one input.

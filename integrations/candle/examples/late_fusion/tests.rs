@@ -1,46 +1,50 @@
 //! The whole example on little data, and the files that it reads and writes.
 
+use std::fs::File;
+use std::io::Write;
+
+use flate2::Compression;
+use flate2::write::GzEncoder;
+
 use super::*;
 
-fn run(words: &[&str]) -> (Summary, PathBuf) {
-    let out = std::env::temp_dir().join(format!("gradblend-late-fusion-{}-{}", std::process::id(), words.len()));
-    let small = ["late_fusion", "--epochs", "11", "--train", "60", "--held-out", "20", "--test", "40", "--hidden", "8"];
+const SMALL: [&str; 11] =
+    ["late_fusion", "--epochs", "11", "--train", "60", "--held-out", "20", "--test", "40", "--hidden", "8"];
+
+/// Runs the example on little data, with a folder of its own for the results.
+fn run(name: &str, words: &[&str]) -> (Summary, PathBuf) {
+    let out = std::env::temp_dir().join(format!("gradblend-late-fusion-{}-{name}", std::process::id()));
     let out_words = ["--out", out.to_str().unwrap()];
-    let args = Args::try_parse_from(small.iter().chain(&out_words).chain(words)).unwrap();
+    let args = Args::try_parse_from(SMALL.iter().chain(&out_words).chain(words)).unwrap();
     (compare(&args).unwrap(), out)
 }
 
 /// Facts of every row that hold whatever the data.
-fn check(summary: &Summary, seeds: usize, names: &[&str]) {
-    let got: Vec<&str> = summary.methods.iter().map(|row| row.name.as_str()).collect();
-    assert_eq!(got, names);
-    for row in &summary.methods {
-        let name = &row.name;
-        assert_eq!(row.accuracy.len(), seeds, "{name}");
-        assert!(row.accuracy.iter().all(|accuracy| (0.0..=1.0).contains(accuracy)), "{name}: {:?}", row.accuracy);
-        assert_eq!(row.weights.len(), summary.modalities.len(), "{name}");
-        assert!((row.weights.iter().sum::<f64>() - 1.0).abs() < 1e-6, "{name}: {:?}", row.weights);
-        assert!(row.train_seconds > 0.0 && row.blend_seconds >= 0.0, "{name}");
-        assert_eq!(row.ogr.is_some(), row.solved > 0, "{name}");
-        let signal = row.ogr.as_ref().and_then(|ogr| ogr.signal.as_ref());
-        let signals = if name.starts_with("online-gradient") { summary.modalities.len() } else { 0 };
-        assert!(signal.map_or(0, Vec::len) == signals && signal.into_iter().flatten().all(|s| s.is_finite()), "{name}");
-        assert!(row.held <= row.solved, "{name}");
-    }
+fn check(row: &Row, seeds: usize) {
+    let name = &row.name;
+    assert_eq!(row.accuracy.len(), seeds, "{name}");
+    assert!(row.accuracy.iter().all(|accuracy| (0.0..=1.0).contains(accuracy)), "{name}: {:?}", row.accuracy);
+    assert_eq!(row.weights.len(), row.modalities.len(), "{name}");
+    assert!((row.weights.iter().sum::<f64>() - 1.0).abs() < 1e-6, "{name}: {:?}", row.weights);
+    assert!(row.train_seconds > 0.0 && row.blend_seconds >= 0.0, "{name}");
+    assert_eq!(row.ogr.is_some(), row.solved > 0, "{name}");
+    let signal = row.ogr.as_ref().and_then(|ogr| ogr.signal.as_ref());
+    let signals = if name.starts_with("online-gradient") { row.modalities.len() } else { 0 };
+    assert!(signal.map_or(0, Vec::len) == signals && signal.into_iter().flatten().all(|s| s.is_finite()), "{name}");
+    assert!(row.held <= row.solved, "{name}");
 }
 
 #[test]
-fn every_method_trains_on_the_bundled_digits() {
+fn every_method_trains_on_six_views_with_and_without_a_nuisance() {
     let json = std::env::temp_dir().join(format!("gradblend-late-fusion-{}.json", std::process::id()));
     let words =
-        ["--seeds", "2", "--nuisance", "shortcut", "--train-batch", "independent", "--min-fused", "0.5", "--json"];
-    let (summary, out) = run(&[&words[..], &[json.to_str().unwrap()]].concat());
+        ["--seeds", "2", "--train-batch", "independent", "--min-fused", "0.5", "--json", json.to_str().unwrap()];
+    let (summary, out) = run("all", &words);
     let names = [
-        "alone:top",
-        "alone:bottom",
-        "alone:shortcut",
         "naive",
         "uniform",
+        "gradnorm",
+        "mmpareto",
         "offline-loss",
         "online-loss",
         "online-gradient-epoch",
@@ -50,32 +54,99 @@ fn every_method_trains_on_the_bundled_digits() {
         "online-gradient-step:correlated",
         "online-gradient-step:min-fused",
     ];
-    check(&summary, 2, &names);
-    assert_eq!(summary.modalities, ["top", "bottom", "shortcut", "fused"]);
-    // Super-epochs: one solve before training, one per super-epoch, one per step (2 batches per epoch), every 10th step.
-    let solved: Vec<u64> = summary.methods.iter().map(|row| row.solved).collect();
-    assert_eq!(solved, [0, 0, 0, 0, 0, 2, 4, 2, 44, 6, 2, 44, 44]);
-    // The mean of weights that are at least a half.
-    assert!(summary.methods[12].weights[3] >= 0.5, "{:?}", summary.methods[12].weights);
+    summary.methods.iter().for_each(|row| check(row, 2));
+    let modalities =
+        |inputs: &[&str]| inputs.iter().chain(&["fused"]).map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    let views = ["fac", "fou", "kar", "mor", "pix", "zer"];
+    for (case, nuisance) in [("clean", None), ("noise", Some("noise")), ("shortcut", Some("shortcut"))] {
+        let rows: Vec<&Row> = summary.methods.iter().filter(|row| row.data == case).collect();
+        let inputs: Vec<&str> = views.into_iter().chain(nuisance).collect();
+        let expected: Vec<String> = inputs.iter().map(|input| format!("alone:{input}")).collect();
+        let got: Vec<&str> = rows.iter().map(|row| &row.name[..]).collect();
+        assert_eq!(got[..inputs.len()], expected);
+        assert_eq!(got[inputs.len()..], names);
+        assert_eq!(rows[0].modalities, modalities(&inputs));
+        // Super-epochs: one solve before training, one per super-epoch, one per step (2 batches per epoch), every 10th step.
+        let solved: Vec<u64> = rows[inputs.len()..].iter().map(|row| row.solved).collect();
+        assert_eq!(solved, [0, 0, 0, 0, 2, 4, 2, 44, 6, 2, 44, 44], "{case}");
+    }
 
     let written: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
     assert_eq!(written["data"], summary.data);
-    assert_eq!(written["methods"].as_array().unwrap().len(), names.len());
-    assert_eq!(written["methods"][3]["name"], "naive");
-    assert_eq!(written["methods"][8]["train_batch"], "independent");
-    for plot in ["accuracy.svg", "weights.svg", "ogr.svg"] {
-        assert!(fs::read_to_string(out.join(plot)).unwrap().ends_with("</svg>\n"), "{plot}");
+    assert_eq!(written["methods"].as_array().unwrap().len(), summary.methods.len());
+    assert_eq!(written["methods"][6]["name"], "naive");
+    assert_eq!(written["methods"][13]["train_batch"], "independent");
+    for (plot, figure) in
+        [("accuracy", "Test accuracy"), ("best_single", "Figure 1.2"), ("ogr", "Figure 1.3"), ("weights", "Figure 1.6")]
+    {
+        let text = fs::read_to_string(out.join(plot).with_extension("svg")).unwrap();
+        assert!(text.ends_with("</svg>\n") && text.contains(figure), "{plot}");
     }
-    let table = summary.table().unwrap().to_string();
-    assert!(names.iter().all(|name| table.contains(name)), "{table}");
+    let runs = fs::read_to_string(out.join(RUNS)).unwrap();
+    let mut runs = runs.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let program = runs.next().unwrap();
+    assert!(["command", "commit", "machine", "date"].iter().all(|key| program[key].is_string()), "{program}");
+    for row in &summary.methods {
+        for (seed, accuracy) in row.accuracy.iter().enumerate() {
+            let of = |run: &serde_json::Value| run["data"] == row.data[..] && run["method"] == row.name[..];
+            let mut found = runs.clone().filter(|run| of(run) && run["seed"] == seed);
+            assert_eq!(found.next().unwrap()["accuracy"], *accuracy);
+            assert!(found.next().is_none());
+        }
+    }
+    // At least a half, once there was a loss to prefer: until then weights are uniform.
+    let floors = runs.clone().filter(|run| run["method"] == "online-gradient-step:min-fused");
+    let floors = floors.map(|run| run["epochs"].as_array().unwrap().last().unwrap()["weights"].clone());
+    let fused = |weights: &serde_json::Value| weights.as_array().unwrap().last().unwrap().as_f64().unwrap();
+    let (floored, uniform): (Vec<_>, Vec<_>) = floors.partition(|weights| fused(weights) >= 0.5);
+    assert!(!floored.is_empty());
+    assert!(uniform.iter().all(|weights| weights.as_array().unwrap().iter().all(|w| *w == weights[0])), "{uniform:?}");
+    let page = fs::read_to_string(out.join(TABLES)).unwrap();
+    assert!(names.iter().all(|name| page.matches(&format!("| {name} ")).count() == 4), "{page}");
     fs::remove_dir_all(out).unwrap();
     fs::remove_file(json).unwrap();
 }
 
 #[test]
+fn the_samples_of_a_seed_are_the_same_whatever_the_nuisance() {
+    let words = ["--modalities", "zer,mor", "--seeds", "2", "--first-seed", "7"];
+    let (summary, out) = run("same", &words);
+    assert_eq!(summary.seeds, [7, 8]);
+    let of = |case, method: &str| summary.row(case, method).unwrap();
+    // The initial weights of the first encoder, too.
+    assert_eq!(of("clean", "alone:mor").accuracy, of("noise", "alone:mor").accuracy);
+    assert_eq!(of("clean", "alone:mor").modalities, ["mor", "zer", "fused"]);
+    assert_ne!(of("clean", "naive").accuracy, of("shortcut", "naive").accuracy);
+    fs::remove_dir_all(out).unwrap();
+    // One of the seeds by itself, and one of the cases.
+    let (one, out) =
+        run("one", &["--modalities", "mor,zer", "--seeds", "1", "--first-seed", "8", "--nuisance", "none"]);
+    assert!(one.methods.iter().all(|row| row.data == "clean" && row.accuracy[0] == of("clean", &row.name).accuracy[1]));
+    fs::remove_dir_all(out).unwrap();
+}
+
+#[test]
+fn every_mixture_is_compared_with_its_best_input() {
+    let (summary, out) = run("mixtures", &["--modalities", "mor,pix,zer", "--mixtures", "--seeds", "1"]);
+    summary.methods.iter().for_each(|row| check(row, 1));
+    let mixtures = summary.mixtures();
+    let names: Vec<&str> = mixtures.iter().map(|mixture| mixture.name).collect();
+    assert_eq!(names, ["mor+pix", "mor+zer", "pix+zer", "mor+pix+zer"]);
+    for mixture in &mixtures {
+        let alone = mixture.name.split('+').map(|input| summary.row(input, &format!("alone:{input}")).unwrap());
+        let best = alone.map(|row| row.accuracy[0]).fold(0.0, f64::max);
+        assert_eq!(mixture.best.accuracy[0], best, "{}", mixture.name);
+        assert!(mixture.name.contains(&mixture.best.data));
+    }
+    let plot = fs::read_to_string(out.join("mixtures.svg")).unwrap();
+    assert!(plot.contains("Figure 1.7") && names.iter().all(|name| plot.contains(name)));
+    fs::remove_dir_all(out).unwrap();
+}
+
+#[test]
 fn results_do_not_depend_on_threads() {
     let accuracy = |threads| {
-        let (summary, out) = run(&["--seeds", "1", "--threads", threads]);
+        let (summary, out) = run(&format!("threads{threads}"), &["--seeds", "1", "--threads", threads]);
         fs::remove_dir_all(out).unwrap();
         summary.methods.into_iter().map(|row| (row.accuracy, row.weights)).collect::<Vec<_>>()
     };
@@ -105,7 +176,8 @@ fn spoken_digits_are_read_from_wav_files() {
     let small = ["late_fusion", "--epochs", "2", "--hidden", "8", "--out", audio];
     let args = Args::try_parse_from(small.iter().chain(&sizes).chain(&words)).unwrap();
     let summary = compare(&args).unwrap();
-    assert_eq!(summary.modalities, ["audio", "image", "fused"]);
+    assert_eq!(summary.methods[0].modalities, ["audio", "image", "fused"]);
+    assert!(summary.methods.iter().all(|row| row.data == "clean"));
     assert!(summary.data.contains("test speakers bob_b, cy unseen"), "{}", summary.data);
     fs::write(recordings.join("x_ann_0.wav"), "").unwrap();
     let error = format!("{:#}", compare(&args).err().unwrap());
@@ -117,7 +189,7 @@ fn spoken_digits_are_read_from_wav_files() {
 fn images_are_read_as_table_programs_write_them() {
     let row = format!("{}3", "16,".repeat(64));
     let read = |text: &str| -> Vec<(Vec<f32>, usize)> {
-        let images = data::parse_images(text.as_bytes()).unwrap_or_else(|error| panic!("{text:?}: {error:#}"));
+        let images = images::parse_images(text.as_bytes()).unwrap_or_else(|error| panic!("{text:?}: {error:#}"));
         images.into_iter().map(|image| (image.pixels, image.label)).collect()
     };
     let want = vec![(vec![16.0; 64], 3); 2];
@@ -148,8 +220,8 @@ fn a_bad_image_names_its_line() {
         (good.clone() + "1,2", "line 2: expected 65 fields (64 pixels and a label), got 2"),
         (good.replace(',', ";"), "line 1: expected 65 fields (64 pixels and a label), got 1"),
         ("oops\n".to_owned() + &good, "line 1: expected 65 fields (64 pixels and a label), got 1"),
-        (good.replacen('1', "\"1", 1), "line 1: a quote has no end"),
-        (good.replacen('1', "\"\"\"1\"\"\"", 1), "line 1: expected a comma after a quote, got \"\\\"1"),
+        (good.replacen('1', "\"1", 1), "line 1: expected 65 fields (64 pixels and a label), got 1"),
+        (good.replacen('1', "\"\"\"1\"\"\"", 1), "line 1: field 1 is \"\\\"1\\\"\", expected 0 to 16"),
         (good.replacen('1', "16.0000001", 1), "line 1: field 1 is \"16.0000001\", expected 0 to 16"),
         (good.replace('3', "8.99999999999"), "line 1: field 65 is \"8.99999999999\", expected a digit from 0 to 9"),
         (good.replace('1', ""), "line 1: field 1 is \"\", expected 0 to 16"),
@@ -163,11 +235,55 @@ fn a_bad_image_names_its_line() {
         (heading, "there is no image"),
         (String::new(), "there is no image"),
     ] {
-        let error = format!("{:#}", data::parse_images(text.as_bytes()).err().unwrap());
+        let error = format!("{:#}", images::parse_images(text.as_bytes()).err().unwrap());
         assert!(error.starts_with(expected), "{error}, expected {expected}");
     }
-    let error = data::parse_images(&[good.as_bytes(), b"1,\xFF"].concat()).err().unwrap();
+    let error = images::parse_images(&[good.as_bytes(), b"1,\xFF"].concat()).err().unwrap();
     assert_eq!(error.to_string(), "line 2: expected UTF-8");
+}
+
+#[test]
+fn a_bad_view_names_its_file_and_line() {
+    let folder = std::env::temp_dir().join(format!("gradblend-late-fusion-views-{}", std::process::id()));
+    fs::create_dir_all(&folder).unwrap();
+    let write = |view: &str, text: &str| {
+        let file = File::create(views::path(&folder, view)).unwrap();
+        GzEncoder::new(file, Compression::fast()).write_all(text.as_bytes()).unwrap();
+    };
+    let read = || views::read_views(&folder, &[("mor", "shape"), ("zer", "moments")]);
+    let good = "0,1,0\n0.5,2,3\n1e3,-4,7\n";
+    write("mor", "0,0\n8,3\n9,7\n");
+    write("zer", good);
+    let views = read().unwrap();
+    assert_eq!(views.labels, [3, 7]);
+    assert_eq!(views.views[1].rows, [[0.5, 2.0], [1000.0, -4.0]]);
+    for (text, expected) in [
+        (good.replace('7', "6"), "line 3 is not the digit that it is in the view mor"),
+        (good.replace("1e3,-4,7\n", ""), "line 3 is not the digit that it is in the view mor"),
+        (good.to_owned() + "1,1,1\n", "line 4 is not the digit that it is in the view mor"),
+        (good.replace("-4", "nan"), "line 3: field 2 is \"nan\", expected a number"),
+        (good.replace("-4", ""), "line 3: field 2 is \"\", expected a number"),
+        (good.replace(",7", ",10"), "line 3: the label is \"10\", expected 0 to 9"),
+        (good.replace(",7", ",x"), "line 3: the label is \"x\", expected 0 to 9"),
+        (
+            good.replace("-4,", ""),
+            "line: 3, byte: 14): found record with 2 fields, but the previous record has 3 fields",
+        ),
+        ("0,1,0\n".to_owned(), "there is no digit"),
+        (String::new(), "there is no digit"),
+    ] {
+        write("zer", &text);
+        let error = format!("{:#}", read().err().unwrap());
+        assert!(error.contains("mfeat-zer.csv.gz") && error.contains(expected), "{error}, expected {expected}");
+    }
+    fs::write(views::path(&folder, "zer"), good).unwrap();
+    let error = format!("{:#}", read().err().unwrap());
+    assert!(error.contains("mfeat-zer.csv.gz: invalid gzip header"), "{error}");
+    write("zer", &good.repeat(1000));
+    let whole = fs::read(views::path(&folder, "zer")).unwrap();
+    fs::write(views::path(&folder, "zer"), &whole[..whole.len() / 2]).unwrap();
+    assert!(format!("{:#}", read().err().unwrap()).contains("mfeat-zer.csv.gz"));
+    fs::remove_dir_all(folder).unwrap();
 }
 
 /// The message for a command line that cannot be carried out.
@@ -192,8 +308,13 @@ fn every_path_and_number_is_checked_before_training() {
         (["--json", &missing], format!("cannot write {missing}")),
         (["--json", &folder_name], format!("cannot write {folder_name}")),
         (["--json", &plot], format!("--json {plot} would replace {plot}")),
-        (["--train", "1500"], "--train and --held-out want 1600 samples, of which there are 1600".into()),
-        (["--test", "1198"], "--test wants 1198, of which there are then 1197".into()),
+        (["--train", "1951"], "--train and --held-out want 2001 samples, of which there are 2000".into()),
+        (["--test", "1651"], "--test wants 1651, of which there are then 1650".into()),
+        (["--modalities", "pix,top"], "--modalities top: expected some of fac,fou,kar,mor,pix,zer".into()),
+        (["--modalities", "pix,pix"], "--modalities pix: given twice".into()),
+        (["--modalities", ""], "--modalities : expected some of fac".into()),
+        (["--nuisance", "noise,noise"], "--nuisance: one is given twice".into()),
+        (["--data", &missing], format!("cannot read the view {missing}/mfeat-fac.csv.gz")),
     ] {
         let error = rejected(&[&long[..], &[&out], &words].concat());
         assert!(error.contains(&expected), "{words:?}: {error}");
@@ -213,6 +334,8 @@ fn every_path_and_number_is_checked_before_training() {
         ("min-fused", ["1", "-0.1", "nan", "x"]),
         ("learning-rate", ["0", "-1", "inf", "nan"]),
         ("pixel-noise", ["-1", "inf", "nan", "1e9"]),
+        ("noise", ["-1", "inf", "nan", "1e9"]),
+        ("first-seed", ["-1", "x", "4294967296", ""]),
         ("test-speakers", ["-1", "x", "1.5", ""]),
     ] {
         for value in values {
