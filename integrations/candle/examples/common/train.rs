@@ -8,6 +8,7 @@ use candle_core::{Tensor, Var};
 use gradblend::{Average, Cadence, Estimate, Flags, Losses, Policy, Report, Schedule, Trainee, gb_estimate};
 use gradblend_candle::{GradBlend, GradBlendConfig};
 use rand_chacha::ChaCha8Rng;
+use serde::Serializer;
 
 use super::adam::Adam;
 use super::peers::{GradNorm, mm_pareto};
@@ -135,6 +136,7 @@ pub(crate) struct Settings {
 #[derive(Clone, serde::Serialize)]
 pub(crate) struct Ratios {
     /// Of each loss.
+    #[serde(serialize_with = "four_digits")]
     pub(crate) losses: Vec<f64>,
     /// Of the weights in force.
     pub(crate) blend: f64,
@@ -142,6 +144,11 @@ pub(crate) struct Ratios {
     pub(crate) uniform: f64,
     /// m_k over its standard error, of each loss; from losses there is none.
     pub(crate) signal: Option<Vec<f64>>,
+}
+
+/// Files of many runs are five times as large with all digits.
+fn four_digits<S: Serializer>(values: &[f64], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(values.iter().map(|value| format!("{value:.3e}").parse().unwrap_or(*value)))
 }
 
 impl Ratios {
@@ -162,10 +169,13 @@ impl Ratios {
     }
 }
 
-/// The state at the end of an epoch.
+/// The state at the end of a super-epoch, whether or not the method has any, and of training.
 #[derive(serde::Serialize)]
-pub(crate) struct Epoch {
-    /// The weights of the epoch's last step, or, if they change at each step, those after it.
+pub(crate) struct State {
+    /// The epochs that are done.
+    pub(crate) epochs: u64,
+    /// The weights of the last step, or, if they change at each step, those after it.
+    #[serde(serialize_with = "four_digits")]
     pub(crate) weights: Vec<f64>,
     pub(crate) ogr: Option<Ratios>,
 }
@@ -180,7 +190,7 @@ pub(crate) struct Run {
     pub(crate) train_seconds: f64,
     /// The part of it in calls that observe, and in estimates from losses.
     pub(crate) blend_seconds: f64,
-    pub(crate) epochs: Vec<Epoch>,
+    pub(crate) states: Vec<State>,
 }
 
 impl Run {
@@ -201,6 +211,7 @@ pub(crate) fn train<T: Task>(
     let start = Instant::now();
     let mut trainer = Trainer::new(task, settings, seed)?;
     let mut source = Source::new(method, task)?;
+    let super_epochs = Schedule::online(WARM_UP, SUPER_EPOCH)?;
     let (mut run, mut estimating, mut ogr) = (Run::default(), Duration::ZERO, None);
     for epoch in 0..settings.epochs {
         if let Source::Weights(weights) = &mut source
@@ -238,7 +249,9 @@ pub(crate) fn train<T: Task>(
                 report.weights
             }
         };
-        run.epochs.push(Epoch { weights, ogr: ogr.clone() });
+        if super_epochs.ends(epoch) || epoch + 1 == settings.epochs {
+            run.states.push(State { epochs: epoch + 1, weights, ogr: ogr.clone() });
+        }
         on_epoch()?;
     }
     run.train_seconds = start.elapsed().as_secs_f64();

@@ -7,7 +7,7 @@ use plotters::prelude::*;
 
 use crate::common::drawing::{Area, COLOURS, FONT, GREY, HEADER, header};
 use crate::common::statistics::{deviation, mean};
-use crate::common::train::{SUPER_EPOCH, WARM_UP, Weights};
+use crate::common::train::Weights;
 use crate::methods::{Case, OF_MIXTURES};
 use crate::report::{Outcome, Summary};
 
@@ -23,9 +23,9 @@ pub(crate) fn draw(cases: &[Case], outcomes: &[Outcome<'_>], summary: &Summary, 
     let [all, single, ratios, over_time] = names(false) else { return Ok(()) };
     accuracy(cases, outcomes, &folder.join(all))?;
     best_single(cases, summary, &folder.join(single))?;
-    let figure = "Figure 1.3: overfitting-to-generalisation ratio of each loss, median over seeds (less is better)";
+    let figure = "Figure 1.3: overfitting-to-generalisation ratio (OGR) of each loss, median over seeds";
     panels(cases, outcomes, &folder.join(ratios), figure, &[("blend", BLACK), ("uniform weights", GREY)], ogr)?;
-    let figure = "Figure 1.6: weights over super-epochs, mean over seeds, stacked";
+    let figure = "Figure 1.6: weights at the ends of super-epochs, mean over seeds, stacked";
     panels(cases, outcomes, &folder.join(over_time), figure, &[], weights)
 }
 
@@ -197,35 +197,29 @@ fn caption(outcome: &Outcome<'_>) -> String {
     format!("{}, {}", outcome.method.name, outcome.case.name)
 }
 
-/// The ends of super-epochs.
-fn super_epochs(epochs: usize) -> impl Iterator<Item = f64> {
-    (WARM_UP..epochs as u64).step_by(SUPER_EPOCH as usize).map(|epoch| epoch as f64 + 0.5)
-}
-
 fn weights(area: &Area<'_>, outcome: &Outcome<'_>, losses: &[&str]) -> Result<()> {
-    let epochs = outcome.epochs();
-    let over: Vec<Vec<f64>> = (0..epochs).map(|epoch| outcome.weights(epoch)).collect();
+    let ends = outcome.epochs();
+    let last = ends.last().copied().unwrap_or(1.0);
+    let over: Vec<Vec<f64>> = (0..ends.len()).map(|nth| outcome.weights(nth)).collect();
     let mut chart = ChartBuilder::on(area)
         .caption(caption(outcome), (FONT, 14))
         .margin(8)
         .x_label_area_size(34)
         .y_label_area_size(40)
-        .build_cartesian_2d(0.5..epochs as f64 + 0.5, 0.0..1.0)?;
-    // The sum of all weights first; each smaller sum is drawn over it. Weights change between epochs.
+        .build_cartesian_2d(0.0..last, 0.0..1.0)?;
+    // The sum of all weights first; each smaller sum is drawn over it.
     for (k, name) in outcome.case.modalities.iter().enumerate().rev() {
-        let sum = |(epoch, weights): (usize, &Vec<f64>)| {
+        let sums = over.iter().enumerate().flat_map(|(nth, weights)| {
             let sum = weights[..=k].iter().sum::<f64>();
-            [(epoch as f64 + 0.5, sum), (epoch as f64 + 1.5, sum)]
-        };
-        let points: Vec<(f64, f64)> = over.iter().enumerate().flat_map(sum).collect();
-        chart.draw_series(AreaSeries::new(points, 0.0, colour(name, losses).filled()))?;
+            [(if nth == 0 { 0.0 } else { ends[nth - 1] }, sum), (ends[nth], sum)]
+        });
+        chart.draw_series(AreaSeries::new(sums, 0.0, colour(name, losses).filled()))?;
     }
-    let line = |at| PathElement::new([(at, 0.0), (at, 1.0)], WHITE.mix(0.6));
-    chart.draw_series(super_epochs(epochs).map(line))?;
+    chart.draw_series(ends.iter().map(|end| PathElement::new([(*end, 0.0), (*end, 1.0)], WHITE.mix(0.6))))?;
     chart
         .configure_mesh()
         .disable_mesh()
-        .x_desc("epoch; super-epochs end at the lines")
+        .x_desc("epoch")
         .x_label_formatter(&|epoch| format!("{epoch:.0}"))
         .y_label_formatter(&|weight| format!("{weight:.1}"))
         .label_style((FONT, 12))
@@ -236,12 +230,13 @@ fn weights(area: &Area<'_>, outcome: &Outcome<'_>, losses: &[&str]) -> Result<()
 fn ogr(area: &Area<'_>, outcome: &Outcome<'_>, losses: &[&str]) -> Result<()> {
     let of_case = outcome.case.modalities.iter().map(|name| colour(name, losses)).chain([BLACK, GREY]);
     let mut lines: Vec<(RGBColor, Vec<(f64, f64)>)> = of_case.map(|colour| (colour, Vec::new())).collect();
-    for epoch in 0..outcome.epochs() {
-        let Some(ratios) = outcome.ogr(epoch) else { continue };
+    let ends = outcome.epochs();
+    for (nth, end) in ends.iter().enumerate() {
+        let Some(ratios) = outcome.ogr(nth) else { continue };
         let values = ratios.losses.into_iter().chain([ratios.blend, ratios.uniform]);
         // A logarithmic axis has no place for other values.
         for ((_, line), value) in lines.iter_mut().zip(values).filter(|(_, value)| value.is_finite() && *value > 0.0) {
-            line.push((epoch as f64 + 1.0, value));
+            line.push((*end, value));
         }
     }
     let values = || lines.iter().flat_map(|(_, line)| line).map(|(_, value)| *value);
@@ -252,7 +247,7 @@ fn ogr(area: &Area<'_>, outcome: &Outcome<'_>, losses: &[&str]) -> Result<()> {
         .margin(8)
         .x_label_area_size(34)
         .y_label_area_size(50)
-        .build_cartesian_2d(1.0..outcome.epochs().max(2) as f64, (low / 1.3..high * 1.3).log_scale())?;
+        .build_cartesian_2d(0.0..ends.last().copied().unwrap_or(1.0), (low / 1.3..high * 1.3).log_scale())?;
     chart
         .configure_mesh()
         .light_line_style(TRANSPARENT)
@@ -263,6 +258,7 @@ fn ogr(area: &Area<'_>, outcome: &Outcome<'_>, losses: &[&str]) -> Result<()> {
         .label_style((FONT, 12))
         .draw()?;
     for (colour, line) in lines {
+        chart.draw_series(line.iter().map(|point| Circle::new(*point, 2, colour.filled())))?;
         chart.draw_series(LineSeries::new(line, colour.stroke_width(2)))?;
     }
     Ok(())

@@ -32,14 +32,14 @@ impl Outcome<'_> {
         self.runs.iter().map(|run| run.accuracy).collect()
     }
 
-    /// The weights in force at the end of an epoch, mean over seeds.
-    pub(crate) fn weights(&self, epoch: usize) -> Vec<f64> {
-        (0..self.case.modalities.len()).map(|k| self.mean(|run| run.epochs[epoch].weights[k])).collect()
+    /// The weights in force in the n-th state, mean over seeds.
+    pub(crate) fn weights(&self, nth: usize) -> Vec<f64> {
+        (0..self.case.modalities.len()).map(|k| self.mean(|run| run.states[nth].weights[k])).collect()
     }
 
-    /// The ratios at the end of an epoch, median over seeds: they are quotients, so outliers would determine a mean.
-    pub(crate) fn ogr(&self, epoch: usize) -> Option<Ratios> {
-        let of: Vec<&Ratios> = self.runs.iter().filter_map(|run| run.run.epochs[epoch].ogr.as_ref()).collect();
+    /// The ratios in the n-th state, median over seeds: they are quotients, so outliers would determine a mean.
+    pub(crate) fn ogr(&self, nth: usize) -> Option<Ratios> {
+        let of: Vec<&Ratios> = self.runs.iter().filter_map(|run| run.run.states[nth].ogr.as_ref()).collect();
         let over_seeds = |value: &dyn Fn(&Ratios) -> f64| median(of.iter().map(|ratios| value(ratios)).collect());
         let losses = of.first()?.losses.len();
         Some(Ratios {
@@ -53,8 +53,9 @@ impl Outcome<'_> {
         })
     }
 
-    pub(crate) fn epochs(&self) -> usize {
-        self.runs.first().map_or(0, |run| run.run.epochs.len())
+    /// The epochs done in each state: the same for all seeds.
+    pub(crate) fn epochs(&self) -> Vec<f64> {
+        self.runs.first().map_or(Vec::new(), |run| run.run.states.iter().map(|state| state.epochs as f64).collect())
     }
 
     fn mean(&self, value: impl Fn(&Run) -> f64) -> f64 {
@@ -93,7 +94,7 @@ pub(crate) struct Row {
 
 impl Row {
     pub(crate) fn new(outcome: &Outcome<'_>, train_batch: TrainBatch) -> Self {
-        let (accuracy, last) = (outcome.accuracy(), outcome.epochs().saturating_sub(1));
+        let (accuracy, last) = (outcome.accuracy(), outcome.epochs().len().saturating_sub(1));
         Row {
             data: outcome.case.name.clone(),
             name: outcome.method.name.clone(),

@@ -96,7 +96,7 @@ fn every_method_trains_on_six_views_with_and_without_a_nuisance() {
     }
     // At least a half, once there was a loss to prefer: until then weights are uniform.
     let floors = runs.clone().filter(|run| run["method"] == "online-gradient-step:min-fused");
-    let floors = floors.map(|run| run["epochs"].as_array().unwrap().last().unwrap()["weights"].clone());
+    let floors = floors.map(|run| run["states"].as_array().unwrap().last().unwrap()["weights"].clone());
     let fused = |weights: &serde_json::Value| weights.as_array().unwrap().last().unwrap().as_f64().unwrap();
     let (floored, uniform): (Vec<_>, Vec<_>) = floors.partition(|weights| fused(weights) >= 0.5);
     assert!(!floored.is_empty());
