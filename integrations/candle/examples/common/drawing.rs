@@ -4,8 +4,8 @@ use anyhow::Result;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-/// Colours that colour-blind readers can distinguish (Okabe and Ito, and P. Tol's wine and olive).
-pub(crate) const COLOURS: [RGBColor; 8] = [
+/// Colours that colour-blind readers can distinguish (Okabe and Ito, and P. Tol).
+pub(crate) const COLOURS: [RGBColor; 9] = [
     RGBColor(86, 180, 233),
     RGBColor(230, 159, 0),
     RGBColor(0, 158, 115),
@@ -14,6 +14,7 @@ pub(crate) const COLOURS: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(136, 34, 85),
+    RGBColor(153, 153, 51),
 ];
 pub(crate) const GREY: RGBColor = RGBColor(130, 130, 130);
 /// The viewer's font: plotters needs none to write text as SVG.
