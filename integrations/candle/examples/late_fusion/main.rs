@@ -92,7 +92,7 @@ struct Args {
     /// Inputs to train on, such as pix,zer: all by default
     #[arg(long, value_delimiter = ',', value_name = "INPUTS")]
     modalities: Vec<String>,
-    /// Compares every mixture of the inputs: naive, uniform and online-gradient-step with the best single input
+    /// Compares every mixture of the inputs with its best single input: naive, uniform, and weights from gradients
     #[arg(long, conflicts_with_all = ["nuisance", "details"])]
     mixtures: bool,
     /// Adds an input whose loss should get no weight: one case for each. All three by default, with --audio none

@@ -79,7 +79,7 @@ impl Method {
 }
 
 /// The methods that mixtures of inputs are compared by, besides each input alone.
-pub(crate) const OF_MIXTURES: [&str; 3] = ["naive", "uniform", "online-gradient-step"];
+pub(crate) const OF_MIXTURES: [&str; 4] = ["naive", "uniform", "online-gradient-epoch", "online-gradient-step"];
 
 /// Some inputs, the samples of each seed, and the methods to train on them.
 pub(crate) struct Case {

@@ -9,7 +9,7 @@ use crate::common::drawing::{Area, COLOURS, FONT, GREY, HEADER, header};
 use crate::common::statistics::{deviation, mean};
 use crate::common::train::Weights;
 use crate::methods::{Case, OF_MIXTURES};
-use crate::report::{Outcome, Summary};
+use crate::report::{Mixture, Outcome, Summary};
 
 const PANEL: (u32, u32) = (400, 230);
 
@@ -125,14 +125,15 @@ pub(crate) fn mixtures(summary: &Summary, folder: &Path) -> Result<()> {
     let size = (1000, HEADER + 20 * mixtures.len() as u32 + 80);
     let path = folder.join(names(true)[0]);
     let root = SVGBackend::new(&path, size).into_drawing_area();
-    let series = ["best single modality", OF_MIXTURES[0], OF_MIXTURES[1], OF_MIXTURES[2]];
-    let colours = [GREY, COLOURS[1], COLOURS[0], COLOURS[2]];
-    let legend: Vec<(&str, RGBColor)> = series.into_iter().zip(colours).collect();
+    let series = ["best single modality"].into_iter().chain(OF_MIXTURES);
+    let colours = [GREY, COLOURS[1], COLOURS[0], COLOURS[2], COLOURS[3]];
+    let legend: Vec<(&str, RGBColor)> = series.zip(colours).collect();
     let body = header(&root, "Figure 1.7: every mixture of modalities, mean test accuracy over seeds", &legend)?;
-    let values: Vec<[f64; 4]> = mixtures
-        .iter()
-        .map(|mixture| [mixture.best, mixture.naive, mixture.uniform, mixture.blend].map(|row| mean(&row.accuracy)))
-        .collect();
+    let of_mixture = |mixture: &Mixture<'_>| {
+        let rows = [mixture.best].into_iter().chain(mixture.methods);
+        rows.map(|row| mean(&row.accuracy)).collect()
+    };
+    let values: Vec<Vec<f64>> = mixtures.iter().map(of_mixture).collect();
     let (low, high) = range(values.iter().flatten());
     let count = mixtures.len() as i32;
     let mut chart = ChartBuilder::on(&body)

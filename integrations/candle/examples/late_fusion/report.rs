@@ -175,42 +175,27 @@ impl Summary {
     pub(crate) fn mixtures(&self) -> Vec<Mixture<'_>> {
         let mut mixtures = Vec::new();
         for case in self.names(|row| &row.data) {
-            let [Some(naive), Some(uniform), Some(blend)] = OF_MIXTURES.map(|method| self.row(case, method)) else {
-                continue;
-            };
-            let inputs = &naive.modalities[..naive.modalities.len() - 1];
+            let rows: Vec<&Row> = OF_MIXTURES.iter().filter_map(|method| self.row(case, method)).collect();
+            let Ok(methods) = <[&Row; OF_MIXTURES.len()]>::try_from(rows) else { continue };
+            let inputs = methods[0].modalities.split_last().map_or(&[][..], |(_, inputs)| inputs);
             let alone = inputs.iter().filter_map(|input| self.row(input, &format!("alone:{input}")));
             let Some(best) = alone.max_by(|a, b| a.mean.total_cmp(&b.mean)) else { continue };
-            mixtures.push(Mixture { name: case, best, naive, uniform, blend });
+            mixtures.push(Mixture { name: case, best, methods });
         }
         mixtures
     }
 
     /// One row per mixture.
     pub(crate) fn mixtures_table(&self) -> Table {
-        let header = [
-            "mixture",
-            "best single",
-            "naive",
-            "uniform",
-            "online-gradient-step",
-            "naive minus best",
-            "step minus naive",
-        ];
-        let row = |mixture: Mixture<'_>| {
-            let Mixture { name, best, naive, uniform, blend } = mixture;
-            let single = format!("{} {}", best.data, spread(&best.accuracy));
-            vec![
-                name.to_owned(),
-                single,
-                spread(&naive.accuracy),
-                spread(&uniform.accuracy),
-                spread(&blend.accuracy),
-                paired(&naive.accuracy, &best.accuracy),
-                paired(&blend.accuracy, &naive.accuracy),
-            ]
+        let mut header = vec!["mixture".to_owned(), "best single".to_owned()];
+        header.extend(OF_MIXTURES.iter().flat_map(|method| [(*method).to_owned(), "minus best".to_owned()]));
+        let row = |Mixture { name, best, methods }: Mixture<'_>| {
+            let mut cells = vec![name.to_owned(), format!("{} {}", best.data, spread(&best.accuracy))];
+            let differences = methods.map(|row| [spread(&row.accuracy), paired(&row.accuracy, &best.accuracy)]);
+            cells.extend(differences.into_iter().flatten());
+            cells
         };
-        table(header.map(str::to_owned).to_vec(), self.mixtures().into_iter().map(row).collect())
+        table(header, self.mixtures().into_iter().map(row).collect())
     }
 }
 
@@ -219,9 +204,8 @@ pub(crate) struct Mixture<'a> {
     pub(crate) name: &'a str,
     /// The input that is best alone.
     pub(crate) best: &'a Row,
-    pub(crate) naive: &'a Row,
-    pub(crate) uniform: &'a Row,
-    pub(crate) blend: &'a Row,
+    /// Those of `OF_MIXTURES`.
+    pub(crate) methods: [&'a Row; OF_MIXTURES.len()],
 }
 
 impl Row {
