@@ -171,7 +171,11 @@ fn compare(args: &Args) -> Result<Summary> {
     let jobs: Vec<Job<'_>> = seeds.iter().enumerate().flat_map(|(nth, seed)| jobs(&cases, nth, *seed)).collect();
     let work = |job: &Job<'_>, on_epoch: &dyn Fn() -> Result<()>| {
         let Job { case, method, nth, seed } = *job;
-        let (run, accuracy) = case.run(method, nth, seed, training, on_epoch)?;
+        let (mut run, accuracy) = case.run(method, nth, seed, training, on_epoch)?;
+        if args.mixtures {
+            // No plot shows what came before.
+            run.states.drain(..run.states.len() - 1);
+        }
         Ok(Record { data: case.name.clone(), method: method.name.clone(), seed, accuracy, run })
     };
     let name = |job: &Job<'_>| format!("seed {}, {}, {}", job.seed, job.case.name, job.method.name);
