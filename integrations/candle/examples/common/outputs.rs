@@ -39,7 +39,7 @@ impl Outputs {
     }
 
     /// Writes the file of `--json`, if there is one, and returns its path.
-    pub(crate) fn write_json(&mut self, value: &impl Serialize) -> Result<Option<&Path>> {
+    pub(crate) fn write_json(&mut self, value: &impl Serialize) -> Result<Option<PathBuf>> {
         let Some((path, file)) = &mut self.json else { return Ok(None) };
         let json = serde_json::to_string_pretty(value)? + "\n";
         // What is no file, such as a pipe, has no length.
@@ -47,7 +47,7 @@ impl Outputs {
         cleared
             .and_then(|()| file.write_all(json.as_bytes()))
             .with_context(|| format!("cannot write {}", path.display()))?;
-        Ok(Some(path))
+        Ok(Some(path.clone()))
     }
 }
 

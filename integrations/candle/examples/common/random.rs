@@ -17,12 +17,6 @@ pub(crate) fn random(seed: u64, purpose: &str) -> ChaCha8Rng {
     rng
 }
 
-/// A Gaussian number of mean 0 and variance 1 (Box and Muller).
-pub(crate) fn normal(rng: &mut ChaCha8Rng) -> f32 {
-    let (radius, angle) = (1.0 - rng.random::<f32>(), std::f32::consts::TAU * rng.random::<f32>());
-    (-2.0 * radius.ln()).sqrt() * angle.cos()
-}
-
 /// A linear layer whose weights and biases are uniform within 1 / sqrt(inputs), the usual initialisation, and its two
 /// parameters. candle's own random numbers cannot be seeded on the CPU.
 pub(crate) fn linear(inputs: usize, outputs: usize, rng: &mut ChaCha8Rng) -> Result<(Linear, [Var; 2])> {

@@ -10,17 +10,6 @@ pub(crate) fn deviation(values: &[f64]) -> f64 {
     (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (values.len() as f64 - 1.0)).sqrt()
 }
 
-/// Median of the values that are not NaN.
-pub(crate) fn median(mut values: Vec<f64>) -> f64 {
-    values.retain(|value| !value.is_nan());
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        len if len % 2 == 1 => values[len / 2],
-        len => (values[len / 2 - 1] + values[len / 2]) / 2.0,
-    }
-}
-
 /// Mean and standard deviation as text. One seed has no deviation.
 pub(crate) fn spread(values: &[f64]) -> String {
     format!("{:.3}{}", mean(values), plus_minus(deviation(values)))

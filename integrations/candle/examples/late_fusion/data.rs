@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::audio::Recording;
 use crate::common::arguments::{count, number};
-use crate::common::random::{normal, random};
+use crate::common::random::random;
 use crate::images::Image;
 use crate::views::Views;
 
@@ -311,4 +311,10 @@ pub(crate) fn choose(wanted: &[String], known: &[&str]) -> Result<Vec<usize>> {
     }
     let all = 0..known.len();
     Ok(all.filter(|k| wanted.is_empty() || wanted.iter().any(|name| name == known[*k])).collect())
+}
+
+/// A Gaussian number of mean 0 and variance 1 (Box and Muller).
+pub(crate) fn normal(rng: &mut ChaCha8Rng) -> f32 {
+    let (radius, angle) = (1.0 - rng.random::<f32>(), std::f32::consts::TAU * rng.random::<f32>());
+    (-2.0 * radius.ln()).sqrt() * angle.cos()
 }

@@ -4,8 +4,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use csv::{ReaderBuilder, Trim};
 use rand_chacha::ChaCha8Rng;
 
-use crate::common::random::normal;
-use crate::data::CLASSES;
+use crate::data::{CLASSES, normal};
 
 /// Pixels of an image, 8 rows of 8.
 const PIXELS: usize = 64;

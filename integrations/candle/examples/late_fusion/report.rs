@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use clap::ValueEnum;
 use comfy_table::{Table, presets};
 
-use crate::common::statistics::{deviation, mean, median, paired, spread};
+use crate::common::statistics::{deviation, mean, paired, spread};
 use crate::common::train::{Ratios, Run, TrainBatch, Weights};
 use crate::methods::{Case, Method, OF_MIXTURES};
 
@@ -238,4 +238,15 @@ fn table(header: Vec<String>, rows: Vec<Vec<String>>) -> Table {
     let mut table = Table::new();
     table.load_style(presets::ASCII_MARKDOWN).set_header(header).add_rows(rows);
     table
+}
+
+/// Median of the values that are not NaN.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.retain(|value| !value.is_nan());
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => f64::NAN,
+        len if len % 2 == 1 => values[len / 2],
+        len => (values[len / 2 - 1] + values[len / 2]) / 2.0,
+    }
 }

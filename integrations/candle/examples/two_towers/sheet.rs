@@ -1,0 +1,106 @@
+//! A contact sheet: the nearest neighbours of some pictures before and after.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use plotters::style::RGBColor;
+
+use crate::common::drawing::{COLOURS, FONT, GREY};
+use crate::data::{Data, SIDE, STYLES, Source};
+use crate::measures::NEIGHBOURS;
+
+/// Pictures that are shown.
+pub(crate) const QUERIES: usize = 8;
+/// Pixels of a picture on the sheet, and from one to the next.
+const SIZE: usize = 48;
+const STEP: usize = 62;
+const TOP: usize = 96;
+
+/// The positions of the test pictures that are shown: of different emoji, in all styles.
+pub(crate) fn queries(test: usize) -> Vec<usize> {
+    let shown = QUERIES.min(test);
+    (0..shown).map(|i| i * test / shown * STYLES.len() + i % STYLES.len()).collect()
+}
+
+/// The neighbours of each query after training by two methods.
+pub(crate) struct Sheet<'a> {
+    pub(crate) source: &'a Source,
+    pub(crate) data: &'a Data,
+    /// Names and neighbours.
+    pub(crate) methods: [(&'a str, &'a [[usize; NEIGHBOURS]]); 2],
+}
+
+impl Sheet<'_> {
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+        fs::write(path, self.svg()?).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn svg(&self) -> Result<String> {
+        let queries = queries(self.data.test.len());
+        let left = [STEP + 40, STEP + 80 + NEIGHBOURS * STEP];
+        let (width, height) = (left[1] + NEIGHBOURS * STEP + 20, TOP + queries.len() * STEP + 10);
+        let mut svg = format!(
+            "<svg width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" font-family=\"{FONT}\" \
+             xmlns=\"http://www.w3.org/2000/svg\">\n<rect width=\"100%\" height=\"100%\" fill=\"#FFFFFF\"/>\n"
+        );
+        text(&mut svg, 14, 26, 20, "Nearest training pictures of test pictures, before and after")?;
+        let legend =
+            [(COLOURS[1], "the picture's style and category"), (COLOURS[2], "style"), (COLOURS[0], "category")];
+        let mut x = 14;
+        for (colour, name) in legend.into_iter().chain([(GREY, "neither")]) {
+            writeln!(svg, "<rect x=\"{x}\" y=\"38\" width=\"14\" height=\"14\" fill=\"{}\"/>", hex(colour))?;
+            text(&mut svg, x + 20, 50, 14, name)?;
+            x += 50 + 8 * name.len();
+        }
+        for ((name, _), left) in self.methods.iter().zip(left) {
+            text(&mut svg, left, TOP - 14, 15, name)?;
+        }
+        let (train, test) = (&self.data.train, &self.data.test);
+        let kind = |picture: usize| (picture / STYLES.len(), picture % STYLES.len());
+        for (row, query) in queries.into_iter().enumerate() {
+            let (emoji, style) = kind(query);
+            let y = TOP + row * STEP;
+            self.picture(&mut svg, 14, y, test.emoji[emoji], style)?;
+            for ((_, near), left) in self.methods.iter().zip(left) {
+                for (place, neighbour) in near[row].into_iter().enumerate() {
+                    let (near, near_style) = kind(neighbour);
+                    let colour = match (near_style == style, train.categories[near] == test.categories[emoji]) {
+                        (true, true) => COLOURS[1],
+                        (true, false) => COLOURS[2],
+                        (false, true) => COLOURS[0],
+                        (false, false) => GREY,
+                    };
+                    let x = left + place * STEP;
+                    let (x4, y4, side) = (x - 4, y - 4, SIZE + 8);
+                    let fill = hex(colour);
+                    writeln!(svg, "<rect x=\"{x4}\" y=\"{y4}\" width=\"{side}\" height=\"{side}\" fill=\"{fill}\"/>")?;
+                    self.picture(&mut svg, x, y, train.emoji[near], near_style)?;
+                }
+            }
+        }
+        svg += "</svg>\n";
+        Ok(svg)
+    }
+
+    fn picture(&self, svg: &mut String, x: usize, y: usize, emoji: usize, style: usize) -> Result<()> {
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, SIDE as u32, SIDE as u32);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.write_header()?.write_image_data(self.source.picture(emoji, style))?;
+        let data = BASE64_STANDARD.encode(bytes);
+        let place = format!("x=\"{x}\" y=\"{y}\" width=\"{SIZE}\" height=\"{SIZE}\"");
+        Ok(writeln!(svg, "<image {place} href=\"data:image/png;base64,{data}\"/>")?)
+    }
+}
+
+fn text(svg: &mut String, x: usize, y: usize, size: usize, text: &str) -> Result<()> {
+    Ok(writeln!(svg, "<text x=\"{x}\" y=\"{y}\" font-size=\"{size}\">{text}</text>")?)
+}
+
+fn hex(RGBColor(red, green, blue): RGBColor) -> String {
+    format!("#{red:02X}{green:02X}{blue:02X}")
+}
