@@ -53,10 +53,11 @@ const SLOW: [&[&str]; 3] = [
     &["optimised", "laboratory", "fuzz", "mutants"],
     &["install", "gpu-bundle"],
 ];
-/// The commands of the README.
+/// The commands of the README, and the other example.
 const TESTS: &[&str] = &[
     "cargo test --locked --workspace",
     "cargo run --locked --release --package gradblend-candle --example late_fusion -- --quick",
+    "cargo run --locked --release --package gradblend-candle --example two_towers -- --quick",
 ];
 const FORMAT: &[&str] = &[
     "cargo fmt --all --check",
@@ -75,7 +76,7 @@ const OPTIMISED: &[&str] = &[
 ];
 const CLOSED_PIPES: &[&str] = &[
     "cargo build --locked --release --package gradblend --example step",
-    "cargo build --locked --release --package gradblend-candle --example late_fusion",
+    "cargo build --locked --release --package gradblend-candle --examples",
     "cargo build --locked --release --package gradblend-lab",
 ];
 /// Test programs that run kernels, on one order of threads, another one for each commit. `alloc` has an allocator of its own.
@@ -253,10 +254,11 @@ fn laboratory(sh: &Shell) -> Result<()> {
 fn closed_pipes(_: &Shell) -> Result<()> {
     let built = tools::target()?.join("release");
     let bench = cuda::build(&tools::shell()?, &["bench", "--no-run", "--package=gradblend", "--bench=solve"])?;
-    let programs: [(PathBuf, &[&str]); 5] = [
+    let programs: [(PathBuf, &[&str]); 6] = [
         (bench.program("solve")?.clone(), &["--bench", "--list"]),
         (built.join("examples/step"), &[]),
         (built.join("examples/late_fusion"), &["--quick"]),
+        (built.join("examples/two_towers"), &["--quick"]),
         (built.join("gradblend-lab"), &["run", "--device=cpu", "--test"]),
         (env::current_exe()?, &["ci", "format"]),
     ];

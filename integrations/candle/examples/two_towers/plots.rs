@@ -8,19 +8,20 @@ use plotters::prelude::*;
 use crate::common::drawing::{Area, COLOURS, FONT, GREY, HEADER, header};
 use crate::report::{KNOWLEDGE, Row, Summary};
 
-const PANEL: (u32, u32) = (460, 440);
+const PANEL: (u32, u32) = (480, 440);
 const LINE: u32 = 18;
 
 /// Draws a panel for each of `KNOWLEDGE`.
 pub(crate) fn frontier(summary: &Summary, path: &Path) -> Result<()> {
     let others: Vec<&Row> = summary.methods.iter().filter(|row| row.fixed.is_none()).collect();
     let colour = |i: usize| COLOURS[1 + i % (COLOURS.len() - 1)];
-    let mut legend = vec![("fixed weights, by the weight of matching", GREY)];
+    let mut legend = vec![("fixed weights", GREY)];
     legend.extend(others.iter().enumerate().map(|(i, row)| (&row.name[..], colour(i))));
     let text = LINE * others.len() as u32 + 10;
     let size = (PANEL.0 * KNOWLEDGE.len() as u32, HEADER + PANEL.1 + text);
     let root = SVGBackend::new(path, size).into_drawing_area();
-    let title = "Matching against knowledge inside a modality: test recall@1 and 5-nearest-neighbour accuracy, means over seeds";
+    let title = "Matching against knowledge inside a modality: test recall@1 and 5-nearest-neighbour accuracy, means over \
+                 seeds; labels: the fixed weight of matching";
     let body = header(&root, title, &legend)?;
     for (knowledge, area) in body.split_evenly((1, KNOWLEDGE.len())).iter().enumerate() {
         let (chart, below) = area.split_vertically(PANEL.1);
@@ -56,7 +57,7 @@ fn panel(
         .light_line_style(TRANSPARENT)
         .x_labels(6)
         .x_label_formatter(&|value| format!("{value:.2}"))
-        .y_label_formatter(&|value| format!("{value:.2}"))
+        .y_label_formatter(&|value| format!("{value:.3}"))
         .x_desc("recall@1")
         .y_desc(KNOWLEDGE[knowledge])
         .label_style((FONT, 13))
