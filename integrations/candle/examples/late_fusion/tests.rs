@@ -303,7 +303,7 @@ fn every_path_and_number_is_checked_before_training() {
     let plot = path(out.join("weights.svg"));
     let (out, file_name, folder_name) = (path(out), path(file.clone()), path(folder.clone()));
     // So long that the test would not end if training started.
-    let long = ["--epochs", "100000", "--modalities", "mor", "--seeds", "1", "--out"];
+    let long = ["--epochs", "100000", "--seeds", "1", "--modalities", "mor", "--out"];
     for (words, expected) in [
         (["--json", &missing], format!("cannot write {missing}")),
         (["--json", &folder_name], format!("cannot write {folder_name}")),
@@ -356,7 +356,7 @@ fn every_path_and_number_is_checked_before_training() {
         fs::write(format!("{audio}/{name}.wav"), wav::tests::encode(&[1; 300])).unwrap();
     }
     let sizes = ["--train=1", "--held-out=1", "--test=1", "--test-speakers=1", "--images", &images, "--audio", &audio];
-    let words = [&long[..], &[&out], &sizes];
+    let words = [&["--epochs", "100000", "--out", &out], &sizes[..]];
     let error = rejected(&[&words.concat()[..], &["--json", &images]].concat());
     assert_eq!(error, format!("--json {images} would replace {images}"));
     assert!(fs::read_to_string(&images).unwrap().lines().count() > 1000);
