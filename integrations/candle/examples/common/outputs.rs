@@ -7,17 +7,24 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
+/// The result of each run, and the tables.
+pub(crate) const RUNS: &str = "runs.jsonl";
+pub(crate) const TABLES: &str = "results.md";
+
 /// The files of a run: those in the folder of `--out`, and that of `--json`.
 pub(crate) struct Outputs {
     pub(crate) folder: PathBuf,
+    /// The names of those in the folder.
+    names: Vec<String>,
     json: Option<(PathBuf, File)>,
 }
 
 impl Outputs {
-    /// Opens all files that will be written, without changing them, so that a mistake is told before the work. `inputs`
-    /// are files that nothing may replace.
-    pub(crate) fn open(folder: &Path, names: &[&str], json: Option<&Path>, inputs: &[PathBuf]) -> Result<Self> {
+    /// Opens all files that will be written, without changing them, so that a mistake is told before the work. `plots` are
+    /// names in the folder, `inputs` files that nothing may replace.
+    pub(crate) fn open(folder: &Path, plots: &[&str], json: Option<&Path>, inputs: &[PathBuf]) -> Result<Self> {
         fs::create_dir_all(folder).with_context(|| format!("cannot write the folder {}", folder.display()))?;
+        let names: Vec<String> = plots.iter().chain(&[RUNS, TABLES]).map(|name| (*name).to_owned()).collect();
         let paths: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
         for path in &paths {
             open(path)?;
@@ -31,15 +38,37 @@ impl Outputs {
         {
             bail!("--json {} would replace {}", path.display(), other.display());
         }
-        Ok(Outputs { folder: folder.to_owned(), json })
+        Ok(Outputs { folder: folder.to_owned(), names, json })
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
+    /// Writes the tables and the file of `--json`, and prints what is to be printed. `drawn` is whether the plots were.
+    pub(crate) fn finish(
+        mut self,
+        drawn: Result<()>,
+        tables: &str,
+        printed: &str,
+        json: &impl Serialize,
+    ) -> Result<()> {
+        // Before the tables are printed, whose reader may have gone; and the tables even where a file cannot be written.
+        let path = self.path(TABLES);
+        let written = fs::write(&path, tables).with_context(|| format!("cannot write {}", path.display()));
+        let json = self.write_json(json);
+        println!("\n{printed}");
+        drawn.with_context(|| format!("cannot draw plots in {}", self.folder.display()))?;
+        written?;
+        if let Some(path) = json? {
+            println!("json: {}", path.display());
+        }
+        println!("in {}: {}", self.folder.display(), self.names.join(", "));
+        Ok(())
+    }
+
     /// Writes the file of `--json`, if there is one, and returns its path.
-    pub(crate) fn write_json(&mut self, value: &impl Serialize) -> Result<Option<PathBuf>> {
+    fn write_json(&mut self, value: &impl Serialize) -> Result<Option<PathBuf>> {
         let Some((path, file)) = &mut self.json else { return Ok(None) };
         let json = serde_json::to_string_pretty(value)? + "\n";
         // What is no file, such as a pipe, has no length.

@@ -2,23 +2,43 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::num::NonZero;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::SystemTime;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 /// Whether Ctrl-C was pressed.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
+/// The main function of an example. After Ctrl-C the exit code is 130, as that of programs which it ends.
+pub(crate) fn main<T>(compare: impl FnOnce() -> Result<T>) -> ExitCode {
+    multiply_on_one_thread();
+    sigpipe::reset(); // the end of `example | head` is no panic
+    match catch_interrupts().and_then(|()| compare()) {
+        Ok(_) if interrupted() => ExitCode::from(130),
+        Ok(_) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The threads that are wanted, or one per processor.
+pub(crate) fn threads(wanted: Option<usize>) -> usize {
+    wanted.or(thread::available_parallelism().ok().map(NonZero::get)).unwrap_or(1)
+}
+
 /// Makes candle multiply matrices on the thread of the run: more threads for one product take three times as long as the
 /// same runs side by side. To be called before the program has another thread.
-pub(crate) fn multiply_on_one_thread() {
+fn multiply_on_one_thread() {
     const THREADS: &str = "RAYON_NUM_THREADS";
     if std::env::var_os(THREADS).is_none() {
         // SAFETY: the program has one thread, so no other reads or writes the environment.
@@ -27,7 +47,7 @@ pub(crate) fn multiply_on_one_thread() {
 }
 
 /// Lets Ctrl-C end the runs, but not the program, which then shows the results that it has.
-pub(crate) fn catch_interrupts() -> Result<()> {
+fn catch_interrupts() -> Result<()> {
     let handler = || {
         // Who presses it twice does not want to wait.
         if INTERRUPTED.swap(true, Ordering::Relaxed) {
@@ -102,7 +122,7 @@ pub(crate) fn run_all<J: Sync, R: Serialize + Send>(
     let next = AtomicUsize::new(0);
     let step = || {
         bar.inc(1);
-        anyhow::ensure!(!interrupted(), "interrupted");
+        ensure!(!interrupted(), "interrupted");
         Ok(())
     };
     let work = || -> Result<Vec<(usize, R)>> {
@@ -135,4 +155,19 @@ pub(crate) fn run_all<J: Sync, R: Serialize + Send>(
         results[at] = Some(result);
     }
     Ok(results)
+}
+
+/// The position and the results of each seed of which all `of_seed` results are there: methods are compared seed by seed.
+/// An error if there is none, which names the file that has the other results.
+pub(crate) fn complete<'a, R>(
+    results: &'a [Option<R>],
+    of_seed: usize,
+    log: &Path,
+) -> Result<Vec<(usize, Vec<&'a R>)>> {
+    let seeds = results.chunks(of_seed).map(|of| of.iter().map(Option::as_ref).collect());
+    let complete: Vec<(usize, Vec<&R>)> =
+        seeds.enumerate().filter_map(|(nth, of): (_, Option<_>)| Some((nth, of?))).collect();
+    let path = log.display();
+    ensure!(!complete.is_empty(), "interrupted before all runs of a seed were done; those that were are in {path}");
+    Ok(complete)
 }

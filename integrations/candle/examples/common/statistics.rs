@@ -1,4 +1,13 @@
-//! Statistics over seeds.
+//! Statistics over seeds, and tables of them.
+
+use comfy_table::{Row, Table, presets};
+
+/// A table that is Markdown too.
+pub(crate) fn table(header: impl Into<Row>) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN).set_header(header);
+    table
+}
 
 pub(crate) fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64

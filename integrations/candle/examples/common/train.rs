@@ -1,6 +1,6 @@
 //! The training loop of all methods.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::backprop::GradStore;
@@ -38,7 +38,7 @@ impl Weights {
     }
 
     pub(crate) fn uniform(k: usize) -> Self {
-        Weights::Fixed(vec![1.0 / k as f64; k])
+        Weights::Fixed(uniform(k))
     }
 
     /// From losses, before training.
@@ -69,16 +69,36 @@ impl From<GradBlendConfig> for Weights {
     }
 }
 
+fn uniform(k: usize) -> Vec<f64> {
+    vec![1.0 / k as f64; k]
+}
+
 /// One thread: runs are parallel.
 fn config(k: usize) -> GradBlendConfig {
     GradBlendConfig::new(k as u32).threads(1)
 }
 
 /// A set of samples.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 pub(crate) enum Set {
     Train,
     HeldOut,
+}
+
+/// The samples of one seed, which are disjoint.
+pub(crate) struct Split<S> {
+    pub(crate) train: S,
+    pub(crate) held_out: S,
+    pub(crate) test: S,
+}
+
+impl<S> Split<S> {
+    pub(crate) fn set(&self, set: Set) -> &S {
+        match set {
+            Set::Train => &self.train,
+            Set::HeldOut => &self.held_out,
+        }
+    }
 }
 
 /// A network and its samples. The last loss is the fused one; each other loss trains one encoder and its own head.
@@ -114,7 +134,7 @@ pub(crate) trait Task {
 }
 
 /// Where t, the train gradient of the fused loss, comes from.
-#[derive(Clone, Copy, PartialEq, clap::ValueEnum, serde::Serialize)]
+#[derive(Clone, Copy, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum TrainBatch {
     /// The batch of the v_k: no further backward pass, but the noise of v_fused enters its own d squared
@@ -164,8 +184,8 @@ impl Ratios {
             let generalisation: f64 = weights.iter().zip(&estimate.delta_g).map(|(w, g)| w * g).sum();
             overfitting.sqrt() / generalisation.abs()
         };
-        let uniform = vec![1.0 / weights.len() as f64; weights.len()];
-        Ratios { losses: estimate.ogr.clone(), blend: ratio(weights), uniform: ratio(&uniform), signal: None }
+        let (blend, uniform) = (ratio(weights), ratio(&uniform(weights.len())));
+        Ratios { losses: estimate.ogr.clone(), blend, uniform, signal: None }
     }
 }
 
@@ -212,7 +232,7 @@ pub(crate) fn train<T: Task>(
     let mut trainer = Trainer::new(task, settings, seed)?;
     let mut source = Source::new(method, task)?;
     let super_epochs = Schedule::online(WARM_UP, SUPER_EPOCH)?;
-    let (mut run, mut estimating, mut ogr) = (Run::default(), Duration::ZERO, None);
+    let (mut run, mut ogr) = (Run::default(), None);
     for epoch in 0..settings.epochs {
         if let Source::Weights(weights) = &mut source
             && let Weights::FromLosses(schedule) = method
@@ -222,7 +242,7 @@ pub(crate) fn train<T: Task>(
             let length = schedule.len(epoch).unwrap_or(settings.epochs).min(settings.epochs);
             let start = Instant::now();
             let estimate = gb_estimate(&mut trainer, length, &Policy::default())?;
-            estimating += start.elapsed();
+            run.blend_seconds += start.elapsed().as_secs_f64();
             run.solved(estimate.solution.weights.is_none());
             // Without a loss that generalises, the weights in force are held.
             if let Some(solved) = &estimate.solution.weights {
@@ -231,12 +251,12 @@ pub(crate) fn train<T: Task>(
             ogr = Some(Ratios::of_losses(&estimate, weights));
         }
         for _ in 0..trainer.batches.per_epoch() {
-            trainer.step(&mut source, &mut run, &mut estimating)?;
+            trainer.step(&mut source, &mut run)?;
         }
         let weights = match &mut source {
             Source::Weights(weights) => weights.clone(),
             Source::GradNorm(grad_norm) => grad_norm.shares(),
-            Source::MmPareto => vec![1.0 / task.k() as f64; task.k()],
+            Source::MmPareto => uniform(task.k()),
             Source::GradBlend(gb) => {
                 let report = gb.report()?;
                 ogr = Some(Ratios::of_gradients(&report));
@@ -255,7 +275,6 @@ pub(crate) fn train<T: Task>(
         on_epoch()?;
     }
     run.train_seconds = start.elapsed().as_secs_f64();
-    run.blend_seconds = estimating.as_secs_f64();
     Ok(run)
 }
 
@@ -271,7 +290,7 @@ impl Source {
     fn new<T: Task>(method: &Weights, task: &T) -> Result<Self> {
         Ok(match method {
             Weights::Fixed(weights) => Source::Weights(weights.clone()),
-            Weights::FromLosses(_) => Source::Weights(vec![1.0 / task.k() as f64; task.k()]),
+            Weights::FromLosses(_) => Source::Weights(uniform(task.k())),
             Weights::FromGradients(config) => {
                 Source::GradBlend(Box::new(GradBlend::new(task.parameters(), (**config).clone())?))
             }
@@ -307,7 +326,7 @@ impl<'a, T: Task> Trainer<'a, T> {
     }
 
     /// A step on the next batch.
-    fn step(&mut self, source: &mut Source, run: &mut Run, estimating: &mut Duration) -> Result<()> {
+    fn step(&mut self, source: &mut Source, run: &mut Run) -> Result<()> {
         let batch = next(self.task, Set::Train, &mut self.batches)?;
         let wanted = |k: usize| !matches!(&*source, Source::Weights(weights) if weights[k] == 0.0);
         let losses = self.task.losses(&batch, wanted)?;
@@ -319,7 +338,7 @@ impl<'a, T: Task> Trainer<'a, T> {
                 let weighted = weighted.collect::<candle_core::Result<Vec<_>>>()?;
                 Tensor::stack(&weighted, 0)?.sum_all()?.backward()?
             }
-            Source::GradBlend(gb) => self.blend(gb, &losses, run, estimating)?,
+            Source::GradBlend(gb) => self.blend(gb, &losses, run)?,
             Source::GradNorm(grad_norm) => grad_norm.backward(self.task, &losses)?,
             Source::MmPareto => mm_pareto(self.task, &losses)?,
         };
@@ -327,13 +346,7 @@ impl<'a, T: Task> Trainer<'a, T> {
     }
 
     /// The gradients of one call of `GradBlend`.
-    fn blend(
-        &mut self,
-        gb: &mut GradBlend,
-        losses: &[Tensor],
-        run: &mut Run,
-        estimating: &mut Duration,
-    ) -> Result<GradStore> {
+    fn blend(&mut self, gb: &mut GradBlend, losses: &[Tensor], run: &mut Run) -> Result<GradStore> {
         let Trainer { task, independent, held_out, .. } = self;
         let fused = |set, batches: &mut Batches| task.loss(&next(*task, set, batches)?, losses.len() - 1);
         let held_out = || fused(Set::HeldOut, held_out);
@@ -343,7 +356,7 @@ impl<'a, T: Task> Trainer<'a, T> {
             TrainBatch::Independent => gb.backward_with_train(losses, held_out, || fused(Set::Train, independent))?,
         };
         if gb.observed() {
-            *estimating += start.elapsed();
+            run.blend_seconds += start.elapsed().as_secs_f64();
             if gb.blender().config().cadence == Cadence::EveryObservation {
                 run.solved(gb.report()?.flags.contains(Flags::HELD));
             }

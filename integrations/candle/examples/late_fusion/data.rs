@@ -15,6 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::audio::Recording;
 use crate::common::arguments::{count, number};
 use crate::common::random::random;
+use crate::common::train::Split;
 use crate::images::Image;
 use crate::views::Views;
 
@@ -90,6 +91,9 @@ impl Nuisance {
     }
 }
 
+/// Those that are inputs.
+pub(crate) const NUISANCES: [Nuisance; 2] = [Nuisance::Noise, Nuisance::Shortcut];
+
 /// Where samples are drawn from.
 pub(crate) enum Source {
     Views(Views),
@@ -157,8 +161,8 @@ impl Source {
         }
     }
 
-    /// Draws the training, held-out and test samples of a seed. They are disjoint, and the same whatever the nuisance.
-    pub(crate) fn draw(&self, options: &Options, nuisance: Nuisance, seed: u64) -> Result<Data> {
+    /// Draws the samples of a seed. All have the nuisances of `NUISANCES` as further inputs, in that order.
+    pub(crate) fn draw(&self, options: &Options, seed: u64) -> Result<Data> {
         let Sizes { train: train_len, held_out, test: test_len } = self.sizes(options);
         let rng = &mut random(seed, "samples");
         let wanted = train_len + held_out;
@@ -193,10 +197,12 @@ impl Source {
         test.truncate(test_len);
         let held_out = train.split_off(train_len);
         let mut sets = [train, held_out, test];
-        let rng = &mut random(seed, "nuisance");
-        for (set, samples) in sets.iter_mut().enumerate() {
-            for sample in samples {
-                sample.features.extend(nuisance.features(sample.label, set == 0, rng));
+        for nuisance in NUISANCES {
+            let rng = &mut random(seed, "nuisance");
+            for (set, samples) in sets.iter_mut().enumerate() {
+                for sample in samples {
+                    sample.features.extend(nuisance.features(sample.label, set == 0, rng));
+                }
             }
         }
         let widths: Vec<usize> = sets[0][0].features.iter().map(Vec::len).collect();
@@ -282,11 +288,7 @@ impl Samples {
 }
 
 /// The samples of one seed.
-pub(crate) struct Data {
-    pub(crate) train: Samples,
-    pub(crate) held_out: Samples,
-    pub(crate) test: Samples,
-}
+pub(crate) type Data = Split<Samples>;
 
 impl Data {
     /// The same samples with these inputs only.

@@ -32,20 +32,18 @@ mod views;
 mod wav;
 
 use std::fs;
-use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
 use crate::common::arguments::count;
-use crate::common::outputs::Outputs;
-use crate::common::runs::{Log, catch_interrupts, interrupted, multiply_on_one_thread, run_all};
+use crate::common::outputs::{Outputs, RUNS};
+use crate::common::runs::{Log, complete, interrupted, run_all, threads};
 use crate::common::train::{SUPER_EPOCH, WARM_UP};
-use crate::data::{Nuisance, Sizes, Source};
+use crate::data::{Data, Nuisance, Sizes, Source};
 use crate::methods::{Case, Method, Training};
 use crate::report::{Outcome, Record, Row, Summary};
 
@@ -131,17 +129,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    multiply_on_one_thread();
-    sigpipe::reset(); // the end of `late_fusion | head` is no panic
-    let compared = catch_interrupts().and_then(|()| compare(&Args::parse()));
-    match compared {
-        Ok(_) if interrupted() => ExitCode::from(130),
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    common::runs::main(|| compare(&Args::parse()))
 }
 
 fn compare(args: &Args) -> Result<Summary> {
@@ -150,10 +138,9 @@ fn compare(args: &Args) -> Result<Summary> {
     let (source, inputs) = read(args)?;
     let seeds = args.seeds.unwrap_or(if args.quick { 3 } else { 16 });
     let seeds: Vec<u64> = (args.first_seed..args.first_seed + seeds).collect();
-    let threads = args.threads.or(thread::available_parallelism().ok().map(NonZero::get)).unwrap_or(1);
+    let threads = threads(args.threads);
     let cases = cases(args, &source, &inputs, &seeds)?;
-    let names = [plots::names(args.mixtures), &[RUNS, TABLES]].concat();
-    let outputs = Outputs::open(&args.out, &names, args.json.as_deref(), &files(args))?;
+    let outputs = Outputs::open(&args.out, plots::names(args.mixtures), args.json.as_deref(), &files(args))?;
     let data = source.describe(&args.options);
     println!("data: {data}");
     let Sizes { train, held_out, test } = source.sizes(&args.options);
@@ -180,23 +167,16 @@ fn compare(args: &Args) -> Result<Summary> {
     };
     let name = |job: &Job<'_>| format!("seed {}, {}, {}", job.seed, job.case.name, job.method.name);
     let records = run_all(&jobs, training.epochs, threads, &log, name, work)?;
-    // Of an interrupted program, the seeds of which all runs are there: methods are compared seed by seed.
     let of_seed = jobs.len() / seeds.len();
-    let complete: Vec<&[Option<Record>]> =
-        records.chunks(of_seed).filter(|of| of.iter().all(Option::is_some)).collect();
-    ensure!(
-        !complete.is_empty(),
-        "interrupted before all runs of a seed were done; those that were are in {}",
-        outputs.path(RUNS).display()
-    );
+    let complete = complete(&records, of_seed, &outputs.path(RUNS))?;
     let outcomes = jobs[..of_seed].iter().enumerate().map(|(i, &Job { case, method, .. })| {
-        let runs = complete.iter().filter_map(|of| of[i].as_ref()).collect();
+        let runs = complete.iter().map(|(_, of)| of[i]).collect();
         Outcome { case, method, runs }
     });
     let outcomes: Vec<Outcome<'_>> = outcomes.collect();
     let summary = Summary {
         data,
-        seeds: complete.iter().flat_map(|of| of[0].as_ref()).map(|record| record.seed).collect(),
+        seeds: complete.iter().map(|(nth, _)| seeds[*nth]).collect(),
         train_batch: training.train_batch,
         methods: outcomes.iter().map(|outcome| Row::new(outcome, training.train_batch)).collect(),
     };
@@ -204,7 +184,6 @@ fn compare(args: &Args) -> Result<Summary> {
     if interrupted() {
         println!("interrupted: {} of {} seeds", summary.seeds.len(), seeds.len());
     }
-    println!("in {}: {}", args.out.display(), names.join(", "));
     let seconds = start.elapsed().as_secs_f64();
     println!("{seconds:.0} s in all on {threads} threads; `late_fusion --help` explains the columns");
     Ok(summary)
@@ -212,9 +191,11 @@ fn compare(args: &Args) -> Result<Summary> {
 
 /// What is trained on, and by which methods.
 fn cases(args: &Args, source: &Source, inputs: &[usize], seeds: &[u64]) -> Result<Vec<Case>> {
+    let draw = |seed: &u64| source.draw(&args.options, *seed).with_context(|| format!("seed {seed}"));
     if args.mixtures {
         ensure!(inputs.len() > 1, "--mixtures needs at least two inputs");
-        return Case::of_mixtures(source, inputs, &args.options, &args.training, seeds);
+        let samples: Vec<Data> = seeds.iter().map(draw).collect::<Result<_>>()?;
+        return Case::of_mixtures(source, &samples, inputs, &args.training);
     }
     let all = [Nuisance::None, Nuisance::Noise, Nuisance::Shortcut];
     let nuisances = match (&args.nuisance[..], &args.audio) {
@@ -225,35 +206,21 @@ fn cases(args: &Args, source: &Source, inputs: &[usize], seeds: &[u64]) -> Resul
     for (i, nuisance) in nuisances.iter().enumerate() {
         ensure!(!nuisances[..i].contains(nuisance), "--nuisance: one is given twice");
     }
-    Case::of_nuisances(source, inputs, nuisances, &args.options, &args.training, seeds)
+    let samples: Vec<Data> = seeds.iter().map(draw).collect::<Result<_>>()?;
+    Case::of_nuisances(source, &samples, inputs, nuisances, &args.training)
 }
 
 /// Writes and prints all results.
-fn show(args: &Args, cases: &[Case], outcomes: &[Outcome<'_>], summary: &Summary, mut outputs: Outputs) -> Result<()> {
-    let (drawn, table, mut details) = if args.mixtures {
+fn show(args: &Args, cases: &[Case], outcomes: &[Outcome<'_>], summary: &Summary, outputs: Outputs) -> Result<()> {
+    let (drawn, table, details) = if args.mixtures {
         (plots::mixtures(summary, &outputs.folder), summary.mixtures_table(), String::new())
     } else {
         (plots::draw(cases, outcomes, summary, &outputs.folder), summary.comparison()?, summary.details()?)
     };
-    // Before the tables are printed, whose reader may have gone; and the tables even where a file cannot be written.
     let page = format!("{}\n\n{table}\n{details}", summary.data);
-    let written = fs::write(outputs.path(TABLES), page);
-    let json = outputs.write_json(summary);
-    if !args.details {
-        details.clear();
-    }
-    println!("\n{table}\n{details}");
-    drawn.with_context(|| format!("cannot draw plots in {}", args.out.display()))?;
-    written.with_context(|| format!("cannot write {}", args.out.join(TABLES).display()))?;
-    if let Some(path) = json? {
-        println!("json: {}", path.display());
-    }
-    Ok(())
+    let printed = format!("{table}\n{}", if args.details { &details } else { "" });
+    outputs.finish(drawn, &page, &printed, summary)
 }
-
-/// The result of each run, and the tables.
-const RUNS: &str = "runs.jsonl";
-const TABLES: &str = "results.md";
 
 /// A run of a method on a case.
 struct Job<'a> {
@@ -273,8 +240,7 @@ fn read(args: &Args) -> Result<(Source, Vec<usize>)> {
     let Some(audio) = &args.audio else {
         let inputs = data::choose(&args.modalities, &views::VIEWS.map(|(name, _)| name))?;
         let wanted: Vec<_> = inputs.iter().map(|k| views::VIEWS[*k]).collect();
-        let folder = args.data.clone().unwrap_or_else(|| Path::new(DATA).join("mfeat"));
-        return Ok((Source::Views(views::read_views(&folder, &wanted)?), (0..wanted.len()).collect()));
+        return Ok((Source::Views(views::read_views(&views_path(args), &wanted)?), (0..wanted.len()).collect()));
     };
     let inputs = data::choose(&args.modalities, &["audio", "image"])?;
     let recordings = audio::read_recordings(audio)?;
@@ -284,13 +250,17 @@ fn read(args: &Args) -> Result<(Source, Vec<usize>)> {
     Ok((Source::pairs(recordings, images, args.test_speakers)?, inputs))
 }
 
+fn views_path(args: &Args) -> PathBuf {
+    args.data.clone().unwrap_or_else(|| Path::new(DATA).join("mfeat"))
+}
+
 fn images_path(args: &Args) -> PathBuf {
     args.images.clone().unwrap_or_else(|| Path::new(DATA).join("digits.csv"))
 }
 
 /// The files that are read, but for recordings: no output has such a name.
 fn files(args: &Args) -> Vec<PathBuf> {
-    let folder = args.data.clone().unwrap_or_else(|| Path::new(DATA).join("mfeat"));
+    let folder = views_path(args);
     let mut files: Vec<PathBuf> = views::VIEWS.iter().map(|(name, _)| views::path(&folder, name)).collect();
     files.push(images_path(args));
     files

@@ -1,11 +1,11 @@
 //! The methods that are compared, and the data that each is compared on.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use gradblend::Overfitting;
 
 use crate::common::arguments::{count, is_part, number};
 use crate::common::train::{Run, Settings, TrainBatch, Weights, train};
-use crate::data::{Data, Nuisance, Options, Source};
+use crate::data::{Data, NUISANCES, Nuisance, Source};
 use crate::network::Network;
 
 /// Settings of all methods.
@@ -99,18 +99,18 @@ impl Case {
     /// All methods on these inputs of the source, for each nuisance.
     pub(crate) fn of_nuisances(
         source: &Source,
+        samples: &[Data],
         inputs: &[usize],
         nuisances: &[Nuisance],
-        options: &Options,
         training: &Training,
-        seeds: &[u64],
     ) -> Result<Vec<Self>> {
         let known = source.inputs();
         let case = |nuisance: &Nuisance| {
             let mut columns = inputs.to_vec();
-            columns.extend(nuisance.input().map(|_| known.len()));
+            let further = NUISANCES.iter().position(|other| other == nuisance);
+            columns.extend(further.map(|position| known.len() + position));
             let names: Vec<&str> = inputs.iter().map(|k| known[*k]).chain(nuisance.input()).collect();
-            let samples = draw(source, *nuisance, options, seeds)?.iter().map(|data| data.with(&columns)).collect();
+            let samples = samples.iter().map(|data| data.with(&columns)).collect();
             Ok(Case::new(nuisance.input().unwrap_or("clean"), &names, Method::all(&names, training)?, samples))
         };
         nuisances.iter().map(case).collect()
@@ -119,12 +119,11 @@ impl Case {
     /// Each of these inputs alone, then each mixture of them, the smaller ones first.
     pub(crate) fn of_mixtures(
         source: &Source,
+        samples: &[Data],
         inputs: &[usize],
-        options: &Options,
         training: &Training,
-        seeds: &[u64],
     ) -> Result<Vec<Self>> {
-        let (known, samples) = (source.inputs(), draw(source, Nuisance::None, options, seeds)?);
+        let known = source.inputs();
         let of_bits = |bits: usize| inputs.iter().enumerate().filter(move |(i, _)| bits >> i & 1 == 1).map(|(_, k)| *k);
         let mut mixtures: Vec<Vec<usize>> = (1..1 << inputs.len()).map(|bits| of_bits(bits).collect()).collect();
         mixtures.sort_by_key(Vec::len);
@@ -158,10 +157,4 @@ impl Case {
         let run = train(&network, &method.weights, &settings, seed, on_epoch)?;
         Ok((run, network.accuracy(method.head)?))
     }
-}
-
-/// The samples of each seed.
-fn draw(source: &Source, nuisance: Nuisance, options: &Options, seeds: &[u64]) -> Result<Vec<Data>> {
-    let draw = |seed: &u64| source.draw(options, nuisance, *seed).with_context(|| format!("seed {seed}"));
-    seeds.iter().map(draw).collect()
 }

@@ -65,13 +65,6 @@ impl<'a> Network<'a> {
         Ok(logits)
     }
 
-    fn set(&self, set: Set) -> &Samples {
-        match set {
-            Set::Train => &self.data.train,
-            Set::HeldOut => &self.data.held_out,
-        }
-    }
-
     /// Share of the test samples that head `k` classifies correctly.
     pub(crate) fn accuracy(&self, k: usize) -> Result<f64> {
         let samples = &self.data.test;
@@ -93,11 +86,11 @@ impl Task for Network<'_> {
     }
 
     fn samples(&self, set: Set) -> usize {
-        self.set(set).len()
+        self.data.set(set).len()
     }
 
     fn batch(&self, set: Set, indices: &[u32], _: &mut ChaCha8Rng) -> Result<Samples> {
-        self.set(set).at(indices)
+        self.data.set(set).at(indices)
     }
 
     fn losses(&self, batch: &Samples, wanted: impl Fn(usize) -> bool) -> Result<Vec<Option<Tensor>>> {
@@ -107,6 +100,6 @@ impl Task for Network<'_> {
     }
 
     fn mean_loss(&self, set: Set, loss: usize) -> Result<f64> {
-        Ok(f64::from(self.loss(self.set(set), loss)?.to_scalar::<f32>()?))
+        Ok(f64::from(self.loss(self.data.set(set), loss)?.to_scalar::<f32>()?))
     }
 }

@@ -9,7 +9,7 @@ use crate::common::drawing::{Area, COLOURS, FONT, GREY, HEADER, header};
 use crate::common::statistics::{deviation, mean};
 use crate::common::train::Weights;
 use crate::methods::{Case, OF_MIXTURES};
-use crate::report::{Mixture, Outcome, Summary};
+use crate::report::{Mixture, Outcome, Summary, best};
 
 const PANEL: (u32, u32) = (400, 230);
 
@@ -56,19 +56,13 @@ fn dots(area: &Area<'_>, title: &str, rows: &[(String, Vec<f64>)], range: (f64, 
         .x_label_area_size(40)
         .y_label_area_size(labels)
         .build_cartesian_2d((range.0 - 0.02).max(0.0)..(range.1 + 0.02).min(1.0), (0..count - 1).into_segmented())?;
-    // Rows count from the bottom; the first one is at the top.
-    let name = |row: &SegmentValue<i32>| match row {
-        SegmentValue::CenterOf(row) | SegmentValue::Exact(row) => {
-            rows.get((count - 1 - row) as usize).map_or(String::new(), |(name, _)| name.clone())
-        }
-        SegmentValue::Last => String::new(),
-    };
+    let names: Vec<&str> = rows.iter().map(|(name, _)| &name[..]).collect();
     chart
         .configure_mesh()
         .disable_y_mesh()
         .x_labels(5)
         .y_labels(rows.len())
-        .y_label_formatter(&name)
+        .y_label_formatter(&|row| name_of(row, &names))
         .x_label_formatter(&|accuracy| format!("{accuracy:.2}"))
         .x_desc("test accuracy")
         .label_style((FONT, 13))
@@ -84,6 +78,16 @@ fn dots(area: &Area<'_>, title: &str, rows: &[(String, Vec<f64>)], range: (f64, 
         chart.draw_series([EmptyElement::at((mean, row)) + Rectangle::new([(-2, -8), (2, 8)], BLACK.filled())])?;
     }
     Ok(())
+}
+
+/// The name of a row. Rows count from the bottom; the first name is at the top.
+fn name_of(row: &SegmentValue<i32>, names: &[&str]) -> String {
+    match row {
+        SegmentValue::CenterOf(row) | SegmentValue::Exact(row) => {
+            names.get((names.len() as i32 - 1 - row) as usize).map_or(String::new(), |name| (*name).to_owned())
+        }
+        SegmentValue::Last => String::new(),
+    }
 }
 
 /// The least and the greatest value.
@@ -111,9 +115,9 @@ fn best_single(cases: &[Case], summary: &Summary, path: &Path) -> Result<()> {
     let body = header(&root, "Figure 1.2: the fused loss alone (naive) against the best single modality", &[])?;
     for (area, case) in body.split_evenly((1, cases.len())).iter().zip(cases) {
         let alone = summary.methods.iter().filter(|row| row.data == case.name && row.name.starts_with("alone:"));
-        let best = alone.max_by(|a, b| mean(&a.accuracy).total_cmp(&mean(&b.accuracy)));
         let others = OF_MIXTURES.iter().filter_map(|method| summary.row(&case.name, method));
-        let rows: Vec<_> = best.into_iter().chain(others).map(|row| (row.name.clone(), row.accuracy.clone())).collect();
+        let rows: Vec<_> =
+            best(alone).into_iter().chain(others).map(|row| (row.name.clone(), row.accuracy.clone())).collect();
         dots(area, &case.name, &rows, range(rows.iter().flat_map(|(_, values)| values)), 160)?;
     }
     Ok(root.present()?)
@@ -141,16 +145,11 @@ pub(crate) fn mixtures(summary: &Summary, folder: &Path) -> Result<()> {
         .x_label_area_size(40)
         .y_label_area_size(210)
         .build_cartesian_2d((low - 0.01).max(0.0)..(high + 0.01).min(1.0), (0..count - 1).into_segmented())?;
-    let name = |row: &SegmentValue<i32>| match row {
-        SegmentValue::CenterOf(row) | SegmentValue::Exact(row) => {
-            mixtures.get((count - 1 - row) as usize).map_or(String::new(), |mixture| mixture.name.to_owned())
-        }
-        SegmentValue::Last => String::new(),
-    };
+    let names: Vec<&str> = mixtures.iter().map(|mixture| mixture.name).collect();
     chart
         .configure_mesh()
         .y_labels(mixtures.len())
-        .y_label_formatter(&name)
+        .y_label_formatter(&|row| name_of(row, &names))
         .x_label_formatter(&|accuracy| format!("{accuracy:.2}"))
         .x_desc("test accuracy")
         .label_style((FONT, 13))

@@ -2,9 +2,9 @@
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use comfy_table::{Table, presets};
+use comfy_table::Table;
 
-use crate::common::statistics::{deviation, mean, paired, spread};
+use crate::common::statistics::{deviation, mean, paired, spread, table};
 use crate::common::train::{Ratios, Run, TrainBatch, Weights};
 use crate::methods::{Case, Method, OF_MIXTURES};
 
@@ -134,7 +134,7 @@ impl Summary {
         let cases = self.names(|row| &row.data);
         let mut header = vec!["method".to_owned()];
         header.extend(cases.iter().flat_map(|case| [format!("{case}: accuracy"), "minus uniform".to_owned()]));
-        let mut rows = Vec::new();
+        let mut table = table(header);
         for method in self.names(|row| &row.name) {
             let mut cells = vec![method.to_owned()];
             for case in &cases {
@@ -143,9 +143,9 @@ impl Summary {
                 cells.push(cell.map_or(String::new(), |row| spread(&row.accuracy)));
                 cells.push(cell.map_or(String::new(), |row| paired(&row.accuracy, &uniform.accuracy)));
             }
-            rows.push(cells);
+            table.add_row(cells);
         }
-        Ok(table(header, rows))
+        Ok(table)
     }
 
     /// What each method did: a table per case, under its name.
@@ -164,9 +164,9 @@ impl Summary {
         let mut text = String::new();
         for case in self.names(|row| &row.data) {
             let naive = self.row(case, "naive").context("a baseline is missing")?;
-            let rows = self.methods.iter().filter(|row| row.data == case).map(|row| row.details(naive)).collect();
-            let losses = naive.modalities.join(" ");
-            text += &format!("\n{case}: {losses}\n\n{}\n", table(header.map(str::to_owned).to_vec(), rows));
+            let mut table = table(header);
+            table.add_rows(self.methods.iter().filter(|row| row.data == case).map(|row| row.details(naive)));
+            text += &format!("\n{case}: {}\n\n{table}\n", naive.modalities.join(" "));
         }
         Ok(text)
     }
@@ -179,7 +179,7 @@ impl Summary {
             let Ok(methods) = <[&Row; OF_MIXTURES.len()]>::try_from(rows) else { continue };
             let inputs = methods[0].modalities.split_last().map_or(&[][..], |(_, inputs)| inputs);
             let alone = inputs.iter().filter_map(|input| self.row(input, &format!("alone:{input}")));
-            let Some(best) = alone.max_by(|a, b| a.mean.total_cmp(&b.mean)) else { continue };
+            let Some(best) = best(alone) else { continue };
             mixtures.push(Mixture { name: case, best, methods });
         }
         mixtures
@@ -195,7 +195,9 @@ impl Summary {
             cells.extend(differences.into_iter().flatten());
             cells
         };
-        table(header, self.mixtures().into_iter().map(row).collect())
+        let mut table = table(header);
+        table.add_rows(self.mixtures().into_iter().map(row));
+        table
     }
 }
 
@@ -233,11 +235,9 @@ impl Row {
     }
 }
 
-/// A table that is Markdown too.
-fn table(header: Vec<String>, rows: Vec<Vec<String>>) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN).set_header(header).add_rows(rows);
-    table
+/// The row of the greatest mean accuracy.
+pub(crate) fn best<'a>(rows: impl Iterator<Item = &'a Row>) -> Option<&'a Row> {
+    rows.max_by(|a, b| a.mean.total_cmp(&b.mean))
 }
 
 /// Median of the values that are not NaN.

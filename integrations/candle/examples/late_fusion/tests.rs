@@ -7,6 +7,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 
 use super::*;
+use crate::common::outputs::TABLES;
 
 const SMALL: [&str; 11] =
     ["late_fusion", "--epochs", "11", "--train", "60", "--held-out", "20", "--test", "40", "--hidden", "8"];

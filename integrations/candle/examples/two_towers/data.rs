@@ -10,6 +10,7 @@ use candle_core::{Device, Tensor};
 use rand::seq::SliceRandom;
 
 use crate::common::random::random;
+use crate::common::train::Split;
 
 pub(crate) const STYLES: [&str; 4] = ["noto", "twemoji", "openmoji", "fluent"];
 /// Pixels of a side of a picture, and pictures in a row of a sheet.
@@ -164,11 +165,7 @@ pub(crate) struct Samples {
 }
 
 /// The samples of one seed.
-pub(crate) struct Data {
-    pub(crate) train: Samples,
-    pub(crate) held_out: Samples,
-    pub(crate) test: Samples,
-}
+pub(crate) type Data = Split<Samples>;
 
 impl Source {
     /// Draws the samples of a seed. They are disjoint.

@@ -28,19 +28,16 @@ mod sheet;
 #[cfg(test)]
 mod tests;
 
-use std::fs;
-use std::num::NonZero;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Parser;
 
 use crate::common::arguments::{count, is_part, number};
-use crate::common::outputs::Outputs;
-use crate::common::runs::{Log, catch_interrupts, interrupted, multiply_on_one_thread, run_all};
+use crate::common::outputs::{Outputs, RUNS};
+use crate::common::runs::{Log, complete, interrupted, run_all, threads};
 use crate::common::train::{Settings, TrainBatch, Weights, train};
 use crate::data::{Data, Sizes, Source};
 use crate::measures::measure;
@@ -127,21 +124,9 @@ const NAIVE: &str = "naive";
 const FLOOR: &str = "online-gradient-step:floor";
 const FRONTIER: &str = "frontier.svg";
 const SHEET: &str = "neighbours.svg";
-const RUNS: &str = "runs.jsonl";
-const TABLES: &str = "results.md";
 
 fn main() -> ExitCode {
-    multiply_on_one_thread();
-    sigpipe::reset(); // the end of `two_towers | head` is no panic
-    let compared = catch_interrupts().and_then(|()| compare(&Args::parse()));
-    match compared {
-        Ok(_) if interrupted() => ExitCode::from(130),
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    common::runs::main(|| compare(&Args::parse()))
 }
 
 fn compare(args: &Args) -> Result<Summary> {
@@ -150,13 +135,12 @@ fn compare(args: &Args) -> Result<Summary> {
     let seeds = args.seeds.unwrap_or(if args.quick { 1 } else { 3 });
     let seeds: Vec<u64> = (args.first_seed..args.first_seed + seeds).collect();
     let epochs = args.epochs.unwrap_or(if args.quick { 10 } else { 60 });
-    let threads = args.threads.or(thread::available_parallelism().ok().map(NonZero::get)).unwrap_or(1);
+    let threads = threads(args.threads);
     let methods = methods(args)?;
     let sizes = Sizes { train: args.train, held_out: args.held_out, test: args.test };
     let draw = |seed: &u64| source.draw(&sizes, *seed);
     let samples: Vec<Data> = seeds.iter().map(draw).collect::<Result<_>>()?;
-    let names = [FRONTIER, SHEET, RUNS, TABLES];
-    let outputs = Outputs::open(&args.out, &names, args.json.as_deref(), &data::paths(&args.data))?;
+    let outputs = Outputs::open(&args.out, &[FRONTIER, SHEET], args.json.as_deref(), &data::paths(&args.data))?;
     println!(
         "data: {} emoji in {} styles; per seed {} for training, {} held out, {} for testing",
         source.emoji.len(),
@@ -187,29 +171,23 @@ fn compare(args: &Args) -> Result<Summary> {
     };
     let name = |(_, seed, method): &(&Data, &u64, &Method)| format!("seed {seed}, {}", method.name);
     let records = run_all(&jobs, epochs, threads, &log, name, work)?;
-    // Of an interrupted program, the seeds of which all runs are there: methods are compared seed by seed.
-    let complete: Vec<Vec<&Record>> =
-        records.chunks(methods.len()).filter_map(|of| of.iter().map(Option::as_ref).collect()).collect();
-    let first = complete.first().with_context(|| {
-        let path = outputs.path(RUNS);
-        format!("interrupted before all runs of a seed were done; those that were are in {}", path.display())
-    })?;
-    let row = |(i, method)| Row::new(method, &complete.iter().map(|of| of[i]).collect::<Vec<_>>());
+    let complete = complete(&records, methods.len(), &outputs.path(RUNS))?;
+    let row = |(i, method)| Row::new(method, &complete.iter().map(|(_, of)| of[i]).collect::<Vec<_>>());
     let summary = Summary {
-        seeds: complete.iter().map(|of| of[0].seed).collect(),
+        seeds: complete.iter().map(|(nth, _)| seeds[*nth]).collect(),
         methods: methods.iter().enumerate().map(row).collect(),
     };
+    let (nth, first) = &complete[0];
     let near = |name| {
         let record = first.iter().find(|record| record.method == name);
         record.map_or(&[][..], |record| &record.near)
     };
-    let data = samples.iter().zip(&seeds).find(|(_, seed)| **seed == first[0].seed).context("a seed is missing")?.0;
+    let data = &samples[*nth];
     let sheet = Sheet { source: &source, data, methods: [(NAIVE, near(NAIVE)), (FLOOR, near(FLOOR))] };
     show(&summary, &sheet, outputs)?;
     if interrupted() {
         println!("interrupted: {} of {} seeds", summary.seeds.len(), seeds.len());
     }
-    println!("in {}: {}", args.out.display(), names.join(", "));
     let seconds = start.elapsed().as_secs_f64();
     println!("{seconds:.0} s in all on {threads} threads; `two_towers --help` explains the columns");
     Ok(summary)
@@ -242,24 +220,14 @@ fn methods(args: &Args) -> Result<Vec<Method>> {
 }
 
 /// Writes and prints all results.
-fn show(summary: &Summary, sheet: &Sheet<'_>, mut outputs: Outputs) -> Result<()> {
+fn show(summary: &Summary, sheet: &Sheet<'_>, outputs: Outputs) -> Result<()> {
     let mut verdicts = String::new();
     for (knowledge, name) in KNOWLEDGE.iter().enumerate() {
         verdicts += &format!("\nRecall@1 and {name}:\n\n");
         verdicts.extend(summary.verdicts(knowledge).iter().map(|verdict| format!("- {verdict}\n")));
     }
     let page = format!("{}\n\n{}\n{verdicts}", summary.table(), summary.differences()?);
-    // Before the tables are printed, whose reader may have gone; and the tables even where a file cannot be written.
     let drawn = plots::frontier(summary, &outputs.path(FRONTIER));
     let shown = sheet.write(&outputs.path(SHEET));
-    let written = fs::write(outputs.path(TABLES), &page);
-    let json = outputs.write_json(summary);
-    println!("\n{page}");
-    drawn.with_context(|| format!("cannot draw plots in {}", outputs.folder.display()))?;
-    written.with_context(|| format!("cannot write {}", outputs.folder.join(TABLES).display()))?;
-    shown?;
-    if let Some(path) = json? {
-        println!("json: {}", path.display());
-    }
-    Ok(())
+    outputs.finish(drawn.and(shown), &page, &page, summary)
 }

@@ -15,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::common::random::{linear, random};
 use crate::common::train::{Set, Task};
-use crate::data::{Data, PATCH_VALUES, PATCHES, STYLES, Samples, Source};
+use crate::data::{Data, PATCH_VALUES, PATCHES, STYLES, Source};
 
 /// Length of an embedding.
 const EMBEDDING: usize = 64;
@@ -86,16 +86,9 @@ impl<'a> Network<'a> {
         Ok(self.text[1].forward(&self.text[0].forward(texts)?.relu()?)?)
     }
 
-    fn set(&self, set: Set) -> &Samples {
-        match set {
-            Set::Train => &self.data.train,
-            Set::HeldOut => &self.data.held_out,
-        }
-    }
-
     /// The pairs of these emoji, in these styles.
     fn pairs(&self, set: Set, emoji: &[u32], styles: &[u32]) -> Result<Batch> {
-        let samples = self.set(set);
+        let samples = self.data.set(set);
         let tensor = |values: Vec<u32>| Tensor::new(values, &Device::Cpu);
         let pairs = || emoji.iter().zip(styles);
         let pictures = tensor(pairs().map(|(i, style)| i * STYLES.len() as u32 + style).collect())?;
@@ -127,7 +120,7 @@ impl Task for Network<'_> {
     }
 
     fn samples(&self, set: Set) -> usize {
-        self.set(set).len()
+        self.data.set(set).len()
     }
 
     fn batch(&self, set: Set, indices: &[u32], rng: &mut ChaCha8Rng) -> Result<Batch> {
@@ -160,7 +153,7 @@ impl Task for Network<'_> {
 
     /// Over batches of the size of training: the matching loss depends on it. Each emoji in one style.
     fn mean_loss(&self, set: Set, loss: usize) -> Result<f64> {
-        let indices: Vec<u32> = (0..self.set(set).len() as u32).collect();
+        let indices: Vec<u32> = (0..self.data.set(set).len() as u32).collect();
         let (mut sum, mut count) = (0.0, 0.0);
         // A smaller last batch is left out, unless it is the only one.
         let whole = indices.chunks_exact(self.batch.min(indices.len()));

@@ -1,9 +1,9 @@
 //! Results of the methods, as tables and as JSON, and which of them are on the frontier.
 
 use anyhow::{Context, Result};
-use comfy_table::{Table, presets};
+use comfy_table::Table;
 
-use crate::common::statistics::{mean, paired, spread};
+use crate::common::statistics::{mean, paired, spread, table};
 use crate::common::train::{Run, Weights};
 use crate::measures::{Measures, NEIGHBOURS};
 
@@ -99,7 +99,7 @@ impl Summary {
             "weights: image text matching",
             "s",
         ];
-        let mut table = table(&header);
+        let mut table = table(header);
         for row in &self.methods {
             let mut cells = vec![row.name.clone()];
             cells.extend(row.columns().map(|values| spread(values)));
@@ -114,7 +114,7 @@ impl Summary {
     /// Differences to matching alone, paired by seed.
     pub(crate) fn differences(&self) -> Result<Table> {
         let naive = self.row("naive").context("the baseline is missing")?;
-        let mut table = table(&["minus naive", "recall@1", "recall@10", "style", "category", "subcategory"]);
+        let mut table = table(["minus naive", "recall@1", "recall@10", "style", "category", "subcategory"]);
         for row in &self.methods {
             let mut cells = vec![row.name.clone()];
             cells.extend(row.columns().into_iter().zip(naive.columns()).map(|(values, base)| paired(values, base)));
@@ -141,13 +141,6 @@ impl Summary {
 /// Whether one point has no less of both than another, and more of one.
 fn dominates(a: (f64, f64), b: (f64, f64)) -> bool {
     a.0 >= b.0 && a.1 >= b.1 && a != b
-}
-
-/// A table that is Markdown too.
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN).set_header(header);
-    table
 }
 
 #[cfg(test)]

@@ -1,6 +1,9 @@
 //! The whole example on little data, and the files that it reads and writes.
 
+use std::fs;
+
 use super::*;
+use crate::common::outputs::TABLES;
 use crate::common::train::{Set, Task};
 
 const EMOJI: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/emoji");
