@@ -60,3 +60,26 @@ impl Batches {
         batch
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_epoch_has_each_index_once_in_an_order_of_its_own() {
+        let mut batches = Batches::new(25, 10, random(1, "batches"));
+        assert_eq!(batches.per_epoch(), 3);
+        let mut epoch = || (0..3).map(|_| batches.next()).collect::<Vec<_>>();
+        let (first, second) = (epoch(), epoch());
+        assert_eq!(first.iter().map(Vec::len).collect::<Vec<_>>(), [10, 10, 5]);
+        let sorted = |epoch: &[Vec<u32>]| {
+            let mut all = epoch.concat();
+            all.sort_unstable();
+            all
+        };
+        assert_eq!((sorted(&first), sorted(&second)), ((0..25).collect(), (0..25).collect()));
+        assert!(first != second && first.concat() != sorted(&first));
+        let mut clone = batches.clone();
+        assert_eq!((clone.next(), clone.next()), (batches.next(), batches.next()));
+    }
+}

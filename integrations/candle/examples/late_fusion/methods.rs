@@ -87,7 +87,7 @@ pub(crate) struct Case {
     /// Names of the losses: of the inputs, and the fused one.
     pub(crate) modalities: Vec<String>,
     pub(crate) methods: Vec<Method>,
-    samples: Vec<Data>,
+    pub(crate) samples: Vec<Data>,
 }
 
 impl Case {

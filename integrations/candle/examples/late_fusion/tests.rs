@@ -109,6 +109,24 @@ fn every_method_trains_on_six_views_with_and_without_a_nuisance() {
 }
 
 #[test]
+fn a_shortcut_shows_the_digit_on_training_samples_only() {
+    let args = Args::try_parse_from(SMALL.iter().chain(&["--modalities", "mor"])).unwrap();
+    let (source, inputs) = read(&args).unwrap();
+    let cases = cases(&args, &source, &inputs, &[2]).unwrap();
+    let widths: Vec<Vec<usize>> = cases.iter().map(|case| case.samples[0].widths().unwrap()).collect();
+    assert_eq!(widths, [vec![6], vec![6, 32], vec![6, 10]]);
+    let shown = |samples: &data::Samples| {
+        let shown = samples.inputs[1].argmax(1).unwrap().to_vec1::<u32>().unwrap();
+        let labels = samples.labels.to_vec1::<u32>().unwrap();
+        shown.iter().zip(&labels).filter(|(a, b)| a == b).count()
+    };
+    let data = &cases[2].samples[0];
+    assert_eq!(shown(&data.train), 60);
+    // By chance a tenth of 40 and of 20.
+    assert!(shown(&data.test) < 14 && shown(&data.held_out) < 10);
+}
+
+#[test]
 fn the_samples_of_a_seed_are_the_same_whatever_the_nuisance() {
     let words = ["--modalities", "zer,mor", "--seeds", "2", "--first-seed", "7"];
     let (summary, out) = run("same", &words);
