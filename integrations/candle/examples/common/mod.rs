@@ -10,3 +10,4 @@ pub(crate) mod random;
 pub(crate) mod runs;
 pub(crate) mod statistics;
 pub(crate) mod train;
+pub(crate) mod weights;

@@ -39,47 +39,50 @@ pub(crate) struct Batches {
 }
 
 impl Batches {
-    /// Batches of `size` of the indices below `len`; the last of an epoch may be smaller.
+    /// Batches of `size` of the indices below `len`, of all if there are fewer. Each epoch leaves out what does not fill a
+    /// batch: a contrastive loss depends on the size, and the gradients of one size are to be compared.
     pub(crate) fn new(len: usize, size: usize, rng: ChaCha8Rng) -> Self {
         Batches { rng, order: (0..len as u32).collect(), at: len, size: size.min(len) }
     }
 
     pub(crate) fn per_epoch(&self) -> usize {
-        self.order.len().div_ceil(self.size)
+        self.order.len() / self.size
     }
 
     /// The indices of the next batch.
     pub(crate) fn next(&mut self) -> Vec<u32> {
-        if self.at >= self.order.len() {
+        if self.at + self.size > self.order.len() {
             self.order.shuffle(&mut self.rng);
             self.at = 0;
         }
-        let end = (self.at + self.size).min(self.order.len());
-        let batch = self.order[self.at..end].to_vec();
-        self.at = end;
+        let batch = self.order[self.at..self.at + self.size].to_vec();
+        self.at += self.size;
         batch
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
-    fn an_epoch_has_each_index_once_in_an_order_of_its_own() {
+    fn an_epoch_has_an_order_of_its_own_and_full_batches_only() {
         let mut batches = Batches::new(25, 10, random(1, "batches"));
-        assert_eq!(batches.per_epoch(), 3);
-        let mut epoch = || (0..3).map(|_| batches.next()).collect::<Vec<_>>();
-        let (first, second) = (epoch(), epoch());
-        assert_eq!(first.iter().map(Vec::len).collect::<Vec<_>>(), [10, 10, 5]);
-        let sorted = |epoch: &[Vec<u32>]| {
-            let mut all = epoch.concat();
-            all.sort_unstable();
-            all
-        };
-        assert_eq!((sorted(&first), sorted(&second)), ((0..25).collect(), (0..25).collect()));
-        assert!(first != second && first.concat() != sorted(&first));
+        assert_eq!(batches.per_epoch(), 2);
+        let mut epoch = || [batches.next(), batches.next()];
+        let epochs: Vec<_> = (0..20).map(|_| epoch()).collect();
+        assert!(epochs.iter().flatten().all(|batch| batch.len() == 10));
+        assert!(epochs[0] != epochs[1] && !epochs[0].concat().is_sorted());
+        let distinct = |epoch: &[Vec<u32>; 2]| epoch.concat().into_iter().collect::<BTreeSet<_>>();
+        assert!(epochs.iter().all(|epoch| distinct(epoch).len() == 20));
+        // What one epoch leaves out is in another.
+        assert_eq!(epochs.iter().flat_map(distinct).collect::<BTreeSet<_>>(), (0..25).collect());
         let mut clone = batches.clone();
         assert_eq!((clone.next(), clone.next()), (batches.next(), batches.next()));
+
+        let mut few = Batches::new(3, 10, random(1, "batches"));
+        assert_eq!((few.per_epoch(), few.next().len()), (1, 3));
     }
 }

@@ -42,7 +42,7 @@ use clap::Parser;
 use crate::common::arguments::count;
 use crate::common::outputs::{Outputs, RUNS};
 use crate::common::runs::{Log, complete, interrupted, run_all, threads};
-use crate::common::train::{SUPER_EPOCH, WARM_UP};
+use crate::common::weights::{SUPER_EPOCH, WARM_UP};
 use crate::data::{Data, Nuisance, Sizes, Source};
 use crate::methods::{Case, Method, Training};
 use crate::report::{Outcome, Record, Row, Summary};

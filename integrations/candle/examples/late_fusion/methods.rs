@@ -4,7 +4,8 @@ use anyhow::Result;
 use gradblend::Overfitting;
 
 use crate::common::arguments::{count, is_part, number};
-use crate::common::train::{Run, Settings, TrainBatch, Weights, train};
+use crate::common::train::{Run, Settings, TrainBatch, train};
+use crate::common::weights::Weights;
 use crate::data::{Data, NUISANCES, Nuisance, Source};
 use crate::network::Network;
 
@@ -14,7 +15,7 @@ pub(crate) struct Training {
     /// Epochs to train for
     #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub(crate) epochs: u64,
-    /// Samples per batch
+    /// Samples per batch; an epoch leaves out what does not fill a batch
     #[arg(long, default_value = "50", value_parser = count(1_000_000))]
     pub(crate) batch: usize,
     /// Adam's learning rate

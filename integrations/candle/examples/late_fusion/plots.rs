@@ -7,7 +7,7 @@ use plotters::prelude::*;
 
 use crate::common::drawing::{Area, COLOURS, FONT, GREY, HEADER, header};
 use crate::common::statistics::{deviation, mean};
-use crate::common::train::Weights;
+use crate::common::weights::Weights;
 use crate::methods::{Case, OF_MIXTURES};
 use crate::report::{Mixture, Outcome, Summary, best};
 

@@ -5,7 +5,8 @@ use clap::ValueEnum;
 use comfy_table::Table;
 
 use crate::common::statistics::{deviation, mean, paired, spread, table};
-use crate::common::train::{Ratios, Run, TrainBatch, Weights};
+use crate::common::train::{Ratios, Run, TrainBatch};
+use crate::common::weights::Weights;
 use crate::methods::{Case, Method, OF_MIXTURES};
 
 /// The result of one method on the samples of one seed.

@@ -9,8 +9,21 @@ use flate2::write::GzEncoder;
 use super::*;
 use crate::common::outputs::TABLES;
 
-const SMALL: [&str; 11] =
-    ["late_fusion", "--epochs", "11", "--train", "60", "--held-out", "20", "--test", "40", "--hidden", "8"];
+const SMALL: [&str; 13] = [
+    "late_fusion",
+    "--epochs",
+    "11",
+    "--train",
+    "60",
+    "--held-out",
+    "20",
+    "--test",
+    "40",
+    "--hidden",
+    "8",
+    "--batch",
+    "30",
+];
 
 /// Runs the example on little data, with a folder of its own for the results.
 fn run(name: &str, words: &[&str]) -> (Summary, PathBuf) {

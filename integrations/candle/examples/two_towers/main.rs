@@ -38,7 +38,8 @@ use clap::Parser;
 use crate::common::arguments::{count, is_part, number};
 use crate::common::outputs::{Outputs, RUNS};
 use crate::common::runs::{Log, complete, interrupted, run_all, threads};
-use crate::common::train::{Settings, TrainBatch, Weights, train};
+use crate::common::train::{Settings, TrainBatch, train};
+use crate::common::weights::Weights;
 use crate::data::{Data, Sizes, Source};
 use crate::measures::measure;
 use crate::network::{MATCHING, Network};
@@ -83,7 +84,7 @@ struct Args {
     #[arg(long, default_value = "1000", value_parser = count(MOST))]
     train: usize,
     /// Held-out emoji
-    #[arg(long, default_value = "150", value_parser = count(MOST))]
+    #[arg(long, default_value = "200", value_parser = count(MOST))]
     held_out: usize,
     /// Emoji to test on: all others by default
     #[arg(long, value_parser = count(MOST))]
@@ -91,7 +92,7 @@ struct Args {
     /// Epochs to train for: 60, or 10 with --quick
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     epochs: Option<u64>,
-    /// Pairs of a picture and a text per batch, of different emoji
+    /// Pairs of a picture and a text per batch, of different emoji; an epoch leaves out what does not fill a batch
     #[arg(long, default_value = "100", value_parser = count(MOST))]
     batch: usize,
     /// Adam's learning rate
@@ -137,6 +138,13 @@ fn compare(args: &Args) -> Result<Summary> {
     let epochs = args.epochs.unwrap_or(if args.quick { 10 } else { 60 });
     let threads = threads(args.threads);
     let methods = methods(args)?;
+    for (option, emoji) in [("--train", args.train), ("--held-out", args.held_out)] {
+        let batch = args.batch;
+        ensure!(
+            emoji >= batch,
+            "{option}: {emoji} emoji do not fill a batch of {batch}, on whose size the matching loss depends"
+        );
+    }
     let sizes = Sizes { train: args.train, held_out: args.held_out, test: args.test };
     let draw = |seed: &u64| source.draw(&sizes, *seed);
     let samples: Vec<Data> = seeds.iter().map(draw).collect::<Result<_>>()?;

@@ -151,13 +151,12 @@ impl Task for Network<'_> {
         Ok(losses)
     }
 
-    /// Over batches of the size of training: the matching loss depends on it. Each emoji in one style.
+    /// Over the batches of the size of training that the set fills: the matching loss depends on the size. Each emoji in one
+    /// style.
     fn mean_loss(&self, set: Set, loss: usize) -> Result<f64> {
         let indices: Vec<u32> = (0..self.data.set(set).len() as u32).collect();
         let (mut sum, mut count) = (0.0, 0.0);
-        // A smaller last batch is left out, unless it is the only one.
-        let whole = indices.chunks_exact(self.batch.min(indices.len()));
-        for chunk in whole {
+        for chunk in indices.chunks_exact(self.batch) {
             let styles: Vec<u32> = chunk.iter().map(|i| i % STYLES.len() as u32).collect();
             sum += f64::from(self.loss(&self.pairs(set, chunk, &styles)?, loss)?.to_scalar::<f32>()?);
             count += 1.0;

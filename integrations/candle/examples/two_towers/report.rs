@@ -4,7 +4,8 @@ use anyhow::{Context, Result};
 use comfy_table::Table;
 
 use crate::common::statistics::{mean, paired, spread, table};
-use crate::common::train::{Run, Weights};
+use crate::common::train::Run;
+use crate::common::weights::Weights;
 use crate::measures::{Measures, NEIGHBOURS};
 
 /// A method to weight the losses.

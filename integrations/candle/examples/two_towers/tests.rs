@@ -186,14 +186,16 @@ fn bad_input_is_told_before_training() {
         (["--json", &input], "would replace"),
         (["--out", &input], "cannot write the folder"),
         (["--data", missing], "cannot read"),
-        (["--train", "1500"], "want 1651 emoji, of which there are 1558"),
-        (["--test", "409"], "want 1559 emoji, of which there are 1558"),
+        (["--train", "1500"], "want 1701 emoji, of which there are 1558"),
+        (["--test", "359"], "want 1559 emoji, of which there are 1558"),
         (["--fixed", "0.5,0.5"], "--fixed: a weight is given twice"),
         (["--fixed", "1"], "invalid value '1'"),
         (["--fixed", "0"], "invalid value '0'"),
         (["--floor", "1"], "invalid value '1'"),
         (["--seeds", "0"], "invalid value '0'"),
         (["--batch", "x"], "invalid value 'x'"),
+        (["--batch", "201"], "--held-out: 200 emoji do not fill a batch of 201"),
+        (["--train", "99"], "--train: 99 emoji do not fill a batch of 100"),
     ] {
         let error = rejected(&words);
         assert!(error.contains(expected), "{words:?}: {error}");
