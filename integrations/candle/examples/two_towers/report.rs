@@ -153,4 +153,31 @@ mod tests {
         assert!(dominates((0.2, 0.5), (0.1, 0.5)) && dominates((0.2, 0.6), (0.2, 0.5)));
         assert!(!dominates((0.2, 0.5), (0.2, 0.5)) && !dominates((0.2, 0.4), (0.1, 0.5)));
     }
+
+    #[test]
+    fn a_verdict_names_a_better_method_of_any_kind() {
+        let row = |name: &str, fixed, recall, style| Row {
+            name: name.to_owned(),
+            recall_at_1: recall,
+            recall_at_10: Vec::new(),
+            style,
+            category: vec![0.0, 0.0],
+            subcategory: Vec::new(),
+            weights: Vec::new(),
+            fixed,
+            train_seconds: Vec::new(),
+        };
+        let methods = vec![
+            row("naive", Some(1.0), vec![0.3, 0.5], vec![0.1, 0.1]),
+            // Means count: no less of both than `b`, though its second seed has less.
+            row("a", Some(0.5), vec![0.4, 0.2], vec![0.2, 0.6]),
+            row("b", None, vec![0.3, 0.3], vec![0.3, 0.3]),
+            row("c", None, vec![0.1, 0.1], vec![0.9, 0.9]),
+        ];
+        let summary = Summary { seeds: vec![0, 1], methods };
+        let style = ["b is not on the frontier: a has no less of both", "c is on the frontier"];
+        assert_eq!(summary.verdicts(0), style);
+        let category = ["b", "c"].map(|name| format!("{name} is not on the frontier: naive has no less of both"));
+        assert_eq!(summary.verdicts(1), category);
+    }
 }

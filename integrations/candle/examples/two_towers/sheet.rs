@@ -104,3 +104,30 @@ fn text(svg: &mut String, x: usize, y: usize, size: usize, text: &str) -> Result
 fn hex(RGBColor(red, green, blue): RGBColor) -> String {
     format!("#{red:02X}{green:02X}{blue:02X}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Sizes;
+
+    #[test]
+    fn a_frame_says_what_a_neighbour_has_in_common_with_the_query() {
+        let source = Source::read(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/emoji").as_ref()).unwrap();
+        let data = source.draw(&Sizes { train: 100, held_out: 10, test: Some(1) }, 0).unwrap();
+        let of_category = |same: bool| {
+            let like = |category: &u32| (*category == data.test.categories[0]) == same;
+            data.train.categories.iter().position(like).unwrap() * STYLES.len()
+        };
+        // The only query is a picture of the first style.
+        let kinds = [of_category(true), of_category(false), of_category(true) + 1, of_category(false) + 1];
+        let near = [[kinds[0], kinds[1], kinds[2], kinds[3], kinds[0]]];
+        let sheet = Sheet { source: &source, data: &data, methods: [("before", &near), ("after", &near)] };
+        let svg = sheet.svg().unwrap();
+        let frames: Vec<&str> = svg.lines().filter(|line| line.contains("width=\"56\"")).collect();
+        let colours = [COLOURS[1], COLOURS[2], COLOURS[0], GREY, COLOURS[1]];
+        assert_eq!(frames.len(), 2 * colours.len());
+        for (frame, colour) in frames.into_iter().zip(colours.into_iter().chain(colours)) {
+            assert!(frame.contains(&hex(colour)), "{frame}");
+        }
+    }
+}

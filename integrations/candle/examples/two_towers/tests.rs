@@ -132,6 +132,10 @@ fn samples_are_disjoint_and_losses_reach_their_towers_only() {
     // Of four pairs, the loss of chance is ln 4.
     let loss = network.loss(&batch, MATCHING).unwrap().to_scalar::<f32>().unwrap();
     assert!((loss - 4_f32.ln()).abs() < 0.7, "{loss}");
+    // Of 40 pairs in batches of 39: the last pair, whose loss is 0, does not count.
+    let network = Network::new(&source, &data, 39, 3).unwrap();
+    let loss = network.mean_loss(Set::Train, MATCHING).unwrap();
+    assert!((loss - 39_f64.ln()).abs() < 0.7, "{loss}");
 }
 
 /// The message for a command line that cannot be carried out.
